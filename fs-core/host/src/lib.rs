@@ -1,0 +1,1 @@
+//! User space's half of the platform boundary.

@@ -1,0 +1,315 @@
+//! What can go wrong, as values.
+//!
+//! An error says what, where and what was expected, in fields; its `Display` is one sentence for
+//! the person who must act. The errno is made at the edge, in the driver, from [`Error::errno`].
+
+use crate::platform::DeviceError;
+use crate::units::{Ino, Logical, Physical, TreeId, Txg};
+use alloc::string::String;
+use core::fmt;
+
+/// The POSIX outcomes an operation can have. The names are those of errno(3); drivers turn them
+/// into their platform's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "named and documented by errno(3)")]
+pub enum Errno {
+    Perm,
+    NoEnt,
+    Io,
+    BadF,
+    Access,
+    Busy,
+    Exist,
+    XDev,
+    NotDir,
+    IsDir,
+    Inval,
+    FBig,
+    NoSpc,
+    RoFs,
+    MLink,
+    NameTooLong,
+    NotEmpty,
+    NoData,
+    Overflow,
+    OpNotSupp,
+    Stale,
+    DQuot,
+    NxIo,
+    NoMem,
+    TooBig,
+    Range,
+    Uclean,
+    TxtBsy,
+    Intr,
+}
+
+/// A feature word of the superblock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FeatureClass {
+    /// Unknown bits forbid opening at all.
+    Incompat,
+    /// Unknown bits forbid writing.
+    RoCompat,
+}
+
+/// Why an operation did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// An ordinary outcome of the operation itself, such as a name that does not exist.
+    Posix(Errno),
+    /// Memory ran out; nothing was changed.
+    Memory,
+    /// The pool has no room; nothing was changed.
+    NoSpace,
+    /// The pool refuses changes.
+    ReadOnly,
+    /// The pool stopped accepting changes after a failure; the log says which.
+    Failed,
+    /// A device refused a transfer.
+    Device {
+        /// Index of the device in the pool.
+        device: u16,
+        /// First byte of the transfer.
+        at: Physical,
+        /// What the device said.
+        cause: DeviceError,
+    },
+    /// No copy of a block has the content its parent vouches for.
+    Checksum {
+        /// Where the pointer points.
+        addr: Logical,
+        /// Bytes that were read.
+        bytes: u64,
+    },
+    /// A structure breaks a rule of the format although its checksum is right or it has none.
+    Corrupt {
+        /// The rule that is broken.
+        what: &'static str,
+        /// Where the structure is, when known.
+        addr: Logical,
+    },
+    /// A tree item breaks a rule of the format.
+    BadItem {
+        /// The rule that is broken.
+        what: &'static str,
+        /// The tree.
+        tree: TreeId,
+        /// The object (inode number, address or id) of the item's key.
+        object: u64,
+    },
+    /// A block is not mapped by any chunk.
+    Unmapped {
+        /// The address no chunk covers.
+        addr: Logical,
+    },
+    /// Not a cairn device at all.
+    NotCairn,
+    /// The label is there, but no superblock could be used.
+    NoSuperblock,
+    /// The device is smaller than the pool says.
+    Truncated {
+        /// Bytes the pool expects.
+        expected: u64,
+        /// Bytes the device has.
+        found: u64,
+    },
+    /// Written by a format version this build cannot read.
+    Version {
+        /// The version on disk.
+        found: u32,
+    },
+    /// Feature bits this build does not know.
+    Features {
+        /// Which word.
+        class: FeatureClass,
+        /// The unknown bits.
+        unknown: u64,
+    },
+    /// A device of the pool is missing.
+    MissingDevice {
+        /// Index of the device in the pool.
+        device: u16,
+    },
+    /// A device belongs to another pool, or twice to this one.
+    WrongDevice {
+        /// The device's name.
+        name: String,
+    },
+    /// The device is too small to hold a pool.
+    TooSmall {
+        /// The smallest size that works, in bytes.
+        minimum: u64,
+    },
+    /// An argument of an administrative call is out of range.
+    Argument {
+        /// What is wrong with it.
+        what: &'static str,
+    },
+}
+
+impl Error {
+    /// The errno that tells a program what this error means for it.
+    pub fn errno(&self) -> Errno {
+        match self {
+            Error::Posix(errno) => *errno,
+            Error::Memory => Errno::NoMem,
+            Error::NoSpace | Error::TooSmall { .. } => Errno::NoSpc,
+            Error::ReadOnly => Errno::RoFs,
+            Error::Failed | Error::Device { .. } | Error::Checksum { .. } => Errno::Io,
+            Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
+            Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
+            Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
+            Error::MissingDevice { .. } => Errno::NxIo,
+            Error::WrongDevice { .. } | Error::Argument { .. } => Errno::Inval,
+        }
+    }
+
+    /// Whether the error says that stored data or the device cannot be trusted, as opposed to an
+    /// ordinary outcome.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Error::Device { .. }
+                | Error::Checksum { .. }
+                | Error::Corrupt { .. }
+                | Error::BadItem { .. }
+                | Error::Unmapped { .. }
+        )
+    }
+}
+
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Error {
+        Error::Posix(errno)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Posix(errno) => write!(f, "{errno:?}"),
+            Error::Memory => write!(f, "out of memory"),
+            Error::NoSpace => write!(f, "no space left in the pool"),
+            Error::ReadOnly => write!(f, "the pool is open read-only"),
+            Error::Failed => write!(f, "the pool stopped accepting changes after an error; see the log"),
+            Error::Device { device, at, cause } => {
+                write!(f, "device {device} failed at byte {at}: {cause:?}")
+            }
+            Error::Checksum { addr, bytes } => {
+                write!(f, "{bytes} bytes at logical address {addr} do not match their checksum")
+            }
+            Error::Corrupt { what, addr } => {
+                write!(f, "corrupt structure at logical address {addr}: {what}")
+            }
+            Error::BadItem { what, tree, object } => {
+                write!(f, "corrupt item of object {object} in tree {tree}: {what}")
+            }
+            Error::Unmapped { addr } => write!(f, "logical address {addr} is in no chunk"),
+            Error::NotCairn => write!(f, "not a cairn pool (no label found at either end)"),
+            Error::NoSuperblock => write!(
+                f,
+                "the pool's label is there but none of its superblocks is valid"
+            ),
+            Error::Truncated { expected, found } => write!(
+                f,
+                "the device has {found} bytes but the pool was made for {expected}; it has been cut off"
+            ),
+            Error::Version { found } => {
+                write!(f, "format version {found} is not one this build can read")
+            }
+            Error::Features { class, unknown } => match class {
+                FeatureClass::Incompat => {
+                    write!(f, "the pool uses features this build does not know (incompat {unknown:#x}); use a newer cairn")
+                }
+                FeatureClass::RoCompat => {
+                    write!(f, "the pool uses features this build can only read (ro-compat {unknown:#x}); mount it read-only or use a newer cairn")
+                }
+            },
+            Error::MissingDevice { device } => write!(f, "device {device} of the pool is missing"),
+            Error::WrongDevice { name } => write!(f, "{name} does not belong to this pool"),
+            Error::TooSmall { minimum } => {
+                write!(f, "the device is too small: at least {minimum} bytes are needed")
+            }
+            Error::Argument { what } => write!(f, "{what}"),
+        }
+    }
+}
+
+impl core::error::Error for Error {}
+
+/// Something an administrator must learn of, sent to [`crate::platform::Report`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incident {
+    /// A copy of a block was bad; another was good and was served.
+    Healed {
+        /// The block.
+        addr: Logical,
+        /// The device with the bad copy.
+        device: u16,
+        /// Where the bad copy is.
+        at: Physical,
+        /// Whether the good content could be written over it.
+        rewritten: bool,
+    },
+    /// No good copy of a block was found.
+    Lost {
+        /// The block.
+        addr: Logical,
+        /// Bytes that could not be had.
+        bytes: u64,
+        /// What was wrong with the last copy tried.
+        error: Error,
+    },
+    /// Data of a file could not be read.
+    FileDamaged {
+        /// The subvolume.
+        tree: TreeId,
+        /// The file.
+        ino: Ino,
+        /// Its path from the root of the subvolume, as far as it could be found.
+        path: String,
+        /// First damaged byte of the file.
+        offset: u64,
+        /// The error below.
+        error: Error,
+    },
+    /// The pool stopped accepting changes.
+    WentReadOnly {
+        /// The group that could not be published.
+        txg: Txg,
+        /// Why.
+        error: Error,
+    },
+    /// The intent log was replayed on open.
+    Replayed {
+        /// How many log records were applied.
+        records: u64,
+    },
+}
+
+impl fmt::Display for Incident {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Incident::Healed { addr, device, at, rewritten } => write!(
+                f,
+                "bad copy of block {addr} on device {device} at byte {at}: served from another copy{}",
+                if *rewritten { " and repaired" } else { "; the bad copy could not be rewritten" }
+            ),
+            Incident::Lost { addr, bytes, error } => {
+                write!(f, "block {addr} ({bytes} bytes) is lost: {error}")
+            }
+            Incident::FileDamaged { tree, ino, path, offset, error } => write!(
+                f,
+                "file {path} (inode {ino}, subvolume {tree}) cannot be read at byte {offset}: {error}"
+            ),
+            Incident::WentReadOnly { txg, error } => write!(
+                f,
+                "transaction group {txg} could not be written ({error}); the pool is now read-only and keeps the last good state"
+            ),
+            Incident::Replayed { records } => {
+                write!(f, "replayed {records} records of the intent log after an unclean shutdown")
+            }
+        }
+    }
+}

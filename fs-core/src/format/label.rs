@@ -1,0 +1,116 @@
+//! Where things are on a device, and the label that says whose it is.
+//!
+//! ```text
+//! 0        64 KiB        192 KiB        1 MiB                      end-128 KiB      end
+//! | zeros   | label area 0 | zeros        | chunks ...              | label area 1   |
+//! ```
+//!
+//! `end` is the device's size rounded down to 4 KiB. A label area is 128 KiB: the label in its
+//! first 4 KiB, and from 64 KiB on the ring of superblocks (`superblock`). Both areas hold the same.
+//! The first 4 KiB of the device are zero, so that nothing else is recognised there.
+
+use super::{rule, BadBytes, DiskField, FORMAT_VERSION};
+use crate::disk_struct;
+use crate::units::{align_down, Physical, SECTOR_BYTES};
+
+/// Offset of the first label area.
+pub const LABEL_AREA_0: u64 = 64 << 10;
+/// Bytes of a label area.
+pub const LABEL_AREA_BYTES: u64 = 128 << 10;
+/// Offset of the superblock ring in a label area.
+pub const RING_OFFSET: u64 = 64 << 10;
+/// Slots of the ring, one sector each. Group *n* writes slot *n* mod 16.
+pub const RING_SLOTS: u64 = 16;
+/// Where chunks may begin.
+pub const DATA_START: u64 = 1 << 20;
+/// Magic of a label: at byte 65536 of every cairn device.
+pub const LABEL_MAGIC: [u8; 8] = *b"cairn\xf5\x0fL";
+
+/// Offsets of both label areas on a device of `bytes` bytes, or `None` if it is too small.
+pub fn label_areas(bytes: u64) -> Option<[Physical; 2]> {
+    let end = align_down(bytes, SECTOR_BYTES);
+    let second = end.checked_sub(LABEL_AREA_BYTES)?;
+    (second >= DATA_START).then_some([Physical(LABEL_AREA_0), Physical(second)])
+}
+
+/// The end of the space for chunks on a device of `bytes` bytes.
+pub fn data_end(bytes: u64) -> u64 {
+    align_down(bytes, SECTOR_BYTES).saturating_sub(LABEL_AREA_BYTES)
+}
+
+/// Offset of ring slot for group `txg` in the label area at `area`.
+pub fn ring_slot(area: Physical, slot: u64) -> Physical {
+    Physical(area.0 + RING_OFFSET + (slot % RING_SLOTS) * SECTOR_BYTES)
+}
+
+disk_struct! {
+    /// Says that a device belongs to a pool. Written by mkfs and by changes to the set of devices, never by a commit.
+    pub struct Label [4096] {
+        /// Magic.
+        0x000 magic: [u8; 8],
+        /// Format version.
+        0x008 version: u32,
+        /// Bytes of a sector: 4096.
+        0x00c sector_bytes: u32,
+        /// Id of the pool; what `blkid` shows as UUID.
+        0x010 pool_id: [u8; 16],
+        /// Id of the device.
+        0x020 device_id: [u8; 16],
+        /// Index of the device in the pool.
+        0x030 device_index: u16,
+        /// Reserved.
+        0x032 reserved0: [u8; 6],
+        /// Usable bytes of the device.
+        0x038 device_bytes: u64,
+        /// Name of the pool, UTF-8, padded with zeros.
+        0x040 name: [u8; 64],
+        /// When the label was written, seconds since 1970.
+        0x080 written: i64,
+        /// Counts rewrites; of two valid labels the greater is right.
+        0x088 sequence: u64,
+        /// Reserved.
+        0x090 reserved: [u8; 3920],
+        /// BLAKE3-256 of all bytes before this field.
+        0xfe0 checksum: [u8; 32],
+    }
+}
+
+impl Label {
+    /// Reads a label, checking magic, checksum and version in this order.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NotCairn`] without magic or with a wrong checksum, and errors for
+    /// unknown versions or broken rules.
+    pub fn decode(bytes: &[u8]) -> Result<Label, crate::error::Error> {
+        use crate::error::Error;
+        if bytes.len() != Label::BYTES || bytes[..8] != LABEL_MAGIC {
+            return Err(Error::NotCairn);
+        }
+        let label = <Label as DiskField>::get(bytes);
+        if *blake3::hash(&bytes[..0xfe0]).as_bytes() != label.checksum {
+            return Err(Error::NotCairn);
+        }
+        if label.version != FORMAT_VERSION {
+            return Err(Error::Version { found: label.version });
+        }
+        label.check().map_err(|bad| bad.at(crate::units::Logical(0)))?;
+        Ok(label)
+    }
+
+    fn check(&self) -> Result<(), BadBytes> {
+        rule(u64::from(self.sector_bytes) == SECTOR_BYTES, "label with another sector size")?;
+        rule(
+            self.reserved0 == [0; 6] && self.reserved == [0; 3920],
+            "reserved field of a label is not zero",
+        )?;
+        rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")
+    }
+
+    /// The label as bytes, its checksum computed.
+    pub fn encode(&self) -> [u8; Label::BYTES] {
+        let mut bytes = self.to_bytes();
+        let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
+        bytes[0xfe0..].copy_from_slice(&checksum);
+        bytes
+    }
+}

@@ -1,0 +1,36 @@
+//! cairn's core: the whole filesystem behind a small platform boundary.
+//!
+//! The same code runs in the FUSE daemon, the kernel module, `mkfs`, `fsck`, the command line, the
+//! simulator and the fuzzers. `docs/design.md` tells how it works; the module table below is the way
+//! down. A module uses what is below it, never what is above.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `vfs` | one method per operation |
+//! | `check` | the checker |
+//! | `engine` | open, commit, replay, close |
+//! | `subvol` | inodes, directories, extents, attributes |
+//! | `btree`, `intent` | the tree; the intent log |
+//! | `txg` | transaction groups, dirty data, waiting |
+//! | `space` | free space and reservations |
+//! | `pool` | chunk map, verified reads, superblock ring |
+//! | `device` | one member |
+//! | [`format`] | bytes on disk |
+//! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
+#![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+/// Re-exported so that a kernel module links one `lock_api`.
+pub use lock_api;
+
+pub mod buf;
+pub mod error;
+pub mod format;
+pub mod platform;
+pub mod sync;
+pub mod units;
+pub mod vfs;

@@ -1,0 +1,296 @@
+//! The operations a driver calls: one method per operation, no kernel or FUSE type.
+//!
+//! [`Filesystem`] is what a driver needs of a mounted subvolume; `Volume` implements it over the
+//! engine. A second implementation without storage measures what a driver costs by itself, and a
+//! model in the tests is compared with the real one call by call.
+//!
+//! Contract common to all operations:
+//!
+//! - Inodes are named by number. A driver tells how long it holds on to one: every successful call
+//!   that returns [`Attr`] for a *name* (`lookup`, `create`, `mkdir`, ..., and each entry of
+//!   `readdir_plus` it accepted) adds one to the inode's lookup count, `forget` takes away. An inode
+//!   without names lives until its count is zero.
+//! - Permissions are checked by the caller (the kernel's `default_permissions`, or its VFS): the
+//!   operations check what only they can know, such as immutable flags, and what they must do on
+//!   their own: set-id clearing, set-gid and ACL inheritance, from [`Caller`].
+//! - Each operation is atomic in a crash: seen whole or not at all, except that a write longer than
+//!   one request may be cut at a sector.
+//! - Errors are [`crate::error::Error`]; ordinary outcomes are `Error::Posix`.
+
+use crate::error::Error;
+use crate::platform::Timestamp;
+use crate::units::Ino;
+use alloc::vec::Vec;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// Effective user.
+    pub uid: u32,
+    /// Effective group.
+    pub gid: u32,
+    /// Bits to clear in the mode of what is created; zero where the kernel has done so.
+    pub umask: u32,
+}
+
+/// What stat(2) shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attr {
+    /// Inode number.
+    pub ino: Ino,
+    /// With the number, names the file for good.
+    pub generation: u64,
+    /// Type and permission bits.
+    pub mode: u32,
+    /// Number of names.
+    pub nlink: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Device number: major << 32 | minor.
+    pub rdev: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Space taken, in units of 512 bytes.
+    pub blocks: u64,
+    /// Access time.
+    pub atime: Timestamp,
+    /// Modification time.
+    pub mtime: Timestamp,
+    /// Change time.
+    pub ctime: Timestamp,
+    /// Birth time.
+    pub btime: Timestamp,
+    /// Attribute flags (`format::inode::flag`).
+    pub flags: u32,
+    /// Project id.
+    pub project: u32,
+    /// Counts changes.
+    pub version: u64,
+}
+
+/// A time to set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetTime {
+    /// The time of the operation.
+    Now,
+    /// This time.
+    At(Timestamp),
+}
+
+/// What `setattr` changes; `None` leaves a field as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetAttr {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Size: truncates or extends with a hole.
+    pub size: Option<u64>,
+    /// Access time.
+    pub atime: Option<SetTime>,
+    /// Modification time.
+    pub mtime: Option<SetTime>,
+    /// Change time; only drivers whose kernel keeps times set it.
+    pub ctime: Option<Timestamp>,
+    /// Attribute flags.
+    pub flags: Option<u32>,
+    /// Project id.
+    pub project: Option<u32>,
+    /// The caller wants set-user-id, set-group-id and capabilities cleared as write(2) and
+    /// chown(2) by an unprivileged process do.
+    pub kill_priv: bool,
+}
+
+/// A directory entry as readdir(3) shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirEntry<'a> {
+    /// Inode.
+    pub ino: Ino,
+    /// Pass this to go on after the entry.
+    pub cookie: u64,
+    /// Type bits of the mode.
+    pub file_type: u32,
+    /// Name; `.` and `..` included.
+    pub name: &'a [u8],
+}
+
+/// How `rename` treats the target name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RenameFlags {
+    /// Fail with EEXIST when the target exists.
+    pub no_replace: bool,
+    /// Exchange the two names.
+    pub exchange: bool,
+    /// Leave a whiteout (character device 0:0) at the source.
+    pub whiteout: bool,
+}
+
+/// What fallocate(2) is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallocate {
+    /// Promise room; grow the file unless `keep_size`.
+    Allocate {
+        /// Leave the size alone.
+        keep_size: bool,
+    },
+    /// Make a hole; the size stays.
+    PunchHole,
+    /// Make the range read as zeros, with room promised.
+    ZeroRange {
+        /// Leave the size alone.
+        keep_size: bool,
+    },
+    /// Remove the range, moving what follows down.
+    CollapseRange,
+    /// Insert a hole, moving what follows up.
+    InsertRange,
+}
+
+/// How setxattr(2) treats an attribute that exists or not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XattrMode {
+    /// Set either way.
+    Either,
+    /// Fail with EEXIST when it exists.
+    Create,
+    /// Fail with ENODATA when it does not.
+    Replace,
+}
+
+/// What lseek(2) looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seek {
+    /// The next byte of data.
+    Data,
+    /// The next hole; the end of the file is one.
+    Hole,
+}
+
+/// What statfs(2) shows, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StatFs {
+    /// Room for data if everything were data.
+    pub total_bytes: u64,
+    /// Free, including what only deletes may use.
+    pub free_bytes: u64,
+    /// What a writer can still store, before compression.
+    pub available_bytes: u64,
+    /// Inodes in use.
+    pub inodes: u64,
+    /// Inodes that could still be made.
+    pub free_inodes: u64,
+    /// Id for f_fsid.
+    pub id: [u8; 16],
+}
+
+/// How write data is to be treated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteFlags {
+    /// Write at the end of the file, whatever the offset (O_APPEND).
+    pub append: bool,
+    /// Clear set-user-id, set-group-id and capabilities first.
+    pub kill_priv: bool,
+}
+
+/// Shorthand.
+pub type Result<T, E = Error> = core::result::Result<T, E>;
+
+/// A mounted subvolume, as a driver sees it. All methods may be called from any thread.
+#[expect(missing_docs, reason = "methods not documented here are named and documented by POSIX")]
+pub trait Filesystem: Send + Sync {
+    /// Inode number of the root directory.
+    fn root(&self) -> Ino;
+
+    fn statfs(&self) -> Result<StatFs>;
+
+    /// Finds a name; `..` and `.` work too.
+    fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Attr>;
+
+    /// Gives back `count` lookups of an inode.
+    fn forget(&self, ino: Ino, count: u64);
+
+    fn getattr(&self, ino: Ino) -> Result<Attr>;
+    fn setattr(&self, ino: Ino, set: &SetAttr, caller: &Caller) -> Result<Attr>;
+    fn readlink(&self, ino: Ino) -> Result<Vec<u8>>;
+
+    /// Makes a file of any type but directory and symlink: `mode` carries the type.
+    fn mknod(&self, dir: Ino, name: &[u8], mode: u32, rdev: u64, caller: &Caller) -> Result<Attr>;
+    fn mkdir(&self, dir: Ino, name: &[u8], mode: u32, caller: &Caller) -> Result<Attr>;
+    fn symlink(&self, dir: Ino, name: &[u8], target: &[u8], caller: &Caller) -> Result<Attr>;
+    /// Makes a regular file without a name (O_TMPFILE); `link` may give it one.
+    fn tmpfile(&self, dir: Ino, mode: u32, caller: &Caller) -> Result<Attr>;
+    fn link(&self, ino: Ino, dir: Ino, name: &[u8]) -> Result<Attr>;
+    fn unlink(&self, dir: Ino, name: &[u8]) -> Result<()>;
+    fn rmdir(&self, dir: Ino, name: &[u8]) -> Result<()>;
+    fn rename(
+        &self,
+        dir: Ino,
+        name: &[u8],
+        new_dir: Ino,
+        new_name: &[u8],
+        flags: RenameFlags,
+        caller: &Caller,
+    ) -> Result<()>;
+
+    /// Reads up to `out.len()` bytes; fewer only at the end of the file.
+    fn read(&self, ino: Ino, offset: u64, out: &mut [u8]) -> Result<usize>;
+    /// Writes all of `data`; returns the offset it was written at.
+    fn write(&self, ino: Ino, offset: u64, data: &[u8], flags: WriteFlags) -> Result<u64>;
+    fn fallocate(&self, ino: Ino, op: Fallocate, offset: u64, len: u64) -> Result<()>;
+    /// Position of the next data or hole at or after `offset`; ENXIO beyond the end.
+    fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64>;
+    /// Copies a range by sharing extents where the offsets allow, by copying elsewhere. Returns
+    /// how many bytes were copied; fewer than `len` at the end of the source.
+    fn copy_range(
+        &self,
+        source: Ino,
+        source_offset: u64,
+        target: Ino,
+        target_offset: u64,
+        len: u64,
+    ) -> Result<u64>;
+
+    /// Makes data, size, attributes and all namespace changes so far durable; with `data_only` at
+    /// least data and size.
+    fn fsync(&self, ino: Ino, data_only: bool) -> Result<()>;
+    /// Makes everything so far durable.
+    fn sync(&self) -> Result<()>;
+
+    /// Calls `each` for the entries after `cookie` (0 to begin) until it returns false or there are
+    /// no more.
+    fn readdir(
+        &self,
+        dir: Ino,
+        cookie: u64,
+        each: &mut dyn FnMut(&DirEntry<'_>) -> bool,
+    ) -> Result<()>;
+    /// As `readdir`, with attributes. Each entry for which `each` returns true, except `.` and
+    /// `..`, adds one to its inode's lookup count. An entry whose inode is damaged comes without
+    /// attributes.
+    fn readdir_plus(
+        &self,
+        dir: Ino,
+        cookie: u64,
+        each: &mut dyn FnMut(&DirEntry<'_>, Option<&Attr>) -> bool,
+    ) -> Result<()>;
+
+    /// The value of an attribute; ENODATA when there is none.
+    fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>>;
+    fn setxattr(&self, ino: Ino, name: &[u8], value: &[u8], mode: XattrMode) -> Result<()>;
+    /// The names, each followed by NUL.
+    fn listxattr(&self, ino: Ino) -> Result<Vec<u8>>;
+    fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<()>;
+
+    /// Name of the pool (`FS_IOC_GETFSLABEL`).
+    fn label(&self) -> Vec<u8>;
+    /// Changes the name of the pool; at most 63 bytes.
+    fn set_label(&self, name: &[u8]) -> Result<()>;
+    /// Discards free space; returns how many bytes were offered to the device.
+    fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64>;
+    /// Stops at once as if power had failed: nothing more is written, every later call fails.
+    fn shutdown(&self);
+}
