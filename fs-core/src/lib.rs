@@ -31,6 +31,7 @@ pub mod btree;
 pub mod buf;
 pub mod error;
 pub mod format;
+pub mod intent;
 pub mod platform;
 pub mod sync;
 pub mod units;
