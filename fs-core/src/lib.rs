@@ -21,7 +21,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 extern crate std;
 
 /// Re-exported so that a kernel module links one `lock_api`.
@@ -32,5 +32,7 @@ pub mod error;
 pub mod format;
 pub mod platform;
 pub mod sync;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod units;
 pub mod vfs;
