@@ -13,9 +13,10 @@
 //! | `btree`, `intent` | the tree; the intent log |
 //! | `txg` | transaction groups, dirty data, waiting |
 //! | `space` | free space and reservations |
-//! | `pool` | chunk map, verified reads, superblock ring |
-//! | `device` | one member |
+//! | [`pool`] | chunk map, verified reads, superblock ring |
+//! | [`device`] | one member |
 //! | [`format`] | bytes on disk |
+//! | [`codec`] | checksums and compression by kind |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
 #![no_std]
 #![deny(unsafe_code)]
@@ -28,9 +29,12 @@ extern crate std;
 pub use lock_api;
 
 pub mod buf;
+pub mod codec;
+pub mod device;
 pub mod error;
 pub mod format;
 pub mod platform;
+pub mod pool;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
