@@ -192,16 +192,16 @@ impl Member {
         self.flush()
     }
 
-    /// Writes the label into both areas, durably, one after the other: after a crash at any moment
-    /// at least one is whole.
+    /// Writes the label into both areas, durably, one after the other and a damaged one first:
+    /// after a crash at any moment at least one is whole.
     ///
     /// # Errors
     /// [`Error::Device`] or [`Error::Memory`].
     pub fn write_labels(&self) -> Result<()> {
         let identity = self.identity.lock();
         let label = identity.to_buf()?.into_slice();
-        for area in self.areas {
-            self.write_at(area, label.clone())?;
+        for area in [self.first_area, 1 - self.first_area] {
+            self.write_at(self.areas[area], label.clone())?;
             self.flush()?;
         }
         Ok(())

@@ -78,8 +78,8 @@ impl Ring {
         }
     }
 
-    /// The newest group any superblock publishes, usable or not. What is written next must be newer,
-    /// or it would lose against what is there.
+    /// The newest group any superblock publishes, usable or not. What is written next must be
+    /// newer, or it would lose against what is there.
     pub fn newest(&self) -> Txg {
         let refused = self.refused.iter().map(|refused| refused.txg);
         self.valid.iter().map(|valid| valid.txg).chain(refused).max().unwrap_or_default()

@@ -1,9 +1,9 @@
 //! Profiles: how a chunk lies on its devices.
 //!
 //! A profile is one implementation of [`Layout`], found by [`of`]. The rest of the pool asks it
-//! where to put a new chunk and which bytes of which device hold a range of a copy; it knows nothing
-//! of stripes itself. A copy is whatever is enough to rebuild the range on its own, so a profile that
-//! cuts a copy over several devices reports several segments.
+//! where to put a new chunk and which bytes of which device hold a range of a copy; it knows
+//! nothing of stripes itself. A copy is whatever is enough to rebuild the range on its own, so a
+//! profile that cuts a copy over several devices reports several segments.
 
 use super::room::Room;
 use crate::format::chunk::{Chunk, Profile, Stripe};

@@ -29,7 +29,8 @@
 //! a crash falls back to maps it.
 //!
 //! Locks, in order: `heal`, `ledger`, `map`, `reported`. Only `heal` is held during transfers, and
-//! only those that repair. Reads take no lock that a write holds for longer than swapping a pointer.
+//! only those that repair. Reads take no lock that a write holds for longer than swapping a
+//! pointer.
 
 mod check;
 mod layout;
@@ -162,8 +163,8 @@ impl Pool {
         (1 << part.ilog2()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
     }
 
-    /// Makes an empty pool on the devices: wipes what was there, writes labels, flushes. There is no
-    /// superblock yet; the first commit writes it.
+    /// Makes an empty pool on the devices: wipes what was there, writes labels, flushes. There is
+    /// no superblock yet; the first commit writes it.
     ///
     /// # Errors
     /// [`Error::TooSmall`], [`Error::ReadOnly`], [`Error::Argument`] for options out of range, and
@@ -366,7 +367,8 @@ impl Pool {
         self.members.iter().try_for_each(|member| member.write_superblock(superblock))
     }
 
-    /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are skipped.
+    /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are
+    /// skipped.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a chunk that is not where it can be, or overlaps another in logical
@@ -401,8 +403,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or when
-    /// there is no room for that the largest power of two for which there is.
+    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or
+    /// when there is no room for that the largest power of two for which there is.
     ///
     /// # Errors
     /// [`Error::NoSpace`], [`Error::ReadOnly`].
@@ -434,8 +436,8 @@ impl Pool {
     /// What the chunk tree of group `txg` must change: CHUNK and DEVICE items, sorted by key. Each
     /// edit is returned once.
     ///
-    /// A chunk made after this call is not in the tree of `txg`, so nothing that `txg` refers to may
-    /// be put there: see [`Pool::is_recorded`].
+    /// A chunk made after this call is not in the tree of `txg`, so nothing that `txg` refers to
+    /// may be put there: see [`Pool::is_recorded`].
     pub fn take_chunk_edits(&self, txg: Txg) -> Vec<ChunkEdit> {
         let mut ledger = self.ledger.lock();
         ledger.take_edits(&self.chunk_map(), &self.members, txg)

@@ -37,8 +37,8 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::Device`] if any copy could not be written, although the others may have been;
-    /// [`Error::Unmapped`] for a run that is not within one chunk, in which case nothing is written;
-    /// [`Error::ReadOnly`].
+    /// [`Error::Unmapped`] for a run that is not within one chunk, in which case nothing is
+    /// written; [`Error::ReadOnly`].
     pub fn write(&self, mut writes: Vec<RunWrite>) -> Result<()> {
         self.check_writable()?;
         let map = self.chunk_map();
