@@ -12,7 +12,7 @@
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
 //! | `txg` | transaction groups, dirty data, waiting |
-//! | `space` | free space and reservations |
+//! | [`space`] | free space and reservations |
 //! | `pool` | chunk map, verified reads, superblock ring |
 //! | `device` | one member |
 //! | [`format`] | bytes on disk |
@@ -31,6 +31,7 @@ pub mod buf;
 pub mod error;
 pub mod format;
 pub mod platform;
+pub mod space;
 pub mod sync;
 pub mod units;
 pub mod vfs;
