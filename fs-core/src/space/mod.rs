@@ -446,6 +446,7 @@ impl Space {
     /// Where the space is.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
+        let room = state.room(&*self.chunks);
         let of = |kind| {
             let totals = state.totals(kind);
             KindUsage {
@@ -459,8 +460,8 @@ impl Space {
             data: of(ChunkKind::Data),
             metadata: of(ChunkKind::Metadata),
             system: of(ChunkKind::System),
-            unallocated_bytes: self.chunks.unallocated_bytes(),
-            reserve_bytes: state.reserve_device_bytes(&*self.chunks),
+            unallocated_bytes: room.unallocated,
+            reserve_bytes: state.reserve_device_bytes(&room),
             reserved_data: state.promised.data,
             reserved_metadata: state.promised.metadata(),
         }
@@ -470,9 +471,8 @@ impl Space {
     /// metadata: what statfs shows as available.
     pub fn available_data(&self) -> u64 {
         let state = self.state.lock();
-        let reserve = state.reserve(&*self.chunks);
-        let metadata = state.promised.metadata().saturating_add(reserve);
         let room = state.room(&*self.chunks);
+        let metadata = state.promised.metadata().saturating_add(state.reserve(&room));
         room.data_that_fits(metadata).saturating_sub(state.promised.data)
     }
 
@@ -490,11 +490,11 @@ impl Space {
     fn promise(&self, data: u64, metadata: u64, class: Class) -> Result<()> {
         let mut state = self.state.lock();
         let sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
+        let room = state.room(&*self.chunks);
         let reserve = match class {
-            Class::Normal => state.reserve(&*self.chunks),
+            Class::Normal => state.reserve(&room),
             Class::Delete | Class::Admin => 0,
         };
-        let room = state.room(&*self.chunks);
         if data + metadata > 0 && !room.fits(sum.data, sum.metadata().saturating_add(reserve)) {
             return Err(Error::NoSpace);
         }
