@@ -39,23 +39,24 @@
 //! published tree are the truth; a region's bitmap in memory is a cache of
 //!
 //! ```text
-//! busy = used(p) + taken by unpublished groups + freed by unreleased groups               (3)
+//! busy = used(p) + taken by unpublished groups + freed by published, unreleased groups    (3)
 //! ```
 //!
-//! where *p* is the published group; "freed by unreleased" includes what is being discarded. All
-//! three are unions, so it does not matter in which order they are built up. So a bitmap may be
-//! evicted at any time, and rebuilt whenever the lists are seen together with the tree they belong
-//! to. Every event keeps (3) for the bitmaps that are in memory:
+//! where *p* is the published group; "unreleased" includes what is being discarded. All three are
+//! unions, so it does not matter in which order they are built up. (What unpublished groups freed
+//! is in the first or the second part.) So a bitmap may be evicted at any time, and rebuilt whenever
+//! the lists are seen together with the tree they belong to. Every event keeps (3) for the bitmaps
+//! that are in memory:
 //!
 //! - *allocate, take*: the sectors enter a group's list and the bitmap in one step under the lock.
 //! - *free*: what is freed is in (3) already, through its first or second part; the bitmap stays.
 //! - *cut*: the group's list is divided in two; both halves count. Nothing changes.
-//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, which loses *freed(n)* and
-//!   gains *taken(n) - freed(n)*; but *freed(n)* is still in the third part, and *taken(n)* leaves
-//!   the second. By (2) the union is the same: nothing changes.
+//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, so it gains *taken(n)* and
+//!   loses *freed(n)*; *taken(n)* leaves the second part, *freed(n)* enters the third. By (2) the
+//!   union is the same: nothing changes.
 //! - *release*: the ranges leave `pending` for `releasing`, both in the third part. After the discard
 //!   each batch leaves `releasing` and is cleared in the bitmaps in one step under the lock. It is
-//!   in no other part: it was used by none since it was freed, and could not be taken again.
+//!   in no other part: nobody used it since it was freed, and it could not be taken again.
 //! - *chunk dropped*: none of its sectors is in (3); it leaves with its bitmaps.
 //!
 //! A load reads the published tree *without* the lock, because that is I/O. It notes the number of

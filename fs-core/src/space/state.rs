@@ -228,17 +228,16 @@ impl State {
         };
         for deltas in self.groups.values().flat_map(Group::deltas) {
             mark(&deltas.taken);
-            mark(&deltas.freed);
         }
         self.pending.values().for_each(&mut mark);
         mark(&self.releasing);
         Ok(bits)
     }
 
-    /// Puts a bitmap that was read from the published tree in its place, unless it came too late.
+    /// Puts a bitmap of the published tree in its place, unless another load was faster.
     pub fn install(&mut self, wanted: &Wanted, item: Option<&[u8]>) -> Result<()> {
         let Some(chunk) = self.chunks.get(&wanted.chunk) else { return Ok(()) };
-        if wanted.generation != self.generation || chunk.bits(wanted.region).is_some() {
+        if chunk.bits(wanted.region).is_some() {
             return Ok(());
         }
         let bits = self.rebuild(chunk, wanted.region, item)?;

@@ -32,6 +32,8 @@ struct FakePool {
     next: Mutex<u64>,
     discarded: Mutex<Vec<Run>>,
     discards_fail: bool,
+    /// Happens during the next discard.
+    event: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl FakePool {
@@ -43,6 +45,7 @@ impl FakePool {
             next: Mutex::new(chunk_bytes),
             discarded: Mutex::new(Vec::new()),
             discards_fail: false,
+            event: Mutex::new(None),
         }
     }
 
@@ -112,6 +115,10 @@ impl ChunkSource for FakePool {
 
     fn discard(&self, run: Run) -> Result<()> {
         self.discarded.lock().push(run);
+        let event = self.event.lock().take();
+        if let Some(event) = event {
+            event();
+        }
         if self.discards_fail {
             return Err(Error::Failed);
         }
@@ -866,6 +873,93 @@ fn space_is_discarded_before_it_is_free_and_a_failed_discard_does_not_leak_it() 
 }
 
 #[test]
+fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_again() {
+    let mut world = World::new(MIB, MIB, 64);
+    world.space.set_discard(true);
+    let run = allocate(&world, ChunkKind::Data, MIB);
+    world.groups[0].taken.extend(sectors(run));
+    world.publish();
+    world.space.free(run, world.txg(0));
+    world.groups[0].freed.extend(sectors(run));
+    world.publish();
+    let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
+    *world.pool.event.lock() = Some(Box::new(move || {
+        space.trim();
+        let early = space.allocate(ChunkKind::Data, NODE, NODE, txg, &*tree);
+        assert_eq!(early, Err(Error::NoSpace));
+    }));
+    world.release(0);
+    assert_eq!(*world.pool.discarded.lock(), [run]);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB), run);
+}
+
+#[test]
+fn a_chunk_made_for_the_open_group_serves_the_one_being_written() {
+    let mut world = World::new(MIB, 4 * MIB, 64);
+    // Room for one data chunk, and the reserve's.
+    let filler = allocate(&world, ChunkKind::Data, MIB);
+    world.groups[0].taken.extend(sectors(filler));
+    let mut older = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
+    let mut younger = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
+    assert_eq!(world.space.available_data(), 0);
+    spend_data(&mut world, &mut younger, 128, 1);
+    spend_data(&mut world, &mut older, 128, 0);
+    assert_eq!((older.data(), younger.data()), (0, 0));
+}
+
+/// Data chunks of which only the first holds anything, at a time when nothing is unallocated.
+fn emptied(chunks: usize) -> (World, Vec<Run>) {
+    let mut world = World::new(MIB, chunks as u64 * MIB, 64);
+    let runs: Vec<Run> = (0..chunks).map(|_| allocate(&world, ChunkKind::Data, MIB)).collect();
+    for run in &runs {
+        world.groups[0].taken.extend(sectors(*run));
+    }
+    world.cut();
+    // After the cut: the tree says used, the residue knows better.
+    for run in &runs[1..] {
+        world.space.free(*run, world.txg(0));
+        world.groups[0].freed.extend(sectors(*run));
+    }
+    world.publish();
+    world.release(0);
+    (world, runs)
+}
+
+#[test]
+fn dropping_a_chunk_deletes_the_bitmaps_that_only_the_residue_cleared() {
+    let (mut world, runs) = emptied(4);
+    let gone = world.space.drop_empty(world.txg(0), &*world.tree).unwrap();
+    // Two make room for any chunk; the third stays.
+    assert_eq!(gone, [runs[1].addr, runs[2].addr]);
+    assert!(world.tree.bitmap(gone[0]).unwrap().is_some());
+    world.publish();
+    for chunk in gone {
+        assert!(!world.tree.items.lock().contains_key(&cut::summary_key(chunk)));
+        assert!(world.tree.bitmap(chunk).unwrap().is_none());
+    }
+    world.crash();
+    world.check();
+}
+
+#[test]
+fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
+    let (world, runs) = emptied(4);
+    let promise = world.space.reserve(2 * MIB, 0, Class::Admin).unwrap();
+    let gone = world.space.drop_empty(world.txg(0), &*world.tree).unwrap();
+    assert_eq!(gone, [runs[1].addr]);
+    drop(promise);
+}
+
+#[test]
+fn nodes_step_back_into_line_after_a_block_of_another_size() {
+    let world = World::new(MIB, 4 * MIB, 64);
+    allocate(&world, ChunkKind::Metadata, SECTOR_BYTES);
+    let node = allocate(&world, ChunkKind::Metadata, NODE);
+    assert_eq!(node.addr.0 % NODE, 0);
+    assert_eq!(allocate(&world, ChunkKind::Metadata, NODE).addr, node.end());
+}
+
+#[test]
 fn an_empty_chunk_goes_back_when_the_other_kind_starves() {
     let mut world = World::new(MIB, 4 * MIB, 64);
     let runs: Vec<Run> = (0..4).map(|_| allocate(&world, ChunkKind::Data, MIB)).collect();
@@ -1007,6 +1101,18 @@ fn a_lying_summary_never_makes_used_sectors_free() {
             Err(error) => assert!(matches!(error, Error::Corrupt { .. }), "{error:?}"),
         }
     }
+}
+
+#[test]
+fn a_chunk_that_only_claims_to_be_empty_is_not_dropped() {
+    let (mut world, _) = emptied(4);
+    let options = Options { published: world.published, ..Options::default() };
+    world.space = Arc::new(Space::new(world.pool.clone(), options));
+    for chunk in world.pool.chunks_at(world.published) {
+        world.space.add_chunk(&chunk, 0).unwrap();
+    }
+    // No residue: the tree alone says that everything is used.
+    assert_eq!(world.space.drop_empty(world.txg(0), &*world.tree).unwrap(), []);
 }
 
 #[test]
