@@ -12,15 +12,9 @@
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
 //! | `txg` | transaction groups, dirty data, waiting |
-<<<<<<< HEAD
-//! | `space` | free space and reservations |
+//! | [`space`] | free space and reservations |
 //! | [`pool`] | chunk map, verified reads, superblock ring |
 //! | [`device`] | one member |
-=======
-//! | [`space`] | free space and reservations |
-//! | `pool` | chunk map, verified reads, superblock ring |
-//! | `device` | one member |
->>>>>>> w-space
 //! | [`format`] | bytes on disk |
 //! | [`codec`] | checksums and compression by kind |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |

@@ -14,7 +14,8 @@ use crate::format::superblock::Superblock;
 use crate::subvol::extents::{resolve, Resolved};
 use crate::subvol::inode::Inode;
 use crate::subvol::store::{GroupDebts, Result};
-use crate::subvol::{DataDelta, Subvol, View};
+use crate::subvol::store::View;
+use crate::subvol::{DataDelta, Subvol};
 use crate::txg::slot;
 use crate::units::{sector_round, TreeId, Txg};
 use alloc::sync::{Arc, Weak};
@@ -168,12 +169,14 @@ impl Engine {
             store.space.free(run_of(residue), txg);
         }
 
+        self.log.begin(store, txg);
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
         store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
-        let space_tree = *store.space_tree.read();
+        let space_tree = store.space_view().tree;
         let need = self.space_tree_bytes(&space_tree, txg);
         store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
+        store.space.seal_chunks(txg);
         let chunk_edits = to_edits(store.pool.take_chunk_edits(txg));
         let chunk = old.chunk.apply(sink, &chunk_edits)?;
         let mut dead_nodes = sink.take_freed();
@@ -254,9 +257,12 @@ impl Engine {
         superblock: Superblock,
     ) {
         let store = &*self.store;
+        let mut old_view = None;
         store.space.published(txg, written.residue, || {
-            *store.space_tree.write() = written.space_tree;
+            old_view = Some(store.swap_space_view(txg, written.space_tree));
         });
+        committer.views.extend(old_view.iter().map(Arc::downgrade));
+        drop(old_view);
         store.pool.published(txg);
         committer.roots = written.roots;
         committer.superblock = superblock;
@@ -273,7 +279,8 @@ impl Engine {
         }
         store.intents.published(txg);
         self.log.published(store, txg);
-        let kept = self.reserved[slot(txg)].lock().take();
+        self.settle_promises();
+        let kept = core::mem::take(&mut *self.reserved[slot(txg)].lock());
         drop(kept);
         store.groups.publish(txg);
         self.release_views(committer);

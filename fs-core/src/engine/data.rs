@@ -396,7 +396,8 @@ fn put(store: &Store, task: &Task, window: &Window, at: u64, extent: &Extent) {
     store.add_garbage(task.txg, garbage);
 }
 
-fn run_of(extent: &Extent) -> Option<Run> {
+/// The run an extent names.
+pub fn run_of(extent: &Extent) -> Option<Run> {
     match extent {
         Extent::Plain { addr, len, .. } => Some(Run { addr: *addr, bytes: *len }),
         Extent::Packed { blob, .. } => Some(Run { addr: blob.addr, bytes: blob.allocated() }),

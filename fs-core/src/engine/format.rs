@@ -134,12 +134,11 @@ pub fn format(
         committer.pool_edits = settings_items(&settings);
         engine.commit_group(&mut committer, true)?;
     }
-    let usage = engine.store.space.usage();
-    let device_bytes = pool.members().iter().map(|m| m.bytes()).sum();
+    let device_bytes = pool.members().iter().map(|m| m.identity().bytes).sum();
     Ok(FormatSummary {
         pool_id: pool.pool_id(),
         device_bytes,
-        available_bytes: usage.available,
+        available_bytes: engine.room().available,
         chunk_bytes: pool.chunk_bytes(),
         node_bytes: options.node_bytes,
     })

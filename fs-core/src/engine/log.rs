@@ -12,7 +12,6 @@
 use crate::buf::{Buf, Slice};
 use crate::engine::{data, Engine};
 use crate::error::Error;
-use crate::format::chunk::ChunkKind;
 use crate::format::extent::Extent;
 use crate::format::key::{kind, Key};
 use crate::format::log::{LogRecord, RangeContent, Record};
@@ -32,8 +31,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Bytes of a segment.
-const SEGMENT_BYTES: u64 = 1 << 20;
+/// Bytes of a segment in a pool of usual size.
+const SEGMENT_BYTES: u64 = 4 << 20;
 /// Dirty bytes of a file up to which they go into the log itself; more are written in place first.
 const LOG_DATA_MAX: u64 = 64 << 10;
 
@@ -59,6 +58,8 @@ struct Writer {
     named: bool,
     /// Whether the superblock being written does.
     naming: bool,
+    /// Whether somebody synced a file since the pool was opened.
+    wanted: bool,
     /// Where frames begin, and the newest group of which they hold records.
     written: VecDeque<(LogStart, Txg)>,
 }
@@ -71,6 +72,7 @@ impl Log {
                 frames: LogWriter::new(pool_id, None),
                 named: false,
                 naming: false,
+                wanted: false,
                 written: VecDeque::new(),
             }),
             waiting: Mutex::new(Vec::new()),
@@ -92,6 +94,16 @@ impl Log {
         let start = first.map(|(start, _)| *start).or_else(|| writer.frames.position());
         writer.naming = start.is_some();
         start
+    }
+
+    /// Before the cut of group `txg`: makes a place for frames ready if one is wanted, so that the
+    /// group's superblock can name it. Without room there is no log, and fsync commits.
+    pub fn begin(&self, store: &Store, txg: Txg) {
+        let mut writer = self.writer.lock();
+        if writer.wanted && writer.frames.position().is_none() {
+            let place = LogPlace { store, txg: Some(txg) };
+            let _ = writer.frames.begin(&place, txg);
+        }
     }
 
     /// Group `txg` is published: frames with nothing newer are not needed any more.
@@ -135,19 +147,44 @@ fn free_segments(store: &Store, segments: Vec<Run>) {
     }
 }
 
-impl LogStore for Store {
+/// Where frames go: data chunks that the published chunk tree has, so that replay finds them.
+pub(super) struct LogPlace<'a> {
+    store: &'a Store,
+    /// The group to take segments for; the open one when not given.
+    txg: Option<Txg>,
+}
+
+impl<'a> LogPlace<'a> {
+    /// For frames written while groups come and go.
+    pub fn new(store: &'a Store) -> LogPlace<'a> {
+        LogPlace { store, txg: None }
+    }
+}
+
+impl LogStore for LogPlace<'_> {
     fn read(&self, run: Run) -> Result<Buf> {
-        self.pool.read_run(run, 0)
+        self.store.pool.read_run(run, 0)
     }
 
     fn write(&self, at: Logical, buf: Slice) -> Result<()> {
-        self.pool.write(alloc::vec![RunWrite { addr: at, bufs: alloc::vec![buf] }])
+        self.store.pool.write(alloc::vec![RunWrite { addr: at, bufs: alloc::vec![buf] }])
     }
 
     fn allocate_segment(&self) -> Result<Run> {
+        let store = self.store;
+        let least = self.segment_bytes_min();
         // The handle keeps the group from being cut while it gets the segment.
-        let handle = self.groups.enter();
-        self.space.allocate(ChunkKind::Data, SEGMENT_BYTES, SEGMENT_BYTES / 4, handle.txg(), self)
+        let handle = if self.txg.is_none() { Some(store.groups.enter()) } else { None };
+        let txg = handle.as_ref().map(|handle| handle.txg()).or(self.txg).unwrap_or_default();
+        store.space.allocate_published(SEGMENT_BYTES.max(least), least, txg, store)
+    }
+
+    fn segment_bytes_min(&self) -> u64 {
+        (self.store.pool.chunk_bytes() / 4).clamp(64 << 10, 1 << 20)
+    }
+
+    fn blake3(&self, bytes: &[u8]) -> [u8; 32] {
+        self.store.platform.codecs.blake3(bytes)
     }
 }
 
@@ -250,36 +287,31 @@ impl Engine {
     }
 
     fn write_frame(&self, requests: Vec<Request>) -> Result<(), Trouble> {
-        if !self.log_is_named()? {
-            return Err(Trouble::NeedsCommit);
+        {
+            let mut writer = self.log.writer.lock();
+            if !writer.named {
+                // The next group's superblock will name a place for frames.
+                writer.wanted = true;
+                return Err(Trouble::NeedsCommit);
+            }
         }
         let payload = self.collect(requests)?;
         if payload.count == 0 {
             return Ok(());
         }
         let mut writer = self.log.writer.lock();
-        if payload.bytes.len() > writer.frames.max_payload() {
+        let place = LogPlace::new(&self.store);
+        if payload.bytes.len() > LogWriter::max_payload(&place) {
             return Err(Trouble::NeedsCommit);
         }
-        writer.frames.prepare(&*self.store, payload.bytes.len())?;
         let start = writer.frames.position().ok_or(Trouble::NeedsCommit)?;
         // Known before it is on the device: a group that is published meanwhile must not begin
         // replay after this frame.
         writer.written.push_back((start, payload.newest));
-        writer.frames.append(&*self.store, &payload.bytes, payload.count)?;
+        writer.frames.append(&place, &payload.bytes, payload.count)?;
         drop(writer);
         self.store.pool.flush()?;
         Ok(())
-    }
-
-    /// Whether replay would find a frame written now. If not, a segment is made ready, so that the
-    /// next group's superblock names it.
-    fn log_is_named(&self) -> Result<bool> {
-        let mut writer = self.log.writer.lock();
-        if !writer.named && writer.frames.position().is_none() {
-            writer.frames.prepare(&*self.store, 0)?;
-        }
-        Ok(writer.named)
     }
 
     /// What the requested files and the namespace need to be durable.
@@ -296,6 +328,9 @@ impl Engine {
                 Some(inode) => {
                     self.write_large(&subvol, &inode)?;
                     let mut state = inode.state.write();
+                    if !self.is_replayable(&state) {
+                        return Err(Trouble::NeedsCommit);
+                    }
                     self.take_intents(&mut payload, &mut todo)?;
                     collect_inode(&mut payload, tree, &inode, &mut state);
                 }
@@ -319,6 +354,20 @@ impl Engine {
         }
         todo.extend(needed);
         Ok(())
+    }
+
+    /// Whether everything a log record of the inode would name could be found after a crash: the
+    /// chunk map it would be found by is the published one.
+    fn is_replayable(&self, state: &State) -> bool {
+        let known = |map: &RangeMap| {
+            map.iter().all(|(_, piece)| match &piece.content {
+                Content::Written(extent) | Content::Shared(extent) => {
+                    data::run_of(extent).is_none_or(|run| self.store.space.is_published(run))
+                }
+                _ => true,
+            })
+        };
+        known(&state.ranges) && state.aside.as_ref().is_none_or(|aside| known(&aside.ranges))
     }
 
     /// Writes a file's bytes to their place when they are too many for the log.

@@ -34,6 +34,7 @@ pub use open::{open, OpenOptions};
 
 use crate::btree::Tree;
 use crate::error::{Error, Incident};
+use crate::format::chunk::ChunkKind;
 use crate::format::ptr::BlockPtr;
 use crate::format::superblock::Superblock;
 use crate::space::{Class, Reservation};
@@ -62,6 +63,17 @@ pub struct Roots {
     pub residue: Option<BlockPtr>,
 }
 
+/// Room in a pool, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// All there is.
+    pub total: u64,
+    /// What is free, including what only deletes may use.
+    pub free: u64,
+    /// What a writer can still store, before compression.
+    pub available: u64,
+}
+
 /// An open pool.
 pub struct Engine {
     /// What all subvolumes share.
@@ -71,7 +83,9 @@ pub struct Engine {
     committer: Mutex<commit::Committer>,
     log: log::Log,
     reclaim: Mutex<VecDeque<(TreeId, Ino)>>,
-    reserved: [Mutex<Option<Reservation>>; SLOTS],
+    reserved: [Mutex<Vec<Reservation>>; SLOTS],
+    /// Room that fallocate promised.
+    promised: Mutex<Option<Reservation>>,
     /// Uptime at which the open group gets old.
     commit_due_ns: AtomicU64,
     commit_ns: u64,
@@ -200,11 +214,75 @@ impl Engine {
     /// Keeps an operation's reservation until the group it entered is published.
     pub fn keep(&self, txg: Txg, reservation: Reservation) {
         let mut kept = self.reserved[slot(txg)].lock();
-        match kept.as_mut() {
-            Some(all) if all.class() == reservation.class() => all.join(reservation),
-            Some(_) => drop(reservation),
-            None => *kept = Some(reservation),
+        match kept.iter_mut().find(|all| all.class() == reservation.class()) {
+            Some(all) => all.join(reservation),
+            None => kept.push(reservation),
         }
+    }
+
+    /// Keeps as much room reserved as files have been promised by the published group.
+    fn settle_promises(&self) {
+        let total = self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum();
+        let mut promised = self.promised.lock();
+        let held = promised.as_ref().map_or(0, Reservation::data);
+        if held > total {
+            if let Some(all) = promised.as_mut() {
+                all.shrink(held - total, 0);
+            }
+        } else if let Ok(more) = self.store.space.reserve(total - held, 0, Class::Admin) {
+            match promised.as_mut() {
+                Some(all) => all.join(more),
+                None => *promised = Some(more),
+            }
+        }
+    }
+
+    /// Takes `data` bytes out of what is reserved for promises, for a write into promised room.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] when not so much is promised.
+    pub fn spend_promise(&self, data: u64) -> Result<Reservation> {
+        let mut promised = self.promised.lock();
+        match promised.as_mut() {
+            Some(all) if all.data() >= data => Ok(all.split(data, 0)),
+            _ => Err(Error::NoSpace),
+        }
+    }
+
+    /// What statfs shows: all room, what is free, and what a writer can still store, in bytes.
+    pub fn room(&self) -> Room {
+        let space = &self.store.space;
+        let (usage, pool) = (space.usage(), &self.store.pool);
+        let copies = pool.profile(ChunkKind::Metadata).copies();
+        let metadata = (usage.metadata.chunk_bytes + usage.system.chunk_bytes) * copies;
+        let available = space.available_data();
+        Room {
+            total: usage.data.chunk_bytes + metadata + usage.unallocated_bytes,
+            free: available + usage.reserve_bytes,
+            available,
+        }
+    }
+
+    /// Changes the name of the pool.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a name that is too long, errors of the devices.
+    pub fn set_name(&self, name: &[u8]) -> Result<()> {
+        self.store.writable()?;
+        self.store.pool.set_name(format::name_field(name)?)
+    }
+
+    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are free,
+    /// in runs of at least `min_len` bytes. Returns how many bytes that were.
+    ///
+    /// # Errors
+    /// Errors of the device or the space tree.
+    pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
+        self.store.writable()?;
+        self.commit()?;
+        self.release();
+        let _ = (offset, len, min_len);
+        Err(crate::error::Errno::OpNotSupp.into())
     }
 
     /// Stops publishing for good and tells the administrator why.

@@ -18,7 +18,7 @@ use crate::format::space::{Residue, SummaryItem};
 use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform};
 use crate::pool::{Pool, PoolOptions};
-use crate::space::{ChunkSource, Space, SpaceOptions};
+use crate::space::{self, ChunkSource, Space};
 use crate::subvol::store::{DataSettings, Result, Store, StoreParts};
 use crate::subvol::Subvol;
 use crate::sync::{Mutex, RwLock};
@@ -39,7 +39,7 @@ pub struct OpenOptions {
     /// Open the pool as of this group. Only with `read_only`.
     pub max_txg: Option<Txg>,
     /// Bytes of tree nodes to keep in memory.
-    pub cache_bytes: u64,
+    pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,
     /// Longest time a change stays uncommitted, in seconds.
@@ -119,7 +119,7 @@ pub(super) struct Parts {
     pub superblock: Superblock,
     pub subvols: Vec<(TreeId, SubvolItem)>,
     pub settings: DataSettings,
-    pub cache_bytes: u64,
+    pub cache_bytes: usize,
     pub dirty_bytes: u64,
     pub commit_seconds: u64,
     pub read_only: bool,
@@ -130,7 +130,14 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
     let Parts { platform, pool, superblock, .. } = parts;
     let space_tree = Tree { id: TreeId::SPACE, root: superblock.space_root };
     let chunks: Arc<dyn ChunkSource> = pool.clone();
-    let space = Arc::new(Space::new(chunks, SpaceOptions::default()));
+    let space = Arc::new(Space::new(
+        chunks,
+        space::Options {
+            published: superblock.txg,
+            metadata_unit: u64::from(superblock.node_bytes),
+            ..space::Options::default()
+        },
+    ));
     let store = Arc::new(Store::new(StoreParts {
         platform: platform.clone(),
         pool: pool.clone(),
@@ -159,7 +166,8 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         committer: Mutex::new(Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::new(VecDeque::new()),
-        reserved: core::array::from_fn(|_| Mutex::new(None)),
+        reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
+        promised: Mutex::new(None),
         commit_due_ns: AtomicU64::new(platform.clock.uptime_ns().saturating_add(commit_ns)),
         commit_ns,
         wanted: AtomicBool::new(false),
@@ -270,6 +278,7 @@ impl Engine {
             });
         }
         *self.subvols.write() = subvols;
+        self.settle_promises();
         Ok(())
     }
 

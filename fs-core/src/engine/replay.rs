@@ -8,6 +8,7 @@
 //! - A range that names an extent is believed only after its data was read and verified: the frame may
 //!   have reached the device when the data had not. Replay ends there, as it ends at a torn frame.
 
+use crate::engine::log::LogPlace;
 use crate::engine::Engine;
 use crate::error::{Error, Incident};
 use crate::format::extent::Extent;
@@ -45,7 +46,9 @@ impl Engine {
     /// Errors of the device or the trees; a torn or stale frame is no error but the end.
     pub(super) fn replay(&self, start: &LogStart) -> Result<u64> {
         let store = &*self.store;
-        let segments = intent::scan(store, store.pool.pool_id(), start, &mut |_| Ok(true))?.segments;
+        let place = LogPlace::new(store);
+        let pool_id = store.pool.pool_id();
+        let segments = intent::scan(&place, pool_id, start, &mut |_| Ok(true))?.segments;
         let mut replay = Replay {
             engine: self,
             handle: store.groups.enter(),
@@ -56,7 +59,14 @@ impl Engine {
         for run in &segments {
             replay.pin_segment(*run)?;
         }
-        intent::scan(store, store.pool.pool_id(), start, &mut |record| replay.apply(record))?;
+        let end = intent::scan(&place, pool_id, start, &mut |record| replay.apply(record))?;
+        if let Some(error) = end.unreadable {
+            store.platform.report.incident(&Incident::Lost {
+                addr: end.position.segment.addr,
+                bytes: end.position.segment.bytes,
+                error,
+            });
+        }
         let applied = replay.applied;
         if applied > 0 {
             store.platform.report.incident(&Incident::Replayed { records: applied });

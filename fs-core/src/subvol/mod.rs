@@ -48,6 +48,7 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::SubvolItem;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::overlay::Overlay;
+pub use crate::subvol::store::View;
 use crate::subvol::store::{Result, Store};
 use crate::subvol::table::Table;
 use crate::sync::{Mutex, RwLock};
@@ -56,14 +57,6 @@ use crate::units::{Ino, TreeId, Txg};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-
-/// A published tree that somebody reads. As long as it is held, nothing it reaches is reused.
-pub struct View {
-    /// Group that published it.
-    pub txg: Txg,
-    /// The tree.
-    pub tree: Tree,
-}
 
 /// A subvolume in memory.
 pub struct Subvol {

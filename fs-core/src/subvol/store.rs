@@ -7,6 +7,7 @@
 use crate::btree::cache::NodeCache;
 use crate::btree::{Node, NodeSource, Tree};
 use crate::error::Error;
+use crate::format::key::{kind, Key};
 use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
 use crate::format::space::Run;
 use crate::platform::{Platform, Timestamp};
@@ -63,12 +64,19 @@ pub struct Store {
     pub hash_secret: [u8; 16],
     /// Bytes of a tree node.
     pub node_bytes: usize,
-    /// Published root of the space tree.
-    pub space_tree: RwLock<Tree>,
+    space_view: RwLock<Arc<View>>,
     debts: [Mutex<GroupDebts>; SLOTS],
     settings: [AtomicU8; 3],
     failed: AtomicBool,
     read_only: AtomicBool,
+}
+
+/// A published tree that somebody reads. As long as it is held, nothing it reaches is reused.
+pub struct View {
+    /// Group that published it.
+    pub txg: Txg,
+    /// The tree.
+    pub tree: Tree,
 }
 
 /// Parts of a new [`Store`].
@@ -88,7 +96,7 @@ pub struct StoreParts {
     /// Published root of the space tree.
     pub space_tree: Tree,
     /// Bytes of nodes to keep in memory.
-    pub cache_bytes: u64,
+    pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,
     /// How new data is stored.
@@ -110,7 +118,10 @@ impl Store {
             intents: Intents::default(),
             hash_secret: parts.hash_secret,
             node_bytes: parts.node_bytes,
-            space_tree: RwLock::new(parts.space_tree),
+            space_view: RwLock::new(Arc::new(View {
+                txg: parts.published,
+                tree: parts.space_tree,
+            })),
             debts: core::array::from_fn(|_| Mutex::new(GroupDebts::default())),
             settings: [const { AtomicU8::new(0) }; 3],
             failed: AtomicBool::new(false),
@@ -118,6 +129,16 @@ impl Store {
         };
         store.set_settings(parts.settings);
         store
+    }
+
+    /// The published space tree.
+    pub fn space_view(&self) -> Arc<View> {
+        self.space_view.read().clone()
+    }
+
+    /// Group `txg` is published with this space tree. Returns the view before.
+    pub fn swap_space_view(&self, txg: Txg, tree: Tree) -> Arc<View> {
+        core::mem::replace(&mut *self.space_view.write(), Arc::new(View { txg, tree }))
     }
 
     /// How new data is stored, unless the subvolume or file says otherwise.
@@ -224,8 +245,8 @@ impl NodeSource for Store {
 
 impl BitmapSource for Store {
     fn bitmap(&self, region: Logical) -> Result<Option<Vec<u8>>> {
-        let tree = self.space_tree.read().clone();
-        let key = crate::format::key::Key::new(region.0, crate::format::key::kind::SPACE_BITMAP, 0);
-        Ok(tree.lookup(self, &key)?.map(|value| value.to_vec()))
+        let view = self.space_view();
+        let key = Key::new(region.0, kind::SPACE_BITMAP, 0);
+        Ok(view.tree.lookup(self, &key)?.map(|value| value.to_vec()))
     }
 }

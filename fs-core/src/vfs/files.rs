@@ -10,7 +10,7 @@ use crate::error::{Errno, Error};
 use crate::format::extent::{Extent, FILE_BYTES_MAX};
 use crate::format::inode::flag;
 use crate::pool::{DataRead, DataSource};
-use crate::space::Class;
+use crate::space::{Class, Reservation};
 use crate::subvol::change::Change;
 use crate::subvol::extents::{Place, Segment, INLINE_LIMIT};
 use crate::subvol::inode::{Inode, State};
@@ -290,6 +290,35 @@ impl Volume {
             self.write_early(&inode);
         }
         Ok(at)
+    }
+
+    /// Room for a write into a range that fallocate promised, when there is no other.
+    fn promised_room(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        len: u64,
+        items: u64,
+    ) -> Result<Reservation> {
+        let end = offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX);
+        let end = sector_round(end.ok_or(Error::Posix(Errno::FBig))?);
+        let start = align_down(offset, SECTOR_BYTES);
+        {
+            let state = inode.state.read();
+            check_file(&state)?;
+            let view = self.subvol.view();
+            let segments = self.subvol.layout(&view.tree, inode.ino, &state, start, end)?;
+            let promised = |s: &Segment| matches!(s.place, Place::Zeros { promised: true });
+            if !segments.iter().all(promised) {
+                return Err(Error::NoSpace);
+            }
+        }
+        let metadata = self.reserve(0, items, Class::Admin)?;
+        let data = self.engine.spend_promise(end - start)?;
+        // Of one class, so they can be kept as one.
+        let mut both = metadata;
+        both.join(data);
+        Ok(both)
     }
 
     /// Fills the parts of the first and last sector that a write leaves alone.

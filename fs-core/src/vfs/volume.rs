@@ -229,15 +229,15 @@ impl Filesystem for Volume {
     }
 
     fn statfs(&self) -> Result<StatFs> {
-        let usage = self.engine.store.space.usage();
+        let room = self.engine.room();
         let inodes = self.subvol.inodes();
         Ok(StatFs {
-            total_bytes: usage.total,
-            free_bytes: usage.free,
-            available_bytes: usage.available,
+            total_bytes: room.total,
+            free_bytes: room.free,
+            available_bytes: room.available,
             inodes,
             // An inode takes about this much metadata.
-            free_inodes: usage.available / 512,
+            free_inodes: room.available / 512,
             id: self.engine.store.pool.pool_id(),
         })
     }
