@@ -222,10 +222,12 @@ impl Ledger {
 
     /// Group `txg` is on disk: what it dropped is gone. Returns the map without it, if it changed.
     pub fn published(&mut self, map: &ChunkMap, txg: Txg) -> Option<ChunkMap> {
-        let gone: BTreeSet<Logical> = self
+        let is_gone = |drop: &Dropped| drop.txg <= txg && drop.erased;
+        // Ascending, as the map of drops is.
+        let gone: Vec<Logical> = self
             .dropped
             .iter()
-            .filter(|(_, drop)| drop.txg <= txg && drop.erased)
+            .filter(|(_, drop)| is_gone(drop))
             .map(|(logical, _)| *logical)
             .collect();
         if gone.is_empty() {
@@ -238,7 +240,7 @@ impl Ledger {
                 self.rooms[usize::from(stripe.device)].give_back(stripe.at, stripe.bytes);
             }
         }
-        Some(map.without(|chunk| gone.contains(&chunk.logical)))
+        Some(map.without(|chunk| gone.binary_search(&chunk.logical).is_ok()))
     }
 }
 

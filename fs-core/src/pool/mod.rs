@@ -226,22 +226,33 @@ impl Pool {
             probed.into_iter().map(|(device, probe)| Member::new(device, &probe)).collect();
         let mut ring = Ring::default();
         members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
-        let superblock = choose(&ring, options.max_txg)?.clone();
-        check_superblock(&superblock, &members, options.read_only)?;
+        let superblock = choose(&ring, options.max_txg)?;
+        check_superblock(superblock, &members, options.read_only)?;
+        let pool = Pool::found(platform, members, &ring, superblock, options.read_only);
+        *pool.damaged.lock() = damaged;
+        pool.add_chunks(superblock.system_chunks.iter().cloned())?;
+        Ok((pool, superblock.clone()))
+    }
+
+    /// The pool that `superblock` describes, without chunks.
+    fn found(
+        platform: Platform,
+        members: Vec<Member>,
+        ring: &Ring,
+        superblock: &Superblock,
+        read_only: bool,
+    ) -> Pool {
         // Addresses of chunks are never used twice, not even by a pool that went back in time.
         let next_chunk = ring.valid.iter().map(|valid| valid.next_chunk).max().unwrap_or_default();
         let settings = Settings {
-            pool_id,
+            pool_id: superblock.pool_id,
             node_bytes: superblock.node_bytes,
             data_profile: superblock.data_profile,
             metadata_profile: superblock.metadata_profile,
             chunk_bytes: superblock.chunk_bytes,
             newest_txg: ring.newest(),
         };
-        let pool = Pool::assemble(platform, members, settings, options.read_only, next_chunk);
-        *pool.damaged.lock() = damaged;
-        pool.add_chunks(superblock.system_chunks.iter().cloned())?;
-        Ok((pool, superblock))
+        Pool::assemble(platform, members, settings, read_only, next_chunk)
     }
 
     fn assemble(
@@ -607,7 +618,7 @@ fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Vec<(DeviceRef,
         }
         probed.push((device, found));
     }
-    probed.sort_by_key(|(_, probe)| probe.identity.index);
+    probed.sort_unstable_by_key(|(_, probe)| probe.identity.index);
     if probed.is_empty() {
         return Err(Error::Argument { what: "a pool needs a device" });
     }

@@ -13,8 +13,7 @@
 //!
 //! - what it writes has just been verified against the same checksum;
 //! - what it writes over was found bad, and is read again under the `heal` lock, so that two
-//!   readers
-//!   of one bad block repair and report it once;
+//!   readers of one bad block repair and report it once;
 //! - whoever reads holds a view of the tree that names the block, and blocks are not used for
 //!   something else while a view names them.
 //!
