@@ -219,29 +219,23 @@ impl Pool {
         platform: Platform,
         options: &PoolOptions,
     ) -> Result<(Pool, Superblock)> {
-        let probed = probe_all(devices, options.read_only)?;
-        let pool_id = probed[0].1.identity.pool_id;
-        let damaged = damaged_labels(&probed);
-        let members: Vec<Member> =
-            probed.into_iter().map(|(device, probe)| Member::new(device, &probe)).collect();
-        let mut ring = Ring::default();
-        members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
+        let (members, damaged) = probe_all(devices, options.read_only)?;
+        let ring = read_rings(&members)?;
         let superblock = choose(&ring, options.max_txg)?;
         check_superblock(superblock, &members, options.read_only)?;
-        let pool = Pool::found(platform, members, &ring, superblock, options.read_only);
+        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
         *pool.damaged.lock() = damaged;
-        pool.add_chunks(superblock.system_chunks.iter().cloned())?;
         Ok((pool, superblock.clone()))
     }
 
-    /// The pool that `superblock` describes, without chunks.
+    /// The pool that `superblock` describes, with its system chunks.
     fn found(
         platform: Platform,
         members: Vec<Member>,
         ring: &Ring,
         superblock: &Superblock,
         read_only: bool,
-    ) -> Pool {
+    ) -> Result<Pool> {
         // Addresses of chunks are never used twice, not even by a pool that went back in time.
         let next_chunk = ring.valid.iter().map(|valid| valid.next_chunk).max().unwrap_or_default();
         let settings = Settings {
@@ -252,7 +246,9 @@ impl Pool {
             chunk_bytes: superblock.chunk_bytes,
             newest_txg: ring.newest(),
         };
-        Pool::assemble(platform, members, settings, read_only, next_chunk)
+        let pool = Pool::assemble(platform, members, settings, read_only, next_chunk);
+        pool.add_chunks(superblock.system_chunks.iter().cloned())?;
+        Ok(pool)
     }
 
     fn assemble(
@@ -601,41 +597,45 @@ fn fresh_members(
     Ok(members)
 }
 
-/// Reads the labels of all devices and puts them in order of index.
-fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Vec<(DeviceRef, Probe)>> {
-    let mut probed: Vec<(DeviceRef, Probe)> = Vec::with_capacity(devices.len());
+/// Reads the labels of all devices: the members by index, and which labels are damaged.
+fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, Vec<DamagedLabel>)> {
+    let mut members: Vec<Member> = Vec::with_capacity(devices.len());
+    let mut damaged = Vec::new();
     for (position, device) in devices.into_iter().enumerate() {
         if device.geometry().read_only && !read_only {
             return Err(Error::ReadOnly);
         }
-        let found = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
-        let foreign = probed
-            .first()
-            .is_some_and(|(_, first)| first.identity.pool_id != found.identity.pool_id);
-        let twice = probed.iter().any(|(_, other)| other.identity.index == found.identity.index);
-        if foreign || twice {
-            return Err(Error::WrongDevice { name: device.name().to_string() });
+        let probe = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
+        note_damage(&mut damaged, &probe);
+        let member = Member::new(device, &probe);
+        let at = members.partition_point(|other| other.index() < member.index());
+        let foreign =
+            members.iter().any(|other| other.identity().pool_id != probe.identity.pool_id);
+        if foreign || members.get(at).is_some_and(|other| other.index() == member.index()) {
+            return Err(Error::WrongDevice { name: member.name().to_string() });
         }
-        probed.push((device, found));
+        members.insert(at, member);
     }
-    probed.sort_unstable_by_key(|(_, probe)| probe.identity.index);
-    if probed.is_empty() {
+    if members.is_empty() {
         return Err(Error::Argument { what: "a pool needs a device" });
     }
-    Ok(probed)
+    Ok((members, damaged))
 }
 
-fn damaged_labels(probed: &[(DeviceRef, Probe)]) -> Vec<DamagedLabel> {
-    let mut damaged = Vec::new();
-    for (_, probe) in probed {
-        for (area, error) in probe.damaged.iter().enumerate() {
-            if let Some(error) = error {
-                let error = error.clone();
-                damaged.push(DamagedLabel { device: probe.identity.index, area, error });
-            }
+fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
+    for (area, error) in probe.damaged.iter().enumerate() {
+        if let Some(error) = error.clone() {
+            damaged.push(DamagedLabel { device: probe.identity.index, area, error });
         }
     }
-    damaged
+}
+
+/// What the rings of all members hold.
+fn read_rings(members: &[Member]) -> Result<Ring> {
+    let mut ring = Ring::default();
+    let pool_id = members[0].identity().pool_id;
+    members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
+    Ok(ring)
 }
 
 /// Compares the superblock with the devices that are there and with what this version can do.
