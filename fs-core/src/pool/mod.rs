@@ -450,9 +450,22 @@ impl Pool {
         ledger.take_edits(&self.chunk_map(), &self.members, txg)
     }
 
-    /// Whether the chunk at `logical` is in the chunk tree, counting edits that have been taken.
-    pub fn is_recorded(&self, logical: Logical) -> bool {
-        self.ledger.lock().is_recorded(logical)
+    /// Whether the chunk that covers `addr` is in the chunk tree, counting edits that have been
+    /// taken.
+    pub fn is_recorded(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_recorded)
+    }
+
+    /// Whether the published group maps `addr`, so that it can be found after a crash. A chunk that
+    /// was made since is not there for replay: a log frame must neither stand in it nor name
+    /// anything in it.
+    pub fn is_published(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_published)
+    }
+
+    fn ask_ledger(&self, addr: Logical, question: fn(&Ledger, Logical) -> bool) -> bool {
+        let ledger = self.ledger.lock();
+        self.chunk_map().get(addr).is_some_and(|mapped| question(&ledger, mapped.chunk.logical))
     }
 
     /// System chunks for the superblock of the group whose edits were taken last.
@@ -504,7 +517,7 @@ impl Pool {
     }
 
     /// How many copies of the block at `addr` there are.
-    pub fn copies(&self, addr: Logical) -> usize {
+    pub fn copies_at(&self, addr: Logical) -> usize {
         self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
     }
 

@@ -152,7 +152,7 @@ impl Pool {
 
     /// Reads a run without verifying it: the bytes of the first copy from `copy` on that can be
     /// read. For content that verifies itself, as log frames do; when they do not, try the next
-    /// copy, up to [`Pool::copies`].
+    /// copy, up to [`Pool::copies_at`].
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there is
