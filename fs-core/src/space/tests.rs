@@ -158,9 +158,10 @@ impl BitmapSource for FakeTree {
     }
 }
 
-/// Reads a bitmap only after something else happened.
+/// Has something else happen while the bitmap number `when` is read.
 struct Meanwhile<'a> {
     tree: &'a FakeTree,
+    when: u32,
     event: Mutex<Option<Box<dyn FnOnce() + Send + 'a>>>,
     reads: Mutex<u32>,
 }
@@ -168,11 +169,11 @@ struct Meanwhile<'a> {
 impl BitmapSource for Meanwhile<'_> {
     fn bitmap(&self, region: Logical) -> Result<Option<Vec<u8>>> {
         let before = self.tree.bitmap(region);
-        let event = self.event.lock().take();
-        if let Some(event) = event {
+        *self.reads.lock() += 1;
+        if *self.reads.lock() == self.when {
+            let event = self.event.lock().take().unwrap();
             event();
         }
-        *self.reads.lock() += 1;
         before
     }
 }
@@ -840,7 +841,8 @@ fn a_publication_during_a_load_makes_the_load_start_over() {
     let items = world.next_tree.take().unwrap();
     let (space, tree) = (&world.space, &world.tree);
     let event = move || space.published(txg, residue, || *tree.items.lock() = items);
-    let source = Meanwhile { tree, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
+    let source =
+        Meanwhile { tree, when: 1, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
     let other = space.allocate(ChunkKind::Data, MIB / 2, MIB / 2, open, &source).unwrap();
     assert_eq!(other.addr, run.end());
     assert_eq!(*source.reads.lock(), 2);
@@ -876,7 +878,7 @@ fn space_is_discarded_before_it_is_free_and_a_failed_discard_does_not_leak_it() 
 fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_again() {
     let mut world = World::new(MIB, MIB, 64);
     world.space.set_discard(true);
-    let run = allocate(&world, ChunkKind::Data, MIB);
+    let run = allocate(&world, ChunkKind::Data, MIB / 2);
     world.groups[0].taken.extend(sectors(run));
     world.publish();
     world.space.free(run, world.txg(0));
@@ -885,32 +887,43 @@ fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_a
     let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
     *world.pool.event.lock() = Some(Box::new(move || {
         space.trim();
+        space.check(&*tree).unwrap();
+        let rest = space.allocate(ChunkKind::Data, MIB, NODE, txg, &*tree).unwrap();
+        assert_eq!(rest, Run { addr: run.end(), bytes: MIB / 2 });
         let early = space.allocate(ChunkKind::Data, NODE, NODE, txg, &*tree);
         assert_eq!(early, Err(Error::NoSpace));
     }));
     world.release(0);
     assert_eq!(*world.pool.discarded.lock(), [run]);
-    assert_eq!(allocate(&world, ChunkKind::Data, MIB), run);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB / 2), run);
 }
 
 #[test]
 fn a_chunk_made_for_the_open_group_serves_the_one_being_written() {
     let mut world = World::new(MIB, 4 * MIB, 64);
-    // Room for one data chunk, and the reserve's.
+    // Room for one data chunk, and one of metadata.
     let filler = allocate(&world, ChunkKind::Data, MIB);
     world.groups[0].taken.extend(sectors(filler));
+    let mut nodes = world.space.reserve(0, NODE, Class::Delete).unwrap();
     let mut older = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
     let mut younger = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
     assert_eq!(world.space.available_data(), 0);
     spend_data(&mut world, &mut younger, 128, 1);
     spend_data(&mut world, &mut older, 128, 0);
-    assert_eq!((older.data(), younger.data()), (0, 0));
+    spend_metadata(&mut world, &mut nodes, 0);
+    assert_eq!((older.data(), younger.data(), nodes.metadata()), (0, 0, 0));
 }
 
 /// Data chunks of which only the first holds anything, at a time when nothing is unallocated.
 fn emptied(chunks: usize) -> (World, Vec<Run>) {
-    let mut world = World::new(MIB, chunks as u64 * MIB, 64);
-    let runs: Vec<Run> = (0..chunks).map(|_| allocate(&world, ChunkKind::Data, MIB)).collect();
+    emptied_of(chunks, MIB)
+}
+
+fn emptied_of(chunks: usize, chunk_bytes: u64) -> (World, Vec<Run>) {
+    let mut world = World::new(chunk_bytes, chunks as u64 * chunk_bytes, 64);
+    let bytes = chunk_bytes.min(REGION_BYTES);
+    let count = chunks as u64 * chunk_bytes / bytes;
+    let runs: Vec<Run> = (0..count).map(|_| allocate(&world, ChunkKind::Data, bytes)).collect();
     for run in &runs {
         world.groups[0].taken.extend(sectors(*run));
     }
@@ -948,6 +961,20 @@ fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
     let gone = world.space.drop_empty(world.txg(0), &*world.tree).unwrap();
     assert_eq!(gone, [runs[1].addr]);
     drop(promise);
+}
+
+#[test]
+fn a_chunk_that_is_used_while_its_bitmaps_are_read_is_not_dropped() {
+    let (world, runs) = emptied_of(2, 2 * REGION_BYTES);
+    world.space.trim();
+    let (space, tree, txg) = (&world.space, &world.tree, world.txg(0));
+    // The first region of the second chunk was seen empty; now it is not.
+    let event = move || space.take(runs[2], txg, &**tree).unwrap();
+    let source =
+        Meanwhile { tree, when: 2, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
+    assert_eq!(space.drop_empty(txg, &source).unwrap(), []);
+    assert_eq!(*source.reads.lock(), 2);
+    space.check(&**tree).unwrap();
 }
 
 #[test]
