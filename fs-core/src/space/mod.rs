@@ -82,8 +82,8 @@
 //! # Locking
 //!
 //! One lock, held for a few hundred instructions by most calls and for a batch by `release`. Under it
-//! the [`ChunkSource`] is asked to create and drop chunks and for its unallocated bytes, and the swap
-//! of [`Space::published`] runs; neither may call back. No I/O is done under it: bitmaps are read and
+//! the [`ChunkSource`] is asked to create and drop chunks and for its unallocated bytes, and the
+//! closures of [`Space::published`] and [`Space::seal_chunks`] run; none may call back. No I/O is done under it: bitmaps are read and
 //! discards sent without it. A second lock makes releases wait for each other, discards included; no
 //! other operation takes it.
 
@@ -123,10 +123,11 @@ const RELEASE_BATCH: usize = 256;
 /// What the allocator needs of the pool.
 ///
 /// Called with the allocator's lock held, except for `discard`: nothing here may call back, and
-/// only `discard` may do I/O. Any mix of new chunks whose bytes times copies sum up to
-/// `unallocated_bytes` can be created.
+/// only `discard` may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes times copies sum up
+/// to `unallocated_bytes` can be created: promises are made on that.
 pub trait ChunkSource: Send + Sync {
-    /// Makes a chunk whose item group `txg` writes.
+    /// Makes a chunk whose item group `txg` writes: of `chunk_bytes`, or smaller when that is all
+    /// there is.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when the devices have no room for it.
@@ -134,7 +135,8 @@ pub trait ChunkSource: Send + Sync {
     /// Gives a chunk up; group `txg` deletes its item. Nothing in it is in use by any group that a
     /// crash may fall back to.
     fn drop_chunk(&self, logical: Logical, txg: Txg);
-    /// Device bytes that no chunk holds and that chunks can be made of.
+    /// Device bytes that no chunk holds and that chunks of `chunk_bytes` can be made of: of each
+    /// hole as many whole ones as fit.
     fn unallocated_bytes(&self) -> u64;
     /// Bytes of a new chunk.
     fn chunk_bytes(&self) -> u64;
@@ -257,12 +259,12 @@ impl Space {
     }
 
     /// A chunk of the published chunk tree, with its used sectors from the published space tree's
-    /// summary.
+    /// summary. A chunk without a summary counts as free, and gets one at the next cut.
     ///
     /// # Errors
     /// [`Error::Corrupt`] when the summary counts more than there is, or chunks overlap.
-    pub fn add_chunk(&self, chunk: &Chunk, used_sectors: u64) -> Result<()> {
-        self.state.lock().add_chunk(chunk, used_sectors, true)
+    pub fn add_chunk(&self, chunk: &Chunk, used_sectors: impl Into<Option<u64>>) -> Result<()> {
+        self.state.lock().add_chunk(chunk, used_sectors.into())
     }
 
     /// What the published space tree does not know yet. Call once, after all chunks.
@@ -411,10 +413,13 @@ impl Space {
     }
 
     /// Closes the chunk tree of group `txg`: from now on the group makes do with the chunks there
-    /// are. Call before the chunk tree is written.
-    pub fn seal_chunks(&self, txg: Txg) {
+    /// are, and new ones are of the next group. `collect` takes the edits of the chunk tree from the
+    /// pool; no chunk is created between the two, so a chunk is in the tree of exactly the groups
+    /// that may use it.
+    pub fn seal_chunks<T>(&self, txg: Txg, collect: impl FnOnce() -> T) -> T {
         let mut state = self.state.lock();
         state.sealed = state.sealed.max(txg);
+        collect()
     }
 
     /// What group `txg` took and freed since its cut, coalesced, each run within one chunk.

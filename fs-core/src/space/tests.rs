@@ -69,14 +69,16 @@ impl FakePool {
 
 impl ChunkSource for FakePool {
     fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
-        if self.unallocated_bytes() < self.chunk_bytes * self.copies(kind) {
+        let length = (self.unallocated_bytes() / self.copies(kind)).min(self.chunk_bytes);
+        if length < MIB {
             return Err(Error::NoSpace);
         }
+        let length = MIB << (length / MIB).ilog2();
         let mut next = self.next.lock();
         let profile = if self.copies(kind) == 2 { Profile::Dup } else { Profile::Single };
         let chunk = Chunk {
             logical: Logical(*next),
-            length: self.chunk_bytes,
+            length,
             birth: txg,
             kind,
             profile,
@@ -333,7 +335,7 @@ impl World {
         }
         let txg = self.txg(0);
         self.drop_empty_and_seal();
-        self.space.seal_chunks(txg);
+        self.space.seal_chunks(txg, || ());
         let edits = self.space.cut(txg, &*self.tree).unwrap();
         assert!(edits.windows(2).all(|w| w[0].0 < w[1].0), "edits are not sorted");
         let mut items = self.tree.items.lock().clone();
@@ -559,8 +561,9 @@ fn free_and_commit(world: &mut World, pick: usize, count: u64) {
     for _ in 0..count {
         let kinds = world.pool.chunks.lock();
         let kind_at = |sector: u64| {
-            let at = sector * SECTOR_BYTES / MIB;
-            kinds.iter().find(|c| c.chunk.logical.0 / MIB == at).map(|c| c.chunk.kind)
+            let at = sector * SECTOR_BYTES / world.pool.chunk_bytes;
+            let index = |c: &FakeChunk| c.chunk.logical.0 / world.pool.chunk_bytes;
+            kinds.iter().find(|c| index(c) == at).map(|c| c.chunk.kind)
         };
         let all: Vec<u64> =
             world.groups[0].taken.difference(&world.groups[0].freed).copied().collect();
@@ -589,8 +592,10 @@ proptest! {
         slots in 4..40u64,
         history in proptest::collection::vec(promises(), 1..80),
         backwards in any::<bool>(),
+        chunk_mib in prop_oneof![3 => Just(1), 1 => Just(2)],
     ) {
-        let mut world = World::new(MIB, slots * MIB, 64);
+        let chunk_bytes = chunk_mib * MIB;
+        let mut world = World::new(chunk_bytes, slots * chunk_bytes, 64);
         let mut held: Vec<Reservation> = Vec::new();
         for step in history {
             let count = held.len().max(1);
@@ -757,7 +762,7 @@ fn the_residue_nets_out_and_remembers_what_the_tree_does_not() {
     let world = World::new(MIB, 8 * MIB, 64);
     let txg = world.txg(0);
     let before = allocate(&world, ChunkKind::Metadata, NODE);
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     world.space.cut(txg, &*world.tree).unwrap();
     let after = allocate(&world, ChunkKind::Metadata, NODE);
     let both = allocate(&world, ChunkKind::Metadata, NODE);
@@ -784,7 +789,7 @@ fn freeing_before_and_after_the_cut_fails_the_next_cut() {
     world.groups[0].taken.extend(sectors(run));
     world.publish();
     world.space.free(run, world.txg(0));
-    world.space.seal_chunks(world.txg(0));
+    world.space.seal_chunks(world.txg(0), || ());
     world.space.cut(world.txg(0), &*world.tree).unwrap();
     world.space.free(run, world.txg(0));
     let failed = world.space.cut(world.txg(1), &*world.tree);
@@ -1024,7 +1029,7 @@ fn a_group_that_is_sealed_gets_no_chunk_and_none_of_younger_groups() {
     let world = World::new(MIB, 8 * MIB, 64);
     let txg = world.txg(0);
     world.space.ensure_free(ChunkKind::Metadata, 3 * NODE, txg, &*world.tree).unwrap();
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     let data = world.space.allocate(ChunkKind::Data, NODE, NODE, txg, &*world.tree);
     assert_eq!(data, Err(Error::NoSpace));
     let next = world.space.allocate(ChunkKind::Data, NODE, NODE, world.txg(1), &*world.tree);
@@ -1064,10 +1069,19 @@ fn ensured_metadata_is_there_although_space_is_fragmented() {
     world.release(0);
     let txg = world.txg(0);
     world.space.ensure_free(ChunkKind::Metadata, 8 * NODE, txg, &*world.tree).unwrap();
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     for _ in 0..8 {
         allocate(&world, ChunkKind::Metadata, NODE);
     }
+}
+
+#[test]
+fn a_last_bit_that_is_smaller_than_a_chunk_is_used_when_nothing_else_is_left() {
+    // The fake pool makes chunks of what is left.
+    let world = World::new(4 * MIB, 5 * MIB, 64);
+    assert_eq!(world.space.available_data(), 0, "the reserve's chunk does not fit");
+    assert_eq!(allocate(&world, ChunkKind::Data, 4 * MIB).bytes, 4 * MIB);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB).bytes, MIB);
 }
 
 #[test]
