@@ -1,8 +1,8 @@
 //! The allocator against a model that knows every sector.
 //!
-//! The model is a set of sectors per state; the pool is a list of chunks; the space tree is a map of
-//! items. Random histories of two overlapping groups are run against both, with evictions, crashes
-//! and reopening, and after every step the allocator's own check runs as well.
+//! The model is a set of sectors per state; the pool is a list of chunks; the space tree is a map
+//! of items. Random histories of two overlapping groups are run against both, with evictions,
+//! crashes and reopening, and after every step the allocator's own check runs as well.
 
 use super::runs::RunSet;
 use super::*;
@@ -1289,7 +1289,8 @@ proptest! {
             slice.fill(used);
             prop_assert_eq!(bits.is_free(range.clone()), !used);
             if !used {
-                let before = model[..range.start as usize].iter().rev().take_while(|b| !**b).count();
+                let left = model[..range.start as usize].iter().rev();
+                let before = left.take_while(|b| !**b).count();
                 let after = model[range.end as usize..].iter().take_while(|b| !**b).count();
                 let around = (before + after) as u32 + range.end - range.start;
                 prop_assert_eq!(bits.free_around(range), around);
