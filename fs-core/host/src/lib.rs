@@ -12,8 +12,9 @@
 //! | `Report` | [`LogReport`]: standard error or the system log |
 //!
 //! [`open_devices`] and [`host_platform`] put them together. The rest is what every command needs
-//! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`]), how sizes and
-//! ids are written ([`parse`]), and how a command talks to the daemon of a mounted pool ([`admin`]).
+//! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]), how
+//! sizes and ids are written ([`parse`]), and how a command talks to the daemon of a mounted pool
+//! ([`admin`]).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -25,6 +26,7 @@ pub mod mounts;
 pub mod parse;
 pub mod probe;
 mod report;
+pub mod stored;
 mod surroundings;
 mod workers;
 

@@ -4,7 +4,7 @@
 //! cairn's own label, which other tools may not know; `blkid`, which knows nearly everything else;
 //! and a short table of signatures for systems without it.
 
-use fs_core::format::label::{label_areas, Label};
+use fs_core::format::label::Label;
 use fs_core::platform::{Device, ReadOp};
 use fs_core::units::Physical;
 use std::fmt;
@@ -46,7 +46,7 @@ impl Signature {
 /// # Errors
 /// The device, when it cannot be read.
 pub fn probe(device: &dyn Device, path: &Path) -> Result<Option<Signature>, String> {
-    if let Some(found) = cairn_label(device)? {
+    if let Some(found) = cairn_label(device) {
         return Ok(Some(found));
     }
     match blkid(path) {
@@ -57,20 +57,15 @@ pub fn probe(device: &dyn Device, path: &Path) -> Result<Option<Signature>, Stri
     known_signature(device)
 }
 
-/// The first valid label of either area, as the name and id of a pool.
-pub fn cairn_label(device: &dyn Device) -> Result<Option<Signature>, String> {
-    let Some(areas) = label_areas(device.geometry().bytes) else { return Ok(None) };
-    for area in areas {
-        let bytes = read(device, area.0, Label::BYTES)?;
-        if let Ok(label) = Label::decode(&bytes) {
-            return Ok(Some(Signature {
-                kind: "cairn pool".into(),
-                label: label_name(&label),
-                id: Some(crate::parse::format_uuid(&label.pool_id)),
-            }));
-        }
-    }
-    Ok(None)
+/// The valid label of either area, as the name and id of a pool.
+pub fn cairn_label(device: &dyn Device) -> Option<Signature> {
+    let areas = crate::stored::read_areas(device);
+    let label = crate::stored::best_label(&areas)?;
+    Some(Signature {
+        kind: "cairn pool".into(),
+        label: label_name(label),
+        id: Some(crate::parse::format_uuid(&label.pool_id)),
+    })
 }
 
 /// The pool's name in a label; `None` when it has none.
