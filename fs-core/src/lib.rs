@@ -27,9 +27,11 @@ extern crate std;
 /// Re-exported so that a kernel module links one `lock_api`.
 pub use lock_api;
 
+pub mod btree;
 pub mod buf;
 pub mod error;
 pub mod format;
+pub mod intent;
 pub mod platform;
 pub mod sync;
 pub mod units;
