@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::core_api::{CompressionChoice, FormatOptions};
+use crate::core_api::FormatOptions;
 use cairn_host::parse::{parse_size, parse_uuid, BadSize};
 use clap::{ArgAction, Parser, ValueEnum};
 use fs_core::format::chunk::Profile;
@@ -24,7 +24,7 @@ pub struct Arguments {
     #[arg(short = 'b', long, value_name = "SIZE", value_parser = size)]
     pub size: Option<u64>,
 
-    /// Name of the pool, up to 64 bytes
+    /// Name of the pool, up to 63 bytes
     #[arg(short = 'L', long, value_name = "NAME", default_value = "", hide_default_value = true,
           value_parser = label)]
     pub label: String,
@@ -42,7 +42,7 @@ pub struct Arguments {
     pub dry_run: bool,
 
     /// Compression of new files: none, zstd or zstd:LEVEL
-    #[arg(long, value_name = "KIND", default_value = "none", value_parser = compression)]
+    #[arg(long, value_name = "KIND", default_value = "zstd", value_parser = compression)]
     pub compress: Compression,
 
     /// Checksum of file data
@@ -187,7 +187,7 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
 
 fn label(text: &str) -> Result<String, String> {
     match text {
-        _ if text.len() > 64 => Err(format!("{} bytes are more than 64", text.len())),
+        _ if text.len() > 63 => Err(format!("{} bytes are more than 63", text.len())),
         _ if text.chars().any(char::is_control) => Err("control characters are not allowed".into()),
         _ => Ok(text.into()),
     }
@@ -262,8 +262,8 @@ mod tests {
 
     #[test]
     fn labels_that_do_not_fit_or_print_are_refused() {
-        assert!(label(&"x".repeat(64)).is_ok());
-        assert!(label(&"x".repeat(65)).is_err());
+        assert!(label(&"x".repeat(63)).is_ok());
+        assert!(label(&"x".repeat(64)).is_err());
         assert!(label("a\nb").is_err());
     }
 }

@@ -1,16 +1,11 @@
 //! Stands in for `fs_core::engine` until the engine is there. To be replaced by
-//! `use fs_core::engine::{format, CompressionChoice, FormatOptions, FormatSummary};`.
+//! `use fs_core::engine::{format, FormatOptions, FormatSummary};`.
 #![allow(missing_docs, dead_code, reason = "replaced by the engine's own definitions")]
 
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::platform::{DeviceRef, Platform, Result};
-
-pub struct CompressionChoice {
-    pub kind: CompressionKind,
-    pub level: i8,
-}
 
 pub struct FormatOptions {
     pub name: String,
@@ -19,7 +14,8 @@ pub struct FormatOptions {
     pub data_profile: Profile,
     pub metadata_profile: Profile,
     pub chunk_bytes: Option<u64>,
-    pub compression: CompressionChoice,
+    pub compression: CompressionKind,
+    pub compression_level: i8,
     pub checksum: ChecksumKind,
     pub root_mode: u32,
     pub root_uid: u32,

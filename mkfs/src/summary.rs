@@ -109,7 +109,7 @@ fn checksum_name(kind: ChecksumKind) -> &'static str {
 }
 
 fn compression_name(options: &FormatOptions) -> String {
-    match (options.compression.kind, options.compression.level) {
+    match (options.compression, options.compression_level) {
         (CompressionKind::None, _) => "none".into(),
         (CompressionKind::Zstd, 0) => "zstd".into(),
         (CompressionKind::Zstd, level) => format!("zstd:{level}"),

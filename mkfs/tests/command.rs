@@ -43,7 +43,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
         (&["-U", "00000000-0000-0000-0000-000000000000", "x"], "nil UUID"),
         (&["--compress", "lz4", "x"], "zstd:LEVEL"),
         (&["--profile", "mirror", "x"], "single, dup"),
-        (&["-L", &"n".repeat(65), "x"], "more than 64"),
+        (&["-L", &"n".repeat(64), "x"], "more than 63"),
         (&["-q", "-v", "x"], "cannot be used with"),
     ] {
         mkfs().args(arguments).assert().code(2).stderr(contains(said));
