@@ -84,6 +84,11 @@ impl Member {
         self.identity.lock().clone()
     }
 
+    /// Usable bytes of the device.
+    pub fn bytes(&self) -> u64 {
+        self.identity.lock().bytes
+    }
+
     /// A name for messages.
     pub fn name(&self) -> &str {
         self.device.name()

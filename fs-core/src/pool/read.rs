@@ -13,8 +13,7 @@
 //!
 //! - what it writes has just been verified against the same checksum;
 //! - what it writes over was found bad, and is read again under the `heal` lock, so that two
-//!   readers
-//!   of one bad block repair and report it once;
+//!   readers of one bad block repair and report it once;
 //! - whoever reads holds a view of the tree that names the block, and blocks are not used for
 //!   something else while a view names them.
 //!
@@ -153,7 +152,7 @@ impl Pool {
 
     /// Reads a run without verifying it: the bytes of the first copy from `copy` on that can be
     /// read. For content that verifies itself, as log frames do; when they do not, try the next
-    /// copy, up to [`Pool::copies`].
+    /// copy, up to [`Pool::copies_at`].
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there is

@@ -459,19 +459,27 @@ fn a_dropped_chunk_is_readable_and_its_room_taken_until_its_group_is_published()
 }
 
 #[test]
-fn a_chunk_is_recorded_once_its_edit_is_taken() {
+fn a_chunk_is_recorded_once_its_edit_is_taken_and_published_with_that_group() {
     let fixture = Fixture::new(16 * MIB);
+    let pool = &fixture.pool;
+    let state = |chunk: &Chunk| {
+        let inside = Logical(chunk.logical.0 + 4096);
+        (pool.is_recorded(inside), pool.is_published(inside))
+    };
     let first = fixture.chunk(ChunkKind::Data);
-    assert!(!fixture.pool.is_recorded(first.logical));
-    fixture.pool.take_chunk_edits(Txg(1));
+    assert_eq!(state(&first), (false, false));
+    pool.take_chunk_edits(Txg(1));
+    assert_eq!(state(&first), (true, false));
     let later = fixture.chunk(ChunkKind::Data);
-    assert!(fixture.pool.is_recorded(first.logical));
-    assert!(!fixture.pool.is_recorded(later.logical));
+    pool.published(Txg(1));
+    assert_eq!(state(&first), (true, true));
+    assert_eq!(state(&later), (false, false));
     // Never recorded: nothing to delete.
-    fixture.pool.drop_chunk(later.logical, Txg(2));
-    assert!(fixture.pool.take_chunk_edits(Txg(2)).is_empty());
-    fixture.pool.published(Txg(2));
-    assert_eq!(fixture.pool.chunks(), vec![first]);
+    pool.drop_chunk(later.logical, Txg(2));
+    assert!(pool.take_chunk_edits(Txg(2)).is_empty());
+    pool.published(Txg(2));
+    assert_eq!(pool.chunks(), vec![first]);
+    assert!(!pool.is_published(later.logical));
 }
 
 #[derive(Clone, Debug)]
@@ -538,6 +546,8 @@ proptest! {
                 pool.add_device_item(0, &DeviceItem::decode(value).unwrap()).unwrap();
             }
         }
+        prop_assert!(pool.chunks().iter().all(|chunk| pool.is_published(chunk.logical)));
+        prop_assert!(live.iter().all(|logical| fixture.pool.is_published(*logical)));
         let opened: Vec<Logical> = pool.chunks().iter().map(|chunk| chunk.logical).collect();
         prop_assert_eq!(opened, live);
         prop_assert_eq!(pool.chunks(), fixture.pool.chunks());
