@@ -82,7 +82,7 @@ impl Journal {
 fn try_journal(mistake: Mistake) -> (usize, Option<&'static str>) {
     let device = RamDevice::new("journal", 1 << 20);
     let base = vec![device.image()];
-    let recording = Recording::start(&[device.clone()]);
+    let recording = Recording::start(std::slice::from_ref(&device));
     let journal = Journal { device, mistake };
     for value in 1..=6 {
         journal.set(value);
@@ -121,7 +121,7 @@ fn every_mistake_is_found() {
 fn a_state_can_be_made_again_from_its_name() {
     let device = RamDevice::new("journal", 1 << 20);
     let base = vec![device.image()];
-    let recording = Recording::start(&[device.clone()]);
+    let recording = Recording::start(std::slice::from_ref(&device));
     let journal = Journal { device, mistake: Mistake::NoFlushBefore };
     (1..=3).for_each(|value| journal.set(value));
     let events = recording.events();

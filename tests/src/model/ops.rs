@@ -448,9 +448,9 @@ impl Filesystem for Model {
         each: &mut dyn FnMut(&DirEntry<'_>) -> bool,
     ) -> Result<()> {
         let list = self.look(|state| {
-            let list = state.list(dir.0, cookie)?;
-            Ok(list.into_iter().map(|(at, ino, name)| (at, ino, state.type_of(ino), name)))
-                .map(Iterator::collect::<Vec<_>>)
+            let list = state.list(dir.0, cookie)?.into_iter();
+            let typed = list.map(|(at, ino, name)| (at, ino, state.type_of(ino), name));
+            Ok(typed.collect::<Vec<_>>())
         })?;
         for (cookie, ino, file_type, name) in list {
             if !each(&DirEntry { ino: Ino(ino), cookie, file_type, name: &name }) {
