@@ -27,6 +27,7 @@ extern crate std;
 /// Re-exported so that a kernel module links one `lock_api`.
 pub use lock_api;
 
+pub mod btree;
 pub mod buf;
 pub mod error;
 pub mod format;
