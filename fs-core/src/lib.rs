@@ -15,6 +15,9 @@
 //! | `space` | free space and reservations |
 //! | [`pool`] | chunk map, verified reads, superblock ring |
 //! | [`device`] | one member |
+//! | [`space`] | free space and reservations |
+//! | `pool` | chunk map, verified reads, superblock ring |
+//! | `device` | one member |
 //! | [`format`] | bytes on disk |
 //! | [`codec`] | checksums and compression by kind |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
@@ -36,6 +39,7 @@ pub mod error;
 pub mod format;
 pub mod platform;
 pub mod pool;
+pub mod space;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
