@@ -33,6 +33,7 @@ pub use lock_api;
 
 pub mod btree;
 pub mod buf;
+pub mod check;
 pub mod codec;
 pub mod device;
 pub mod error;
