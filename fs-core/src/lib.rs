@@ -38,6 +38,7 @@ pub mod codec;
 pub mod device;
 pub mod error;
 pub mod format;
+pub mod intent;
 pub mod platform;
 pub mod pool;
 pub mod space;

@@ -177,6 +177,7 @@ impl Batch<'_> {
         for _ in 1..root.node.level() {
             let mut next = Vec::new();
             for parent in &parents {
+                self.prefetch(parent);
                 for touch in &parent.touched {
                     let child = parent.place.load_child(self.sink, touch.slot)?;
                     next.push(self.divide(child, touch.edits.clone()));
@@ -205,11 +206,15 @@ impl Batch<'_> {
             touched.push(Touch { slot, edits: start..end });
             start = end;
         }
-        if touched.len() > 1 {
-            let ptrs: Vec<BlockPtr> = touched.iter().map(|t| place.node.child(t.slot)).collect();
+        Parent { place, touched }
+    }
+
+    fn prefetch(&self, parent: &Parent) {
+        if parent.touched.len() > 1 {
+            let child = |touch: &Touch| parent.place.node.child(touch.slot);
+            let ptrs: Vec<BlockPtr> = parent.touched.iter().map(child).collect();
             self.sink.prefetch(self.tree, &ptrs);
         }
-        Parent { place, touched }
     }
 
     /// Whether any of `edits` makes a difference to a leaf.
@@ -236,6 +241,9 @@ impl Batch<'_> {
         let mut changes = Vec::with_capacity(parents.len());
         let mut nodes = nodes.iter().zip(&below.changes);
         for parent in parents {
+            if level == 0 {
+                self.prefetch(parent);
+            }
             let mut row = Row::new(&parent.place, &mut writer);
             for touch in &parent.touched {
                 if level == 0 {

@@ -10,7 +10,7 @@ impl Tree {
     ///
     /// On each level, at most one node is touched for each edit, and not more than a full tree has
     /// there. Touched nodes become at most twice as many, and new items fill at most twice the
-    /// nodes that they need (see [`pack`](super::pack::pack)); a neighbour that is taken in comes
+    /// nodes that they need (see `pack`); a neighbour that is taken in comes
     /// with a node that has shrunk, and the two become at most two.
     pub fn apply_bound(&self, edits: usize, value_bytes: usize, node_bytes: usize) -> u64 {
         if edits == 0 {

@@ -4,20 +4,19 @@
 //! There are three things to do with it:
 //!
 //! - *look up* one item, or move a [`Cursor`] over a range;
-//! - *apply* a sorted batch of edits, which gives another tree that shares every node the batch did
-//! not
-//!   touch (`apply.rs` tells how);
+//! - *apply* a sorted batch of edits, which gives another tree that shares every node the batch
+//!   did not touch (`apply.rs` tells how);
 //! - *walk* all its nodes, for the checker.
 //!
 //! ```text
-//! root ----- interior --- interior --- leaf      unchanged: shared by both trees
-//!              /     \--- interior' -- leaf'     rebuilt: written elsewhere; the old blocks are
-//! root' ------+---------------/                  free once the group that wrote root' is published
+//! root  -> [ a  -> [ 1, 2  ],  b -> [ 3, 4 ] ]
+//! root' -> [ a' -> [ 1, 2' ],  b -> [ 3, 4 ] ]     after an edit of an item in leaf 2
 //! ```
 //!
-//! Nobody edits a node, in memory or on disk. So a reader needs a root and no lock, a node in the
-//! cache is right for as long as its address is not reused, and a batch that fails half-way has
-//! changed nothing: the group it belongs to is dropped.
+//! Nobody edits a node, in memory or on disk: here 2', a' and root' are written elsewhere, and 2, a
+//! and root become free once the group that wrote root' is published. So a reader needs a root and
+//! no lock, a node in the cache is right for as long as its address is not reused, and a batch that
+//! fails half-way has changed nothing: the group it belongs to is dropped.
 //!
 //! What the tree guarantees, and [`check`](check::check) verifies: keys ascend over the whole tree;
 //! an entry's key is the first key of its child; all leaves have level zero, and a child's level is

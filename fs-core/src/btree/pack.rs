@@ -24,8 +24,8 @@ pub(super) const fn sparse_bytes(capacity: usize) -> usize {
 /// Divides items of those `sizes` into nodes of `capacity`; returns for each node the index after
 /// its last item. No item is larger than a third of `capacity`.
 ///
-/// [`apply_bound`](super::Tree::apply_bound) relies on there being at most `2 * nodes` pieces when
-/// the items came from `nodes` full nodes and as many more items.
+/// [`apply_bound`](super::Tree::apply_bound) relies on this: there are at most two pieces for each
+/// full node that the items came from, and two for each node that the new items alone would fill.
 pub(super) fn pack(
     sizes: impl ExactSizeIterator<Item = usize> + Clone,
     capacity: usize,
@@ -88,4 +88,66 @@ fn pack_even(
     }
     ends.push(count);
     ends
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::node::{capacity, footprint, VALUE_BYTES_MAX};
+    use proptest::prelude::*;
+
+    fn any_packing() -> impl Strategy<Value = Packing> {
+        prop_oneof![Just(Packing::Append), (0..200usize).prop_map(|nodes| Packing::Even { nodes }),]
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_fit_are_not_empty_and_are_not_too_many(
+            values in prop_oneof![
+                proptest::collection::vec(0..=VALUE_BYTES_MAX, 0..300),
+                proptest::collection::vec(0..64usize, 0..3000),
+                proptest::collection::vec(
+                    prop_oneof![Just(0), Just(VALUE_BYTES_MAX)], 0..300),
+            ],
+            node_bytes in prop_oneof![Just(16384usize), Just(32768), Just(65536)],
+            packing in any_packing(),
+        ) {
+            let capacity = capacity(node_bytes);
+            let sizes: Vec<usize> = values.iter().map(|value| footprint(0, *value)).collect();
+            let ends = pack(sizes.iter().copied(), capacity, packing);
+            prop_assert_eq!(ends.last().copied().unwrap_or(0), sizes.len());
+            let mut start = 0;
+            for end in &ends {
+                prop_assert!(start < *end);
+                let piece: usize = sizes[start..*end].iter().sum();
+                prop_assert!(piece <= capacity, "a piece of {} bytes", piece);
+                start = *end;
+            }
+            // What the bound of a batch relies on, whichever part of the items was there before.
+            let total: usize = sizes.iter().sum();
+            for old in 0..=total / capacity {
+                let new = total - old * capacity;
+                let most = 2 * old + (2 * new).div_ceil(capacity);
+                prop_assert!(ends.len() <= most, "{} pieces of {total} bytes", ends.len());
+            }
+        }
+
+        #[test]
+        fn an_even_division_leaves_no_piece_sparse_by_more_than_an_item(
+            values in proptest::collection::vec(0..=VALUE_BYTES_MAX, 10..300),
+            nodes in 0..200usize,
+        ) {
+            let capacity = capacity(16384);
+            let sizes: Vec<usize> = values.iter().map(|value| footprint(0, *value)).collect();
+            let largest = sizes.iter().max().copied().unwrap_or(0);
+            let ends = pack(sizes.iter().copied(), capacity, Packing::Even { nodes });
+            prop_assume!(ends.len() > 1);
+            let mut start = 0;
+            for end in ends {
+                let piece: usize = sizes[start..end].iter().sum();
+                prop_assert!(piece + largest >= capacity / 2, "a piece of {} bytes", piece);
+                start = end;
+            }
+        }
+    }
 }

@@ -17,8 +17,20 @@ struct Blocks {
     reserved: BTreeSet<Logical>,
     written: BTreeMap<Logical, Arc<Node>>,
     live: BTreeSet<Logical>,
-    loads: usize,
     allocated: u64,
+    /// How many more calls succeed.
+    calls_left: Option<usize>,
+}
+
+impl Blocks {
+    fn call(&mut self) -> Result<()> {
+        match &mut self.calls_left {
+            Some(0) => return Err(Error::Failed),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        Ok(())
+    }
 }
 
 /// Nodes in memory; panics when one is written, freed or allocated other than exactly once.
@@ -78,7 +90,7 @@ impl NodeSource for Store {
     }
     fn load(&self, tree: TreeId, ptr: &BlockPtr) -> Result<Arc<Node>> {
         let mut blocks = self.blocks.lock();
-        blocks.loads += 1;
+        blocks.call()?;
         let lost = Error::Checksum { addr: ptr.addr, bytes: u64::from(ptr.stored) };
         let node = blocks.written.get(&ptr.addr).ok_or(lost)?;
         assert_eq!(node.tree(), tree);
@@ -93,6 +105,7 @@ impl NodeSink for Store {
     }
     fn allocate(&self, _: TreeId, count: usize) -> Result<Vec<Logical>> {
         let mut blocks = self.blocks.lock();
+        blocks.call()?;
         let mut addrs = Vec::new();
         for _ in 0..count {
             addrs.push(Logical(blocks.next));
@@ -105,6 +118,7 @@ impl NodeSink for Store {
     fn write(&self, tree: TreeId, level: u8, nodes: Vec<(Logical, Buf)>) -> Result<Vec<BlockPtr>> {
         let txg = self.txg();
         let mut blocks = self.blocks.lock();
+        blocks.call()?;
         let mut ptrs = Vec::new();
         for (addr, buf) in nodes {
             assert!(blocks.reserved.remove(&addr), "written twice or never allocated");
@@ -452,6 +466,36 @@ fn a_huge_batch_is_written_in_parts() {
     let census = check(&tree, &store).unwrap();
     // Leaves are joined under one parent only; the two ends were not under one.
     assert!(census.items == 20 && census.node_count() <= 3, "{census:?}");
+}
+
+#[test]
+fn a_batch_whose_nth_call_fails_says_so_and_leaves_the_old_tree_as_it_was() {
+    let store = Store::new(16384);
+    let tree = store.apply(&Tree::empty(TREE), &puts((0..60_000).step_by(2), 50));
+    let before = items(&store, &tree);
+    let live = store.blocks.lock().live.clone();
+    let mut edits = puts((1..60_000).step_by(997), 50);
+    edits.extend((40_000..50_000).map(|n| (key(n), Edit::Delete)));
+    edits.sort_by_key(|edit| edit.0);
+    edits.dedup_by_key(|edit| edit.0);
+    let mut failures = 0;
+    loop {
+        store.blocks.lock().calls_left = Some(failures);
+        let result = tree.apply(&store, &edits);
+        let mut blocks = store.blocks.lock();
+        blocks.calls_left = None;
+        if result.is_ok() {
+            break;
+        }
+        assert_eq!(result, Err(Error::Failed));
+        failures += 1;
+        // The owner gives up the group.
+        blocks.live = live.clone();
+        blocks.written.retain(|addr, _| live.contains(addr));
+        blocks.reserved.clear();
+    }
+    assert!(failures > 60, "{failures}");
+    assert_eq!(items(&store, &tree), before);
 }
 
 #[test]
