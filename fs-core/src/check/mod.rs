@@ -35,12 +35,16 @@ mod dirs;
 mod extents;
 mod files;
 pub mod findings;
+#[cfg(test)]
+mod forge;
 mod labels;
 mod links;
 mod paths;
 mod refs;
 mod space;
 mod subvols;
+#[cfg(test)]
+mod tests;
 mod usage;
 mod xattrs;
 
@@ -227,8 +231,8 @@ impl<'a> Checker<'a> {
             Ok(())
         })?;
         let counted = refs::load(self)?;
-        let stored = space::load(self)?;
-        space::mark_log(self);
+        let mut stored = space::load(self)?;
+        space::mark_log(self, &mut stored)?;
         if self.incomplete {
             self.findings.add(&rules::INCOMPLETE, Spot::NONE, "");
         } else {

@@ -3,10 +3,12 @@
 use super::findings::rules;
 use super::usage::{ChunkUse, Marked};
 use super::{show, tree, Checker, Spot};
+use crate::buf::{Buf, Slice};
 use crate::error::Error;
 use crate::format::chunk::ChunkKind;
 use crate::format::key::{kind, Key};
 use crate::format::space::{Residue, Run, SummaryItem, REGION_BYTES};
+use crate::intent::{self, LogStore};
 use crate::platform::Result;
 use crate::units::{Logical, TreeId, SECTOR_BYTES, SECTOR_SHIFT};
 use alloc::collections::BTreeMap;
@@ -21,8 +23,8 @@ pub(super) struct Stored {
     /// Used sectors by chunk.
     summaries: BTreeMap<u64, u64>,
     residue: Residue,
-    /// Space of the log, which may or may not be recorded as used.
-    log: Option<Run>,
+    /// Segments of the log. Those that the next group made are not recorded as used yet.
+    log: Vec<Run>,
     /// Whether the tree and the residue could be read whole.
     complete: bool,
 }
@@ -41,7 +43,6 @@ pub(super) fn load(checker: &mut Checker<'_>) -> Result<Stored> {
     stored.complete = !checker.incomplete;
     checker.incomplete |= was_incomplete;
     load_residue(checker, &mut stored)?;
-    stored.log = checker.superblock.log.map(|log| log.segment);
     Ok(stored)
 }
 
@@ -107,18 +108,58 @@ fn load_residue(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
     Ok(())
 }
 
-/// Marks the segment where the log begins.
-pub(super) fn mark_log(checker: &mut Checker<'_>) {
-    let Some(log) = checker.superblock.log else { return };
-    let mut shared = None;
-    let marked = checker.usage.mark(log.segment, ChunkKind::Data, &mut |run| shared = Some(run));
-    let detail = match marked {
-        Marked::Fresh => return,
-        Marked::Again => format!("it shares {}", shared.map(show).unwrap_or_default()),
-        Marked::Unmapped => "its segment is in no chunk".into(),
-        Marked::WrongKind => "its segment is not in a data chunk".into(),
+/// Follows the log from where the superblock says it begins, and marks its segments.
+///
+/// # Errors
+/// [`Error::Memory`] and the like.
+pub(super) fn mark_log(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
+    let Some(start) = checker.superblock.log else { return Ok(()) };
+    let spot = Spot::addr(start.segment.addr);
+    let store = LogReader { checker };
+    let scanned = intent::scan(&store, checker.pool.pool_id(), &start, &mut |_| Ok(true));
+    stored.log = match scanned {
+        Ok(end) => {
+            if let Some(error) = end.unreadable {
+                checker.findings.add_error(&rules::LOG, spot, error)?;
+            }
+            end.segments
+        }
+        Err(error) => {
+            checker.findings.add_error(&rules::LOG, spot, error)?;
+            Vec::from([start.segment])
+        }
     };
-    checker.findings.add(&rules::LOG, Spot::addr(log.segment.addr), detail);
+    for segment in &stored.log {
+        let mut shared = None;
+        let marked = checker.usage.mark(*segment, ChunkKind::Data, &mut |run| shared = Some(run));
+        let detail = match marked {
+            Marked::Fresh => continue,
+            Marked::Again => format!("it shares {}", shared.map(show).unwrap_or_default()),
+            Marked::Unmapped => "a segment is in no chunk".into(),
+            Marked::WrongKind => "a segment is not in a data chunk".into(),
+        };
+        checker.findings.add(&rules::LOG, Spot::addr(segment.addr), detail);
+    }
+    Ok(())
+}
+
+/// The log, to be read only.
+struct LogReader<'c, 'a> {
+    checker: &'c Checker<'a>,
+}
+
+impl LogStore for LogReader<'_, '_> {
+    fn read(&self, run: Run) -> Result<Buf> {
+        self.checker.pool.read_run(run, 0)
+    }
+
+    fn write(&self, _at: Logical, _buf: Slice) -> Result<()> {
+        Err(Error::ReadOnly)
+    }
+
+    fn allocate_segment(&self) -> Result<Run> {
+        Err(Error::ReadOnly)
+    }
 }
 
 /// Compares what is recorded as used with what was met.
@@ -142,7 +183,7 @@ pub(super) fn compare(checker: &mut Checker<'_>, stored: &Stored) -> Result<()> 
     }
     let mut wrong = Vec::new();
     for chunk in checker.usage.chunks() {
-        compare_chunk(chunk, &bitmaps, stored.log, &mut wrong);
+        compare_chunk(chunk, &bitmaps, &stored.log, &mut wrong);
     }
     for (run, in_use) in wrong {
         // What was not met may be used by what could not be read.
@@ -232,7 +273,7 @@ impl Bitmaps<'_> {
 fn compare_chunk(
     chunk: &ChunkUse,
     bitmaps: &Bitmaps<'_>,
-    log: Option<Run>,
+    log: &[Run],
     wrong: &mut Vec<(Run, bool)>,
 ) {
     let words = (chunk.length >> SECTOR_SHIFT) / 64;
@@ -247,8 +288,7 @@ fn compare_chunk(
             different &= different - 1;
             let sector = index * 64 + u64::from(bit);
             let addr = Logical(chunk.start.0 + sector * SECTOR_BYTES);
-            // A segment made after the cut is met, but recorded by the next group.
-            if log.is_some_and(|log| log.addr <= addr && addr < log.end()) {
+            if log.iter().any(|run| run.addr <= addr && addr < run.end()) {
                 continue;
             }
             let in_use = met >> bit & 1 == 1;
@@ -265,7 +305,7 @@ fn compare_chunk(
 fn check_totals(checker: &mut Checker<'_>, stored: &Stored) {
     let data = checker.usage.bytes(|kind| kind == ChunkKind::Data);
     let metadata = checker.usage.bytes(|kind| kind != ChunkKind::Data);
-    let slack = stored.log.map_or(0, |log| log.bytes);
+    let slack: u64 = stored.log.iter().map(|run| run.bytes).sum();
     let superblock = checker.superblock;
     // The superblock may count space that the next group has already taken.
     for (what, counted, met) in
