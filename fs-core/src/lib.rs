@@ -12,12 +12,9 @@
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
 //! | `txg` | transaction groups, dirty data, waiting |
-//! | `space` | free space and reservations |
+//! | [`space`] | free space and reservations |
 //! | [`pool`] | chunk map, verified reads, superblock ring |
 //! | [`device`] | one member |
-//! | [`space`] | free space and reservations |
-//! | `pool` | chunk map, verified reads, superblock ring |
-//! | `device` | one member |
 //! | [`format`] | bytes on disk |
 //! | [`codec`] | checksums and compression by kind |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
@@ -36,14 +33,17 @@ pub mod buf;
 pub mod check;
 pub mod codec;
 pub mod device;
+pub mod engine;
 pub mod error;
 pub mod format;
 pub mod intent;
 pub mod platform;
 pub mod pool;
 pub mod space;
+pub mod subvol;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod txg;
 pub mod units;
 pub mod vfs;

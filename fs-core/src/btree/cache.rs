@@ -173,6 +173,14 @@ impl NodeCache {
         }
     }
 
+    /// Drops every node.
+    pub fn clear(&self) {
+        for shard in &self.shards {
+            let old = core::mem::take(&mut *shard.write());
+            drop(old);
+        }
+    }
+
     /// What the cache holds and has done.
     pub fn stats(&self) -> CacheStats {
         let mut stats = CacheStats {

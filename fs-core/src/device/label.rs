@@ -6,7 +6,7 @@ use crate::error::Error;
 use crate::format::label::{
     label_areas, Label, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES, LABEL_MAGIC,
 };
-use crate::format::FORMAT_VERSION;
+use crate::format::{DiskField, FORMAT_VERSION};
 use crate::platform::{Device, DeviceRef, ReadOp, Result};
 use crate::units::{align_down, Logical, Physical, SECTOR_BYTES};
 
@@ -42,26 +42,21 @@ impl Identity {
         }
     }
 
-    // Labels are a sector long, which is much for a kernel's stack: they exist only in `to_buf` and
-    // `read_label`, which call nothing deep, and are kept out of their callers' frames.
-    #[inline(never)]
     fn to_buf(&self) -> Result<Buf> {
-        let label = Label {
-            magic: LABEL_MAGIC,
-            version: FORMAT_VERSION,
-            sector_bytes: SECTOR_BYTES as u32,
-            pool_id: self.pool_id,
-            device_id: self.device_id,
-            device_index: self.index,
-            reserved0: [0; 6],
-            device_bytes: self.bytes,
-            name: self.name,
-            written: self.written,
-            sequence: self.sequence,
-            reserved: [0; 3920],
-            checksum: [0; 32],
-        };
-        Buf::copy_of(&label.encode())
+        let mut buf = Buf::zeroed(Label::BYTES)?;
+        let mut label = <Label as DiskField>::get(&buf);
+        label.magic = LABEL_MAGIC;
+        label.version = FORMAT_VERSION;
+        label.sector_bytes = SECTOR_BYTES as u32;
+        label.pool_id = self.pool_id;
+        label.device_id = self.device_id;
+        label.device_index = self.index;
+        label.device_bytes = self.bytes;
+        label.name = self.name;
+        label.written = self.written;
+        label.sequence = self.sequence;
+        buf.copy_from_slice(&label.encode());
+        Ok(buf)
     }
 
     fn same_device(&self, other: &Identity) -> bool {
@@ -81,7 +76,6 @@ pub struct Probe {
     pub damaged: [Option<Error>; 2],
 }
 
-#[inline(never)]
 fn read_label(device: &dyn Device, position: u16, at: Physical) -> Result<Identity> {
     if at.0 + SECTOR_BYTES > device.geometry().bytes {
         return Err(Error::NotCairn);
@@ -192,16 +186,16 @@ impl Member {
         self.flush()
     }
 
-    /// Writes the label into both areas, durably, one after the other: after a crash at any moment
-    /// at least one is whole.
+    /// Writes the label into both areas, durably, one after the other and a damaged one first:
+    /// after a crash at any moment at least one is whole.
     ///
     /// # Errors
     /// [`Error::Device`] or [`Error::Memory`].
     pub fn write_labels(&self) -> Result<()> {
         let identity = self.identity.lock();
         let label = identity.to_buf()?.into_slice();
-        for area in self.areas {
-            self.write_at(area, label.clone())?;
+        for area in [self.first_area, 1 - self.first_area] {
+            self.write_at(self.areas[area], label.clone())?;
             self.flush()?;
         }
         Ok(())

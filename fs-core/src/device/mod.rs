@@ -56,6 +56,8 @@ pub struct Member {
     /// What the labels say. Leaf lock; held while labels are rewritten.
     identity: Mutex<Identity>,
     areas: [Physical; 2],
+    /// The area to write first when labels are rewritten: one whose label is not the only good one.
+    first_area: usize,
     errors: Counters,
 }
 
@@ -66,6 +68,7 @@ impl Member {
             device,
             index: probe.identity.index,
             areas: probe.areas,
+            first_area: usize::from(probe.damaged[1].is_some()),
             identity: Mutex::new(probe.identity.clone()),
             errors: Counters::default(),
         }
@@ -79,6 +82,11 @@ impl Member {
     /// What the device's labels say.
     pub fn identity(&self) -> Identity {
         self.identity.lock().clone()
+    }
+
+    /// Usable bytes of the device.
+    pub fn bytes(&self) -> u64 {
+        self.identity.lock().bytes
     }
 
     /// A name for messages.

@@ -55,8 +55,6 @@ impl Ring {
         Ok(())
     }
 
-    // Decoding takes sectors on the stack: keep them out of the caller's frame.
-    #[inline(never)]
     fn add_slot(&mut self, bytes: &[u8], pool_id: &[u8; 16]) {
         // Positions of `txg` and `pool_id`; they hold for this version of the format.
         let txg = Txg(u64::get(&bytes[0x28..0x30]));
@@ -78,8 +76,8 @@ impl Ring {
         }
     }
 
-    /// The newest group any superblock publishes, usable or not. What is written next must be newer,
-    /// or it would lose against what is there.
+    /// The newest group any superblock publishes, usable or not. What is written next must be
+    /// newer, or it would lose against what is there.
     pub fn newest(&self) -> Txg {
         let refused = self.refused.iter().map(|refused| refused.txg);
         self.valid.iter().map(|valid| valid.txg).chain(refused).max().unwrap_or_default()
@@ -115,7 +113,7 @@ impl Member {
     /// # Errors
     /// [`Error::Device`] when neither could be written.
     pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
-        let slice = encode(superblock)?.into_slice();
+        let slice = Buf::copy_of(&superblock.encode())?.into_slice();
         let mut batch = self.areas.map(|area| WriteOp {
             at: ring_slot(area, superblock.txg.0),
             bufs: vec![slice.clone()],
@@ -127,9 +125,4 @@ impl Member {
         }
         outcome
     }
-}
-
-#[inline(never)]
-fn encode(superblock: &Superblock) -> Result<Buf> {
-    Buf::copy_of(&superblock.encode())
 }

@@ -30,7 +30,7 @@ impl Pool {
         if end > ledger.next_chunk.0 {
             return Err(format!("chunks reach {end}, beyond the next at {}", ledger.next_chunk));
         }
-        stripes.sort_by_key(|stripe| (stripe.device, stripe.at));
+        stripes.sort_unstable_by_key(|stripe| (stripe.device, stripe.at));
         for pair in stripes.windows(2) {
             let (a, b) = (pair[0], pair[1]);
             if a.device == b.device && a.at.0 + a.bytes > b.at.0 {

@@ -1,15 +1,16 @@
 //! Profiles: how a chunk lies on its devices.
 //!
 //! A profile is one implementation of [`Layout`], found by [`of`]. The rest of the pool asks it
-//! where to put a new chunk and which bytes of which device hold a range of a copy; it knows nothing
-//! of stripes itself. A copy is whatever is enough to rebuild the range on its own, so a profile that
-//! cuts a copy over several devices reports several segments.
+//! where to put a new chunk and which bytes of which device hold a range of a copy; it knows
+//! nothing of stripes itself. A copy is whatever is enough to rebuild the range on its own, so a
+//! profile that cuts a copy over several devices reports several segments.
 
 use super::room::Room;
 use crate::format::chunk::{Chunk, Profile, Stripe};
 use crate::units::Physical;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::cmp::Reverse;
 
 /// A piece of a range of one copy: consecutive bytes on one device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,8 +88,8 @@ impl Layout for Copies {
 
     fn place(&self, rooms: &[Room], length: u64) -> Option<Vec<Stripe>> {
         let mut order: Vec<usize> = (0..rooms.len()).collect();
-        // The emptiest device first; the sort is stable, so equal ones stay in order.
-        order.sort_by_key(|device| core::cmp::Reverse(rooms[*device].usable()));
+        // The emptiest device first, equal ones in order.
+        order.sort_unstable_by_key(|device| (Reverse(rooms[*device].usable()), *device));
         order
             .into_iter()
             .find_map(|device| self.place_on(u16::try_from(device).ok()?, &rooms[device], length))

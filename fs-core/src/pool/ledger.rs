@@ -1,8 +1,8 @@
 //! Chunks made and dropped, and what of that the chunk tree must still learn.
 //!
 //! ```text
-//! create_chunk --> new ----take_chunk_edits----> recorded
-//! drop_chunk(n) -> dropped(n) -take_chunk_edits(n)-> erased --published(n)--> gone, room is free
+//! create_chunk --> new --------take_chunk_edits(n)-> recorded(n) --published(n)--> published
+//! drop_chunk(n) -> dropped(n) -take_chunk_edits(n)-> erased ------published(n)--> gone, room free
 //! ```
 //!
 //! - A chunk is in the chunk map from its creation until it is gone.
@@ -11,6 +11,8 @@
 //! - Every new chunk goes into the next edits, whichever group it was made for. The group being
 //!   written may allocate in a chunk that the group being filled has made, and a recorded chunk
 //!   without content does no harm. A drop waits for its own group: until then the content counts.
+//! - A crash falls back to a published group, which maps published chunks only. What replay of the
+//!   intent log must find has to be in one.
 
 use super::map::{ChunkMap, Mapped};
 use super::room::Room;
@@ -23,7 +25,7 @@ use crate::format::key::{kind, Key};
 use crate::format::superblock::SYSTEM_CHUNKS_MAX;
 use crate::platform::Result;
 use crate::units::{Logical, Txg};
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -40,8 +42,8 @@ pub struct Ledger {
     pub rooms: Vec<Room>,
     /// Address of the next new chunk.
     pub next_chunk: Logical,
-    /// Made, and in no edits yet.
-    new: BTreeSet<Logical>,
+    /// Chunks that the published group does not map, with the group whose edits have them, if any.
+    unpublished: BTreeMap<Logical, Option<Txg>>,
     dropped: BTreeMap<Logical, Dropped>,
     /// The DEVICE items that the chunk tree has, by index.
     device_items: Vec<Option<DeviceItem>>,
@@ -59,7 +61,7 @@ impl Ledger {
             rooms,
             // Address zero stands for "nothing" in the format.
             next_chunk: next_chunk.max(Logical(CHUNK_BYTES_MIN)),
-            new: BTreeSet::new(),
+            unpublished: BTreeMap::new(),
             dropped: BTreeMap::new(),
             device_items,
         }
@@ -137,7 +139,7 @@ impl Ledger {
         let map = map.with(vec![mapped.clone()])?;
         take_rooms(&mut self.rooms, &mapped).expect("a layout places chunks in free room");
         self.next_chunk = next;
-        self.new.insert(logical);
+        self.unpublished.insert(logical, None);
         Ok((map, chunk))
     }
 
@@ -147,9 +149,14 @@ impl Ledger {
         assert!(before.is_none(), "chunk at {logical} dropped twice");
     }
 
-    /// Whether the chunk tree has been told of the chunk, or will be by edits already taken.
+    /// Whether edits that were taken, or the tree that was loaded, have the chunk.
     pub fn is_recorded(&self, logical: Logical) -> bool {
-        !self.new.contains(&logical)
+        self.unpublished.get(&logical) != Some(&None)
+    }
+
+    /// Whether the published group maps the chunk.
+    pub fn is_published(&self, logical: Logical) -> bool {
+        !self.unpublished.contains_key(&logical)
     }
 
     /// System chunks that the superblock of the group whose edits were taken last must embed.
@@ -169,14 +176,19 @@ impl Ledger {
             if drop.txg <= txg && !drop.erased {
                 drop.erased = true;
                 // What the tree never had needs no deletion.
-                if !self.new.remove(logical) {
+                if self.unpublished.get(logical) == Some(&None) {
+                    self.unpublished.remove(logical);
+                } else {
                     edits.insert(key(logical), None);
                 }
             }
         }
-        for logical in core::mem::take(&mut self.new) {
-            let mapped = map.get(logical).expect("a new chunk is in the map");
-            edits.insert(key(&logical), Some(mapped.chunk.encode()));
+        for (logical, recorded) in &mut self.unpublished {
+            if recorded.is_none() {
+                let mapped = map.get(*logical).expect("a new chunk is in the map");
+                edits.insert(key(logical), Some(mapped.chunk.encode()));
+                *recorded = Some(txg);
+            }
         }
         for (member, item) in members.iter().zip(self.make_device_items(map, members)) {
             let known = &mut self.device_items[usize::from(member.index())];
@@ -222,10 +234,13 @@ impl Ledger {
 
     /// Group `txg` is on disk: what it dropped is gone. Returns the map without it, if it changed.
     pub fn published(&mut self, map: &ChunkMap, txg: Txg) -> Option<ChunkMap> {
-        let gone: BTreeSet<Logical> = self
+        self.unpublished.retain(|_, recorded| recorded.is_none_or(|recorded| recorded > txg));
+        let is_gone = |drop: &Dropped| drop.txg <= txg && drop.erased;
+        // Ascending, as the map of drops is.
+        let gone: Vec<Logical> = self
             .dropped
             .iter()
-            .filter(|(_, drop)| drop.txg <= txg && drop.erased)
+            .filter(|(_, drop)| is_gone(drop))
             .map(|(logical, _)| *logical)
             .collect();
         if gone.is_empty() {
@@ -238,7 +253,7 @@ impl Ledger {
                 self.rooms[usize::from(stripe.device)].give_back(stripe.at, stripe.bytes);
             }
         }
-        Some(map.without(|chunk| gone.contains(&chunk.logical)))
+        Some(map.without(|chunk| gone.binary_search(&chunk.logical).is_ok()))
     }
 }
 

@@ -29,7 +29,8 @@
 //! a crash falls back to maps it.
 //!
 //! Locks, in order: `heal`, `ledger`, `map`, `reported`. Only `heal` is held during transfers, and
-//! only those that repair. Reads take no lock that a write holds for longer than swapping a pointer.
+//! only those that repair. Reads take no lock that a write holds for longer than swapping a
+//! pointer.
 
 mod check;
 mod layout;
@@ -162,8 +163,8 @@ impl Pool {
         (1 << part.ilog2()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
     }
 
-    /// Makes an empty pool on the devices: wipes what was there, writes labels, flushes. There is no
-    /// superblock yet; the first commit writes it.
+    /// Makes an empty pool on the devices: wipes what was there, writes labels, flushes. There is
+    /// no superblock yet; the first commit writes it.
     ///
     /// # Errors
     /// [`Error::TooSmall`], [`Error::ReadOnly`], [`Error::Argument`] for options out of range, and
@@ -218,29 +219,36 @@ impl Pool {
         platform: Platform,
         options: &PoolOptions,
     ) -> Result<(Pool, Superblock)> {
-        let probed = probe_all(devices, options.read_only)?;
-        let pool_id = probed[0].1.identity.pool_id;
-        let damaged = damaged_labels(&probed);
-        let members: Vec<Member> =
-            probed.into_iter().map(|(device, probe)| Member::new(device, &probe)).collect();
-        let mut ring = Ring::default();
-        members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
-        let superblock = choose(&ring, options.max_txg)?.clone();
-        check_superblock(&superblock, &members, options.read_only)?;
+        let (members, damaged) = probe_all(devices, options.read_only)?;
+        let ring = read_rings(&members)?;
+        let superblock = choose(&ring, options.max_txg)?;
+        check_superblock(superblock, &members, options.read_only)?;
+        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        *pool.damaged.lock() = damaged;
+        Ok((pool, superblock.clone()))
+    }
+
+    /// The pool that `superblock` describes, with its system chunks.
+    fn found(
+        platform: Platform,
+        members: Vec<Member>,
+        ring: &Ring,
+        superblock: &Superblock,
+        read_only: bool,
+    ) -> Result<Pool> {
         // Addresses of chunks are never used twice, not even by a pool that went back in time.
         let next_chunk = ring.valid.iter().map(|valid| valid.next_chunk).max().unwrap_or_default();
         let settings = Settings {
-            pool_id,
+            pool_id: superblock.pool_id,
             node_bytes: superblock.node_bytes,
             data_profile: superblock.data_profile,
             metadata_profile: superblock.metadata_profile,
             chunk_bytes: superblock.chunk_bytes,
             newest_txg: ring.newest(),
         };
-        let pool = Pool::assemble(platform, members, settings, options.read_only, next_chunk);
-        *pool.damaged.lock() = damaged;
+        let pool = Pool::assemble(platform, members, settings, read_only, next_chunk);
         pool.add_chunks(superblock.system_chunks.iter().cloned())?;
-        Ok((pool, superblock))
+        Ok(pool)
     }
 
     fn assemble(
@@ -366,7 +374,8 @@ impl Pool {
         self.members.iter().try_for_each(|member| member.write_superblock(superblock))
     }
 
-    /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are skipped.
+    /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are
+    /// skipped.
     ///
     /// # Errors
     /// [`Error::Corrupt`] for a chunk that is not where it can be, or overlaps another in logical
@@ -401,8 +410,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or when
-    /// there is no room for that the largest power of two for which there is.
+    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or
+    /// when there is no room for that the largest power of two for which there is.
     ///
     /// # Errors
     /// [`Error::NoSpace`], [`Error::ReadOnly`].
@@ -434,16 +443,29 @@ impl Pool {
     /// What the chunk tree of group `txg` must change: CHUNK and DEVICE items, sorted by key. Each
     /// edit is returned once.
     ///
-    /// A chunk made after this call is not in the tree of `txg`, so nothing that `txg` refers to may
-    /// be put there: see [`Pool::is_recorded`].
+    /// A chunk made after this call is not in the tree of `txg`, so nothing that `txg` refers to
+    /// may be put there: see [`Pool::is_recorded`].
     pub fn take_chunk_edits(&self, txg: Txg) -> Vec<ChunkEdit> {
         let mut ledger = self.ledger.lock();
         ledger.take_edits(&self.chunk_map(), &self.members, txg)
     }
 
-    /// Whether the chunk at `logical` is in the chunk tree, counting edits that have been taken.
-    pub fn is_recorded(&self, logical: Logical) -> bool {
-        self.ledger.lock().is_recorded(logical)
+    /// Whether the chunk that covers `addr` is in the chunk tree, counting edits that have been
+    /// taken.
+    pub fn is_recorded(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_recorded)
+    }
+
+    /// Whether the published group maps `addr`, so that it can be found after a crash. A chunk that
+    /// was made since is not there for replay: a log frame must neither stand in it nor name
+    /// anything in it.
+    pub fn is_published(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_published)
+    }
+
+    fn ask_ledger(&self, addr: Logical, question: fn(&Ledger, Logical) -> bool) -> bool {
+        let ledger = self.ledger.lock();
+        self.chunk_map().get(addr).is_some_and(|mapped| question(&ledger, mapped.chunk.logical))
     }
 
     /// System chunks for the superblock of the group whose edits were taken last.
@@ -495,7 +517,7 @@ impl Pool {
     }
 
     /// How many copies of the block at `addr` there are.
-    pub fn copies(&self, addr: Logical) -> usize {
+    pub fn copies_at(&self, addr: Logical) -> usize {
         self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
     }
 
@@ -588,41 +610,45 @@ fn fresh_members(
     Ok(members)
 }
 
-/// Reads the labels of all devices and puts them in order of index.
-fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Vec<(DeviceRef, Probe)>> {
-    let mut probed: Vec<(DeviceRef, Probe)> = Vec::with_capacity(devices.len());
+/// Reads the labels of all devices: the members by index, and which labels are damaged.
+fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, Vec<DamagedLabel>)> {
+    let mut members: Vec<Member> = Vec::with_capacity(devices.len());
+    let mut damaged = Vec::new();
     for (position, device) in devices.into_iter().enumerate() {
         if device.geometry().read_only && !read_only {
             return Err(Error::ReadOnly);
         }
-        let found = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
-        let foreign = probed
-            .first()
-            .is_some_and(|(_, first)| first.identity.pool_id != found.identity.pool_id);
-        let twice = probed.iter().any(|(_, other)| other.identity.index == found.identity.index);
-        if foreign || twice {
-            return Err(Error::WrongDevice { name: device.name().to_string() });
+        let probe = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
+        note_damage(&mut damaged, &probe);
+        let member = Member::new(device, &probe);
+        let at = members.partition_point(|other| other.index() < member.index());
+        let foreign =
+            members.iter().any(|other| other.identity().pool_id != probe.identity.pool_id);
+        if foreign || members.get(at).is_some_and(|other| other.index() == member.index()) {
+            return Err(Error::WrongDevice { name: member.name().to_string() });
         }
-        probed.push((device, found));
+        members.insert(at, member);
     }
-    probed.sort_by_key(|(_, probe)| probe.identity.index);
-    if probed.is_empty() {
+    if members.is_empty() {
         return Err(Error::Argument { what: "a pool needs a device" });
     }
-    Ok(probed)
+    Ok((members, damaged))
 }
 
-fn damaged_labels(probed: &[(DeviceRef, Probe)]) -> Vec<DamagedLabel> {
-    let mut damaged = Vec::new();
-    for (_, probe) in probed {
-        for (area, error) in probe.damaged.iter().enumerate() {
-            if let Some(error) = error {
-                let error = error.clone();
-                damaged.push(DamagedLabel { device: probe.identity.index, area, error });
-            }
+fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
+    for (area, error) in probe.damaged.iter().enumerate() {
+        if let Some(error) = error.clone() {
+            damaged.push(DamagedLabel { device: probe.identity.index, area, error });
         }
     }
-    damaged
+}
+
+/// What the rings of all members hold.
+fn read_rings(members: &[Member]) -> Result<Ring> {
+    let mut ring = Ring::default();
+    let pool_id = members[0].identity().pool_id;
+    members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
+    Ok(ring)
 }
 
 /// Compares the superblock with the devices that are there and with what this version can do.
@@ -653,4 +679,30 @@ fn check_superblock(superblock: &Superblock, members: &[Member], read_only: bool
         return Err(Error::Corrupt { what, addr: Logical(0) });
     }
     Ok(())
+}
+
+impl crate::space::ChunkSource for Pool {
+    fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
+        Pool::create_chunk(self, kind, txg)
+    }
+
+    fn drop_chunk(&self, logical: Logical, txg: Txg) {
+        Pool::drop_chunk(self, logical, txg);
+    }
+
+    fn unallocated_bytes(&self) -> u64 {
+        Pool::unallocated_bytes(self)
+    }
+
+    fn chunk_bytes(&self) -> u64 {
+        Pool::chunk_bytes(self)
+    }
+
+    fn copies(&self, kind: ChunkKind) -> u64 {
+        self.profile(kind).copies()
+    }
+
+    fn discard(&self, run: Run) -> Result<()> {
+        Pool::discard(self, run)
+    }
 }

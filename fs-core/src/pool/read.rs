@@ -2,8 +2,8 @@
 //!
 //! A read tries copies in order until one has the content that the pointer's checksum vouches for.
 //! When a later copy had to serve, the bad ones before it are *healed*: the good content is written
-//! over them, an incident is reported, and the device's error counter goes up. When no copy is good,
-//! the read fails, and the loss is reported once.
+//! over them, an incident is reported, and the device's error counter goes up. When no copy is
+//! good, the read fails, and the loss is reported once.
 //!
 //! Metadata blocks and packed blobs are verified as a whole. Plain data has a checksum for each
 //! sector and is healed by the sector, so that two copies with damage in different places are still
@@ -12,13 +12,13 @@
 //! Healing is the only write to a place that is in use. It is safe because
 //!
 //! - what it writes has just been verified against the same checksum;
-//! - what it writes over was found bad, and is read again under the `heal` lock, so that two readers
-//!   of one bad block repair and report it once;
+//! - what it writes over was found bad, and is read again under the `heal` lock, so that two
+//!   readers of one bad block repair and report it once;
 //! - whoever reads holds a view of the tree that names the block, and blocks are not used for
 //!   something else while a view names them.
 //!
-//! A batch ([`Pool::read_data`]) first hands all transfers to the devices, then verifies and expands
-//! on all workers; only what failed goes the slow way, one by one.
+//! A batch ([`Pool::read_data`]) first hands all transfers to the devices, then verifies and
+//! expands on all workers; only what failed goes the slow way, one by one.
 
 use super::map::{ChunkMap, Place};
 use super::Pool;
@@ -76,7 +76,8 @@ impl DataRead {
 }
 
 impl DataSource {
-    fn run(&self) -> Run {
+    /// The run that is read.
+    pub fn run(&self) -> Run {
         match self {
             DataSource::Plain { addr, len, .. } => Run { addr: *addr, bytes: *len },
             DataSource::Packed { blob } => Run { addr: blob.addr, bytes: blob.allocated() },
@@ -150,8 +151,8 @@ impl Pool {
     }
 
     /// Reads a run without verifying it: the bytes of the first copy from `copy` on that can be
-    /// read. For content that verifies itself, as log frames do; when they do not, try the next copy,
-    /// up to [`Pool::copies`].
+    /// read. For content that verifies itself, as log frames do; when they do not, try the next
+    /// copy, up to [`Pool::copies_at`].
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there is
@@ -180,7 +181,8 @@ impl Pool {
             }
             return;
         }
-        // Each slot is taken by exactly one worker; the lock only makes that visible to the compiler.
+        // Each slot is taken by exactly one worker; the lock only makes that visible to the
+        // compiler.
         let slots: Vec<Mutex<Option<(&mut DataRead, Raw)>>> =
             reads.iter_mut().zip(raw).map(|pair| Mutex::new(Some(pair))).collect();
         workers.parallel_for(slots.len(), &|index| {
@@ -293,8 +295,8 @@ impl Pool {
                 Rescue { pool: self, place, kind, sums, buf, last }.run(bad, 1)
             }
             Err(Error::Memory) => Err(Error::Memory),
-            // One unreadable sector fails the whole transfer: begin with the same copy again, sector
-            // by sector.
+            // One unreadable sector fails the whole transfer: begin with the same copy again,
+            // sector by sector.
             Err(last) => {
                 let buf = Buf::zeroed(place.bytes as usize)?;
                 let all = (0..place.bytes as usize / SECTOR).collect();
@@ -322,7 +324,7 @@ impl Pool {
     }
 
     /// Writes `content` over a bad copy, unless someone else has healed it since it was read.
-    fn heal(
+    pub(super) fn heal(
         &self,
         place: &Place,
         copy: usize,

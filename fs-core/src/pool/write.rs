@@ -37,13 +37,13 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::Device`] if any copy could not be written, although the others may have been;
-    /// [`Error::Unmapped`] for a run that is not within one chunk, in which case nothing is written;
-    /// [`Error::ReadOnly`].
+    /// [`Error::Unmapped`] for a run that is not within one chunk, in which case nothing is
+    /// written; [`Error::ReadOnly`].
     pub fn write(&self, mut writes: Vec<RunWrite>) -> Result<()> {
         self.check_writable()?;
         let map = self.chunk_map();
         // Layouts keep order, so sorting once here makes neighbours meet on the devices.
-        writes.sort_by_key(|write| write.addr);
+        writes.sort_unstable_by_key(|write| write.addr);
         let mut batches: Vec<Vec<WriteOp>> = self.members().iter().map(|_| Vec::new()).collect();
         for write in &writes {
             let place = map.locate(write.run())?;
@@ -135,7 +135,7 @@ fn cut(bufs: &[Slice], from: u64, len: u64) -> Vec<Slice> {
 
 /// Joins writes that follow each other on the device.
 fn join(mut batch: Vec<WriteOp>) -> Vec<WriteOp> {
-    batch.sort_by_key(|op| op.at);
+    batch.sort_unstable_by_key(|op| op.at);
     let mut joined: Vec<WriteOp> = Vec::with_capacity(batch.len());
     // Length of the last of `joined`, kept so that joining many pieces stays linear.
     let mut last_bytes = 0;
@@ -186,7 +186,8 @@ mod tests {
             let len = len.min(total - from);
             let bufs: Vec<Slice> =
                 lens.iter().enumerate().map(|(tag, len)| slice(*len, tag as u8)).collect();
-            let flat = |bufs: &[Slice]| -> Vec<u8> { bufs.iter().flat_map(|b| b.to_vec()).collect() };
+            let flat =
+                |bufs: &[Slice]| bufs.iter().flat_map(|buf| buf.to_vec()).collect::<Vec<u8>>();
             let pieces = cut(&bufs, from as u64 * 4096, len as u64 * 4096);
             prop_assert_eq!(
                 flat(&pieces), flat(&bufs)[from * 4096..(from + len) * 4096].to_vec());

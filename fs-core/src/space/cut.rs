@@ -11,7 +11,8 @@ use super::state::{apply_exact, State};
 use super::{corrupt, BitmapSource, Space};
 use crate::error::Error;
 use crate::format::key::{kind, Key};
-use crate::format::space::SummaryItem;
+use crate::format::chunk::CHUNK_BYTES_MAX;
+use crate::format::space::{SummaryItem, REGION_BYTES};
 use crate::platform::Result;
 use crate::units::{Logical, Txg, SECTOR_SHIFT};
 use alloc::collections::BTreeMap;
@@ -188,6 +189,22 @@ fn delete_chunk(chunk: &CutChunk, bitmaps: &dyn BitmapSource, outcome: &mut Outc
 }
 
 impl Space {
+    /// At most how many edits the cut of group `txg` would have now.
+    pub fn cut_bound(&self, txg: Txg) -> usize {
+        let state = self.state.lock();
+        let group = state.groups.get(&txg);
+        let deltas = group.into_iter().flat_map(|group| group.deltas()).chain([&*state.residue]);
+        let regions: u64 = deltas
+            .flat_map(|deltas| deltas.taken.iter().chain(deltas.freed.iter()))
+            // A bitmap for each region the run is in, and a summary.
+            .map(|run| (run.end - run.start) / REGION_BYTES + 3)
+            .sum();
+        // Every region and every chunk once, however many runs there are.
+        let most: u64 = state.chunks.values().map(|c| u64::from(c.region_count()) + 1).sum();
+        let dropped = state.dropped.len() as u64 * (CHUNK_BYTES_MAX / REGION_BYTES + 1);
+        usize::try_from(regions.min(most) + dropped).unwrap_or(usize::MAX)
+    }
+
     /// The edits that bring the published space tree to: the residue folded in, what group `txg`
     /// took so far set, what it freed so far clear. Ascending by key. What the group takes and
     /// frees from now on goes to its residue. Reads the space tree, without the lock.

@@ -39,23 +39,24 @@
 //! published tree are the truth; a region's bitmap in memory is a cache of
 //!
 //! ```text
-//! busy = used(p) + taken by unpublished groups + freed by unreleased groups               (3)
+//! busy = used(p) + taken by unpublished groups + freed by published, unreleased groups    (3)
 //! ```
 //!
-//! where *p* is the published group; "freed by unreleased" includes what is being discarded. All
-//! three are unions, so it does not matter in which order they are built up. So a bitmap may be
-//! evicted at any time, and rebuilt whenever the lists are seen together with the tree they belong
-//! to. Every event keeps (3) for the bitmaps that are in memory:
+//! where *p* is the published group; "unreleased" includes what is being discarded. All three are
+//! unions, so it does not matter in which order they are built up. (What unpublished groups freed
+//! is in the first or the second part.) So a bitmap may be evicted at any time, and rebuilt whenever
+//! the lists are seen together with the tree they belong to. Every event keeps (3) for the bitmaps
+//! that are in memory:
 //!
 //! - *allocate, take*: the sectors enter a group's list and the bitmap in one step under the lock.
 //! - *free*: what is freed is in (3) already, through its first or second part; the bitmap stays.
 //! - *cut*: the group's list is divided in two; both halves count. Nothing changes.
-//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, which loses *freed(n)* and
-//!   gains *taken(n) - freed(n)*; but *freed(n)* is still in the third part, and *taken(n)* leaves
-//!   the second. By (2) the union is the same: nothing changes.
+//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, so it gains *taken(n)* and
+//!   loses *freed(n)*; *taken(n)* leaves the second part, *freed(n)* enters the third. By (2) the
+//!   union is the same: nothing changes.
 //! - *release*: the ranges leave `pending` for `releasing`, both in the third part. After the discard
 //!   each batch leaves `releasing` and is cleared in the bitmaps in one step under the lock. It is
-//!   in no other part: it was used by none since it was freed, and could not be taken again.
+//!   in no other part: nobody used it since it was freed, and it could not be taken again.
 //! - *chunk dropped*: none of its sectors is in (3); it leaves with its bitmaps.
 //!
 //! A load reads the published tree *without* the lock, because that is I/O. It notes the number of
@@ -446,6 +447,7 @@ impl Space {
     /// Where the space is.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
+        let room = state.room(&*self.chunks);
         let of = |kind| {
             let totals = state.totals(kind);
             KindUsage {
@@ -459,8 +461,8 @@ impl Space {
             data: of(ChunkKind::Data),
             metadata: of(ChunkKind::Metadata),
             system: of(ChunkKind::System),
-            unallocated_bytes: self.chunks.unallocated_bytes(),
-            reserve_bytes: state.reserve_device_bytes(&*self.chunks),
+            unallocated_bytes: room.unallocated,
+            reserve_bytes: state.reserve_device_bytes(&room),
             reserved_data: state.promised.data,
             reserved_metadata: state.promised.metadata(),
         }
@@ -470,9 +472,8 @@ impl Space {
     /// metadata: what statfs shows as available.
     pub fn available_data(&self) -> u64 {
         let state = self.state.lock();
-        let reserve = state.reserve(&*self.chunks);
-        let metadata = state.promised.metadata().saturating_add(reserve);
         let room = state.room(&*self.chunks);
+        let metadata = state.promised.metadata().saturating_add(state.reserve(&room));
         room.data_that_fits(metadata).saturating_sub(state.promised.data)
     }
 
@@ -490,11 +491,11 @@ impl Space {
     fn promise(&self, data: u64, metadata: u64, class: Class) -> Result<()> {
         let mut state = self.state.lock();
         let sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
+        let room = state.room(&*self.chunks);
         let reserve = match class {
-            Class::Normal => state.reserve(&*self.chunks),
+            Class::Normal => state.reserve(&room),
             Class::Delete | Class::Admin => 0,
         };
-        let room = state.room(&*self.chunks);
         if data + metadata > 0 && !room.fits(sum.data, sum.metadata().saturating_add(reserve)) {
             return Err(Error::NoSpace);
         }

@@ -96,10 +96,13 @@ impl Room {
         data.checked_add(metadata).is_some_and(|sum| sum <= self.unallocated)
     }
 
-    /// The most data for which formula (1) holds, given the metadata.
+    /// The most data for which formula (1) holds, given the metadata. Nothing when the metadata
+    /// alone does not fit: an operation that needs none does not exist.
     pub fn data_that_fits(&self, metadata: u64) -> u64 {
-        let taken = self.shortage(self.metadata, metadata).unwrap_or(u64::MAX);
-        let left = self.unallocated.saturating_sub(taken);
+        let taken = self.shortage(self.metadata, metadata);
+        let Some(left) = taken.and_then(|taken| self.unallocated.checked_sub(taken)) else {
+            return 0;
+        };
         let chunks = left / self.chunk_bytes / self.data.copies;
         self.data.free.saturating_add(chunks.saturating_mul(self.chunk_bytes))
     }

@@ -228,17 +228,16 @@ impl State {
         };
         for deltas in self.groups.values().flat_map(Group::deltas) {
             mark(&deltas.taken);
-            mark(&deltas.freed);
         }
         self.pending.values().for_each(&mut mark);
         mark(&self.releasing);
         Ok(bits)
     }
 
-    /// Puts a bitmap that was read from the published tree in its place, unless it came too late.
+    /// Puts a bitmap of the published tree in its place, unless another load was faster.
     pub fn install(&mut self, wanted: &Wanted, item: Option<&[u8]>) -> Result<()> {
         let Some(chunk) = self.chunks.get(&wanted.chunk) else { return Ok(()) };
-        if wanted.generation != self.generation || chunk.bits(wanted.region).is_some() {
+        if chunk.bits(wanted.region).is_some() {
             return Ok(());
         }
         let bits = self.rebuild(chunk, wanted.region, item)?;
@@ -416,25 +415,23 @@ impl State {
             return Ok(false);
         }
         let mut room = self.room(source);
-        let Some(left) =
-            room.unallocated.checked_sub(room.chunk_bytes * source.copies(request.kind))
-        else {
-            return Ok(false);
-        };
+        let reserve = self.reserve(&room);
+        let price = room.chunk_bytes * source.copies(request.kind);
+        let Some(left) = room.unallocated.checked_sub(price) else { return Ok(false) };
         room.unallocated = left;
         let (data, metadata) = (self.promised.data, self.promised.metadata());
         let allowed = match request.kind {
             ChunkKind::System => true,
             ChunkKind::Data => {
                 room.data.free += room.chunk_bytes;
-                let reserve = if needed { 0 } else { self.reserve(source) };
+                let reserve = if needed { 0 } else { reserve };
                 room.fits(data, metadata.saturating_add(reserve))
             }
             ChunkKind::Metadata => {
                 // Only commits allocate metadata. Better to break a promise to an operation that
                 // may still be refused than to fail a commit.
                 room.metadata.free += room.chunk_bytes;
-                needed || room.fits(data, metadata.saturating_add(self.reserve(source)))
+                needed || room.fits(data, metadata.saturating_add(reserve))
             }
         };
         if !allowed {
@@ -628,11 +625,11 @@ impl State {
         };
         let totals = self.totals(chunk.kind);
         let left = totals.bytes - totals.busy - chunk.bytes();
+        let room = self.room(source);
         let promised = match chunk.kind {
             ChunkKind::Data => self.promised.data,
-            _ => self.promised.metadata().saturating_add(self.reserve(source)),
+            _ => self.promised.metadata().saturating_add(self.reserve(&room)),
         };
-        let room = self.room(source);
         let dearest = room.chunk_bytes * room.data.copies.max(room.metadata.copies);
         let keep = match room.unallocated < dearest {
             true => 0,
@@ -657,14 +654,14 @@ impl State {
     }
 
     /// Device bytes of the reserve.
-    pub fn reserve_device_bytes(&self, source: &dyn ChunkSource) -> u64 {
+    pub fn reserve_device_bytes(&self, room: &Room) -> u64 {
         let held: u64 = self.totals.iter().map(|totals| totals.device_bytes).sum();
-        reserve_bytes(held.saturating_add(source.unallocated_bytes()))
+        reserve_bytes(held.saturating_add(room.unallocated))
     }
 
     /// The reserve as bytes of metadata.
-    pub fn reserve(&self, source: &dyn ChunkSource) -> u64 {
-        let bytes = self.reserve_device_bytes(source) / source.copies(ChunkKind::Metadata).max(1);
+    pub fn reserve(&self, room: &Room) -> u64 {
+        let bytes = self.reserve_device_bytes(room) / room.metadata.copies;
         bytes.next_multiple_of(bytes_of(self.metadata_unit))
     }
 }
