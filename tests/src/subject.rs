@@ -4,9 +4,11 @@
 //! first show of the model itself: a test that finds nothing wrong with a wrong subject is no test.
 
 use crate::model::Model;
+use fs_core::check::{check, CheckOptions, Quiet};
+use fs_core::engine::{format, FormatOptions, OpenOptions};
 use fs_core::error::Error;
 use fs_core::platform::{DeviceRef, Platform};
-use fs_core::vfs::Filesystem;
+use fs_core::vfs::{AccessTime, Filesystem, Volume};
 use std::sync::{Arc, Mutex};
 
 /// A kind of filesystem that can be made and opened.
@@ -100,5 +102,60 @@ impl Mounted for MountedModel {
 
     fn close(self: Box<Self>) -> Result<(), Error> {
         Ok(())
+    }
+}
+
+/// A cairn pool.
+#[derive(Clone, Debug, Default)]
+pub struct Pool {
+    /// How it is made.
+    pub format: FormatOptions,
+    /// How it is opened.
+    pub open: OpenOptions,
+}
+
+impl Pool {
+    /// A pool that keeps little in memory: caches and dirty data overflow all the time.
+    pub fn cramped() -> Pool {
+        let open = OpenOptions { cache_bytes: 1 << 20, dirty_bytes: 1 << 20, ..Default::default() };
+        Pool { open, ..Pool::default() }
+    }
+}
+
+struct MountedPool(Arc<Volume>);
+
+impl Subject for Pool {
+    fn format(&self, devices: &[DeviceRef], platform: &Platform) -> Result<(), Error> {
+        format(devices.to_vec(), platform.clone(), &self.format).map(|_| ())
+    }
+
+    fn open(&self, devices: &[DeviceRef], platform: &Platform) -> Result<Box<dyn Mounted>, Error> {
+        let access_time = AccessTime::Relative;
+        let volume = Volume::open(devices.to_vec(), platform.clone(), &self.open, access_time)?;
+        Ok(Box::new(MountedPool(volume)))
+    }
+
+    fn check(&self, devices: &[DeviceRef], platform: &Platform) -> Result<Vec<String>, Error> {
+        let options = CheckOptions::default();
+        let report = check(devices.to_vec(), platform.clone(), &options, &Quiet)?;
+        Ok(report.findings.iter().map(ToString::to_string).collect())
+    }
+}
+
+impl Mounted for MountedPool {
+    fn fs(&self) -> Arc<dyn Filesystem> {
+        self.0.clone()
+    }
+
+    fn drop_caches(&self) {
+        self.0.engine().drop_caches();
+    }
+
+    fn tick(&self) {
+        self.0.engine().tick();
+    }
+
+    fn close(self: Box<Self>) -> Result<(), Error> {
+        self.0.close()
     }
 }
