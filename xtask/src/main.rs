@@ -1,0 +1,91 @@
+//! `cargo xtask`: everything done to cairn that is not `cargo build`.
+//!
+//! | module | does |
+//! | --- | --- |
+//! | `demo` | sets everything up and shows the filesystem at work |
+//! | `test` | the steps CI runs, in order |
+//! | `suites` | borrowed and own test suites on a mounted image |
+//! | `bench` | measures cairn next to other filesystems |
+//! | `tidy` | layering and text rules of the sources |
+//! | `docs` | tables of `docs/format.md`, man pages, completions |
+//! | `install` | puts binaries, links, man pages and completions in place |
+//! | `kmod` | builds and tries the kernel module |
+//! | `subject`, `volume` | a filesystem to be tried, and one image of it |
+//! | `run`, `guard`, `steps`, `need`, `checkout` | commands, clean-up, reports, set-up, paths |
+
+mod bench;
+mod checkout;
+mod demo;
+mod docs;
+mod guard;
+mod install;
+mod kmod;
+mod need;
+mod run;
+mod steps;
+mod subject;
+mod suites;
+mod test;
+mod tidy;
+mod volume;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Builds, tests, shows and measures cairn.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Set everything up, make a filesystem, mount it, work on it, check it.
+    Demo,
+    /// Run everything that CI runs.
+    Test(test::Options),
+    /// Check the rules of the sources that the compiler does not know.
+    Tidy,
+    /// Generate the tables of docs/format.md, man pages and completions.
+    Docs {
+        /// Change nothing; fail when docs/format.md is out of date.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Install binaries, links, man pages and completions.
+    Install {
+        /// Where cairn will live.
+        #[arg(long, default_value = "/usr/local")]
+        prefix: PathBuf,
+        /// Put before every path, for packagers.
+        #[arg(long)]
+        destdir: Option<PathBuf>,
+    },
+    /// Measure cairn next to other filesystems, on this machine, in one run.
+    Bench(bench::Options),
+    /// Build and try the kernel module.
+    Kmod(kmod::Options),
+}
+
+fn main() -> ExitCode {
+    guard::clean_up_on_signals();
+    let result = match Cli::parse().task {
+        Task::Demo => demo::run(),
+        Task::Test(options) => test::run(&options),
+        Task::Tidy => tidy::run(),
+        Task::Docs { check } => docs::run(check),
+        Task::Install { prefix, destdir } => install::run(&prefix, destdir.as_deref()),
+        Task::Bench(options) => bench::run(&options),
+        Task::Kmod(options) => kmod::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
