@@ -1,3 +1,5 @@
 //! stub
 use anyhow::Result;
-pub fn run() -> Result<()> { Ok(()) }
+pub fn run() -> Result<()> {
+    Ok(())
+}

@@ -1,3 +1,5 @@
 //! stub
 use anyhow::Result;
-pub fn run(_check: bool) -> Result<()> { Ok(()) }
+pub fn run(_check: bool) -> Result<()> {
+    Ok(())
+}

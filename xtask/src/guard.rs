@@ -18,6 +18,8 @@ enum Undo {
     Detach { device: PathBuf },
     KillGroup { leader: u32 },
     RemoveDir { dir: PathBuf },
+    RemoveMountPoint { dir: PathBuf },
+    RemoveLink { link: PathBuf },
 }
 
 struct Registry {
@@ -88,6 +90,17 @@ impl Undo {
             Undo::Unmount { dir, connection } => force_unmount(&dir, connection),
             Undo::Detach { device } => detach(&device),
             Undo::KillGroup { leader } => kill_group(leader),
+            Undo::RemoveMountPoint { dir } => {
+                // Never what is in it: something may still be mounted there.
+                if let Err(error) = fs::remove_dir(&dir) {
+                    eprintln!("xtask: cannot remove {}: {error}", dir.display());
+                }
+            }
+            Undo::RemoveLink { link } => {
+                if let Err(error) = fs::remove_file(&link) {
+                    eprintln!("xtask: cannot remove {}: {error}", link.display());
+                }
+            }
             Undo::RemoveDir { dir } => {
                 if let Err(error) = fs::remove_dir_all(&dir) {
                     eprintln!("xtask: cannot remove {}: {error}", dir.display());
@@ -107,6 +120,16 @@ pub fn process_group(leader: u32) -> Guard {
     Guard::register(Undo::KillGroup { leader })
 }
 
+/// A symbolic link, removed when the guard is dropped.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn symlink(target: &Path, link: &Path) -> Result<Guard> {
+    std::os::unix::fs::symlink(target, link)
+        .with_context(|| format!("cannot make {}", link.display()))?;
+    Ok(Guard::register(Undo::RemoveLink { link: link.to_owned() }))
+}
+
 /// A new, empty directory below `parent`, removed with its content when the guard is dropped.
 ///
 /// # Errors
@@ -118,6 +141,22 @@ pub fn temp_dir(parent: &Path, prefix: &str) -> Result<(PathBuf, Guard)> {
         .with_context(|| format!("cannot make a directory in {}", parent.display()))?
         .keep();
     let guard = Guard::register(Undo::RemoveDir { dir: dir.clone() });
+    Ok((dir, guard))
+}
+
+/// A new directory to mount on, removed when the guard is dropped. Its path is short: the address of
+/// a socket has room for 107 bytes of path.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn mount_point() -> Result<(PathBuf, Guard)> {
+    let parent = std::env::temp_dir();
+    let dir = tempfile::Builder::new()
+        .prefix("cairn-")
+        .tempdir_in(&parent)
+        .with_context(|| format!("cannot make a directory in {}", parent.display()))?
+        .keep();
+    let guard = Guard::register(Undo::RemoveMountPoint { dir: dir.clone() });
     Ok((dir, guard))
 }
 

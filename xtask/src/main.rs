@@ -11,7 +11,7 @@
 //! | `install` | puts binaries, links, man pages and completions in place |
 //! | `kmod` | builds and tries the kernel module |
 //! | `subject`, `volume` | a filesystem to be tried, and one image of it |
-//! | `run`, `guard`, `steps`, `need`, `checkout` | commands, clean-up, reports, set-up, paths |
+//! | `run`, `guard`, `steps`, `need`, `checkout`, `random` | surroundings |
 
 mod bench;
 mod checkout;
@@ -21,6 +21,7 @@ mod guard;
 mod install;
 mod kmod;
 mod need;
+mod random;
 mod run;
 mod steps;
 mod subject;

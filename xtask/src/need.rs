@@ -60,6 +60,18 @@ pub fn tools(tools: &[Tool]) -> Result<()> {
     install_packages(&packages)
 }
 
+/// Installs a Debian package that has no program to look for.
+///
+/// # Errors
+/// When it cannot be installed.
+pub fn package(name: &str) -> Result<()> {
+    let out = Cmd::new("dpkg-query").args(["-W", "-f", "${Status}", name]).output()?;
+    if out.code == Some(0) && out.stdout.contains("ok installed") {
+        return Ok(());
+    }
+    install_packages(&[name])
+}
+
 fn install_packages(packages: &[&str]) -> Result<()> {
     println!("    installing {}", packages.join(" "));
     let apt = |args: &[&str]| {

@@ -63,6 +63,14 @@ impl Steps {
             println!("{name}");
             return;
         }
+        self.always(name, work);
+    }
+
+    /// Runs a step that others need, whether or not its own name is asked for.
+    pub fn always(&mut self, name: &str, work: impl FnOnce() -> Result<Outcome>) {
+        if self.stopped || self.list_only {
+            return;
+        }
         println!("==> {name}");
         let start = Instant::now();
         let result = match catch_unwind(AssertUnwindSafe(work)) {

@@ -233,7 +233,9 @@ pub fn by_name(name: &str) -> Result<Box<dyn Subject>> {
         "btrfs" => Box::new(BTRFS),
         "fuse2fs" => Box::new(FUSE2FS),
         "ntfs-3g" => Box::new(NTFS3G),
-        _ => bail!("no filesystem called {name}: cairn, ext4, btrfs, fuse2fs and ntfs-3g are known"),
+        _ => {
+            bail!("no filesystem called {name}: cairn, ext4, btrfs, fuse2fs and ntfs-3g are known")
+        }
     })
 }
 

@@ -4,7 +4,7 @@ use crate::guard::{self, Guard};
 use crate::run::Cmd;
 use crate::subject::{self, MountOptions, Subject};
 use anyhow::{bail, Context, Result};
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ pub struct Volume<'a> {
     // Dropped in this order: the mount before the device, the device before the file.
     mounted: Option<Guard>,
     device: Option<(PathBuf, Guard)>,
+    _mount_point: Guard,
     _scratch: Guard,
     subject: &'a dyn Subject,
     image: PathBuf,
@@ -48,14 +49,21 @@ impl<'a> Volume<'a> {
         let parent = crate::checkout::artefacts("scratch")?;
         let (scratch, guard) = guard::temp_dir(&parent, subject.name())?;
         let image = scratch.join("image");
-        let dir = scratch.join("mnt");
-        fs::create_dir(&dir)?;
+        let (dir, mount_point) = guard::mount_point()?;
         File::create(&image)?.set_len(bytes)?;
         let device = match backing {
             Backing::File => None,
             Backing::Loop => Some(guard::loop_device(&image, false)?),
         };
-        Ok(Volume { mounted: None, device, _scratch: guard, subject, image, dir })
+        Ok(Volume {
+            mounted: None,
+            device,
+            _mount_point: mount_point,
+            _scratch: guard,
+            subject,
+            image,
+            dir,
+        })
     }
 
     /// The image file.

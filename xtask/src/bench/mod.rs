@@ -2,4 +2,6 @@
 use anyhow::Result;
 #[derive(clap::Args)]
 pub struct Options {}
-pub fn run(_o: &Options) -> Result<()> { Ok(()) }
+pub fn run(_o: &Options) -> Result<()> {
+    Ok(())
+}
