@@ -39,7 +39,38 @@ pub fn cache() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// A command of cairn, as built for release.
+/// The commands of cairn with the names they are installed under. Cargo has no dots in the names of
+/// what it builds.
+pub const COMMANDS: &[(&str, &str)] = &[
+    ("cairn", "cairn"),
+    ("mkfs.cairn", "mkfs-cairn"),
+    ("fsck.cairn", "fsck-cairn"),
+    ("mount.cairn", "mount-cairn"),
+];
+
+/// What Cargo built for release under the name `built`.
+pub fn release(built: &str) -> PathBuf {
+    target().join("release").join(built)
+}
+
+/// A command of cairn under the name it is installed with, as [`stage`] put it there.
 pub fn binary(name: &str) -> PathBuf {
-    target().join("release").join(name)
+    target().join("xtask").join("bin").join(name)
+}
+
+/// Links what was built for release to the names it is installed under.
+///
+/// # Errors
+/// When a link cannot be made.
+pub fn stage() -> Result<()> {
+    let dir = artefacts("bin")?;
+    for (name, built) in COMMANDS {
+        let link = dir.join(name);
+        if fs::symlink_metadata(&link).is_ok() {
+            fs::remove_file(&link)?;
+        }
+        std::os::unix::fs::symlink(release(built), &link)
+            .with_context(|| format!("cannot link {}", link.display()))?;
+    }
+    Ok(())
 }

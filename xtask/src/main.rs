@@ -49,7 +49,11 @@ enum Task {
     /// Run everything that CI runs.
     Test(test::Options),
     /// Check the rules of the sources that the compiler does not know.
-    Tidy,
+    Tidy {
+        /// Wrap comments that are too wide first.
+        #[arg(long)]
+        fix: bool,
+    },
     /// Generate the tables of docs/format.md, man pages and completions.
     Docs {
         /// Change nothing; fail when docs/format.md is out of date.
@@ -76,7 +80,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Demo => demo::run(),
         Task::Test(options) => test::run(&options),
-        Task::Tidy => tidy::run(),
+        Task::Tidy { fix } => tidy::run(fix),
         Task::Docs { check } => docs::run(check),
         Task::Install { prefix, destdir } => install::run(&prefix, destdir.as_deref()),
         Task::Bench(options) => bench::run(&options),

@@ -125,5 +125,6 @@ pub fn crate_program(name: &str, version: &str) -> Result<PathBuf> {
 /// When they do not compile.
 pub fn release_build() -> Result<()> {
     tools(BUILD)?;
-    Cmd::cargo(&["build", "--release", "--workspace", "--exclude", "xtask"]).run()
+    Cmd::cargo(&["build", "--release", "--workspace", "--exclude", "xtask"]).run()?;
+    checkout::stage()
 }

@@ -43,11 +43,11 @@ const COLUMNS: usize = 100;
 const FORBIDDEN: &[&str] =
     &[concat!("/", "work/"), concat!("/", "tmp/wt"), concat!("/", "root/"), concat!("/", "home/")];
 
-/// Checks the checkout.
+/// Checks the checkout. With `fix`, comments that are too wide are wrapped first.
 ///
 /// # Errors
 /// When a rule is broken; every place has been printed.
-pub fn run() -> Result<()> {
+pub fn run(fix: bool) -> Result<()> {
     let mut broken = 0;
     let listing = Cmd::new("git")
         .args(["ls-files", "--cached", "--others", "--exclude-standard"])
@@ -57,7 +57,14 @@ pub fn run() -> Result<()> {
         let path = checkout::root().join(name);
         // Removed but not yet committed as removed.
         let Ok(bytes) = fs::read(&path) else { continue };
-        let Ok(text) = String::from_utf8(bytes) else { continue };
+        let Ok(mut text) = String::from_utf8(bytes) else { continue };
+        if fix && name.ends_with(".rs") {
+            let wrapped = wrap_comments(&text);
+            if wrapped != text {
+                fs::write(&path, &wrapped)?;
+                text = wrapped;
+            }
+        }
         for (line, what) in findings(name, &text) {
             println!("{name}:{line}: {what}");
             broken += 1;
@@ -125,6 +132,59 @@ fn findings(name: &str, text: &str) -> Vec<(usize, String)> {
         }
     }
     found
+}
+
+/// The text with comments of more than [`COLUMNS`] columns wrapped. What does not fit goes to the start
+/// of the next line of the comment, or to a line of its own where that one begins something new.
+fn wrap_comments(text: &str) -> String {
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    let mut index = 0;
+    let mut in_code_block = false;
+    while index < lines.len() {
+        let line = lines[index].clone();
+        index += 1;
+        let Some((prefix, body)) = comment(&line) else {
+            in_code_block = false;
+            continue;
+        };
+        in_code_block ^= body.starts_with("```");
+        if line.chars().count() <= COLUMNS || in_code_block || body.starts_with('|') {
+            continue;
+        }
+        let Some(cut) = line[..=COLUMNS].rfind(' ').filter(|cut| *cut > prefix.len()) else {
+            continue;
+        };
+        let (kept, moved) = (line[..cut].trim_end().to_owned(), line[cut + 1..].to_owned());
+        let list_indent = if body.starts_with("- ") { "  " } else { "" };
+        lines[index - 1] = kept;
+        match lines.get(index).and_then(|next| comment(next)) {
+            Some((next_prefix, next)) if next_prefix == prefix && continues(next) => {
+                let next = next.trim_start();
+                lines[index] = format!("{prefix}{list_indent}{moved} {next}");
+            }
+            _ => lines.insert(index, format!("{prefix}{list_indent}{moved}")),
+        }
+    }
+    let mut out = lines.join("\n");
+    if text.ends_with('\n') {
+        out.push('\n');
+    }
+    out
+}
+
+/// Whether a line of a comment goes on with the sentence before it.
+fn continues(body: &str) -> bool {
+    let starts_something = ["- ", "* ", "|", "#", "```", "1. "];
+    !body.trim().is_empty() && !starts_something.iter().any(|start| body.starts_with(start))
+}
+
+/// Indentation with the mark of a comment, and what follows; `None` for a line that is not one.
+fn comment(line: &str) -> Option<(&str, &str)> {
+    let indent = line.len() - line.trim_start().len();
+    let mark = ["///", "//!", "//"].iter().find(|mark| line[indent..].starts_with(**mark))?;
+    let rest = &line[indent + mark.len()..];
+    let space = usize::from(rest.starts_with(' '));
+    Some(line.split_at(indent + mark.len() + space))
 }
 
 /// The module of `fs-core` a file belongs to, unless the layer table does not bind it.
@@ -333,6 +393,22 @@ mod tests {
         for gone in ["a \" b", "c\\", "// e", " f\n"] {
             assert!(!code.contains(gone), "{gone} is left in {code}");
         }
+    }
+
+    #[test]
+    fn wrapping_moves_words_on_and_leaves_tables_lists_and_code_alone() {
+        let word = "abcdefghi ";
+        let long = format!("    /// {}end\n", word.repeat(10));
+        let wrapped = wrap_comments(&format!("{long}    /// next\n    /// - item\n"));
+        let start = format!("    /// {}", word.repeat(9).trim_end());
+        assert_eq!(wrapped, format!("{start}\n    /// abcdefghi end next\n    /// - item\n"));
+        let table = format!("// | {} |\n", word.repeat(12));
+        let code = format!("let x = \"{}\";\n", word.repeat(12));
+        for text in [table, code] {
+            assert_eq!(wrap_comments(&text), text);
+        }
+        let alone = wrap_comments(&format!("{long}    fn f() {{}}\n"));
+        assert!(alone.ends_with("\n    /// abcdefghi end\n    fn f() {}\n"), "{alone}");
     }
 
     #[test]
