@@ -1,7 +1,7 @@
 //! What the sources can say about themselves: the tables of `docs/format.md`.
 //!
-//! The document is written by hand except between `<!-- table: NAME -->` and `<!-- end -->`, where the
-//! table of the structure NAME stands, as declared with `disk_struct!`. `--check` compares.
+//! The document is written by hand except between `<!-- table: NAME -->` and `<!-- end -->`, where
+//! the table of the structure NAME stands, as declared with `disk_struct!`. `--check` compares.
 
 use crate::checkout;
 use anyhow::{bail, Context, Result};
@@ -105,7 +105,8 @@ fn table(name: &str) -> Result<String> {
     let structure = STRUCTURES.iter().find(|structure| structure.name == name);
     let structure = structure.with_context(|| format!("there is no structure {name}"))?;
     let mut out = format!("`{name}`, {} bytes. {}\n\n", structure.bytes, sentence(structure.doc));
-    out.push_str("| offset | bytes | type | field | meaning |\n| ---: | ---: | --- | --- | --- |\n");
+    out.push_str("| offset | bytes | type | field | meaning |\n");
+    out.push_str("| ---: | ---: | --- | --- | --- |\n");
     for field in structure.fields {
         let FieldDoc { offset, bytes, kind, name, doc } = field;
         let _ = writeln!(
@@ -118,9 +119,8 @@ fn table(name: &str) -> Result<String> {
 }
 
 fn kinds() -> String {
-    let mut out = String::from(
-        "| kind | name | tree | object | offset | value |\n| ---: | --- | --- | --- | --- | --- |\n",
-    );
+    let mut out = String::from("| kind | name | tree | object | offset | value |\n");
+    out.push_str("| ---: | --- | --- | --- | --- | --- |\n");
     for (kind, name, tree, object, offset, value) in key::kind::TABLE {
         let _ = writeln!(out, "| {kind:#04x} | {name} | {tree} | {object} | {offset} | {value} |");
     }

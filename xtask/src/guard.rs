@@ -1,8 +1,8 @@
 //! Things that must be undone, whatever happens.
 //!
-//! A guard undoes its effect when it is dropped: on success, on an error, on a panic. Guards are also
-//! in a registry, from which a signal handler undoes them, newest first, so that an interrupted run
-//! leaves no mount, loop device or process behind either.
+//! A guard undoes its effect when it is dropped: on success, on an error, on a panic. Guards are
+//! also in a registry, from which a signal handler undoes them, newest first, so that an
+//! interrupted run leaves no mount, loop device or process behind either.
 
 use crate::run::Cmd;
 use anyhow::{Context, Result};
@@ -144,8 +144,8 @@ pub fn temp_dir(parent: &Path, prefix: &str) -> Result<(PathBuf, Guard)> {
     Ok((dir, guard))
 }
 
-/// A new directory to mount on, removed when the guard is dropped. Its path is short: the address of
-/// a socket has room for 107 bytes of path.
+/// A new directory to mount on, removed when the guard is dropped. Its path is short: the address
+/// of a socket has room for 107 bytes of path.
 ///
 /// # Errors
 /// When it cannot be made.

@@ -196,7 +196,8 @@ impl Cmd {
         self.text().map(drop)
     }
 
-    /// Starts it and leaves it running, its output in `log`. It is killed when the guard is dropped.
+    /// Starts it and leaves it running, its output in `log`. It is killed when the guard is
+    /// dropped.
     ///
     /// # Errors
     /// When it cannot be started.

@@ -1,7 +1,7 @@
 //! Tree nodes: layout and validation.
 //!
 //! ```text
-//! leaf:      header | item heads, ascending keys ->   free   <- values, in item order, last at the end
+//! leaf:      header | item heads, ascending keys ->   free   <- values, in item order
 //! interior:  header | entries: key, block pointer, ascending ->  zeros
 //! ```
 //!

@@ -1,8 +1,8 @@
 //! Broken images and troubled devices: each gets one clear sentence and the right exit code, and
 //! nothing is lost or made worse.
 //!
-//! Device errors need no special driver: a loop device over a file in a small tmpfs refuses writes when
-//! the tmpfs is full, and one whose file has been cut off behind its back refuses reads there.
+//! Device errors need no special driver: a loop device over a file in a small tmpfs refuses writes
+//! when the tmpfs is full, and one whose file has been cut off behind its back refuses reads there.
 
 use super::Suite;
 use crate::guard::{self, Guard};

@@ -1,8 +1,8 @@
 //! The next command right after an unmount: nothing is raced, nothing is lost.
 //!
 //! Through plain FUSE umount(8) returns before the server has finished; the device lock is what the
-//! next command waits for. Each round writes something, unmounts, and goes on at once with a mount, a
-//! check, or a new filesystem.
+//! next command waits for. Each round writes something, unmounts, and goes on at once with a mount,
+//! a check, or a new filesystem.
 
 use super::Suite;
 use crate::random::Random;

@@ -49,7 +49,8 @@ const MIXES: &[Mix] = &[
     Mix {
         name: "aligned",
         share: 8,
-        // Without posix_fallocate, whose offsets fsx does not align and whose lengths it cuts to zero.
+        // Without posix_fallocate, whose offsets fsx does not align and whose lengths it cuts to
+        // zero.
         configuration: "flen = 8388608\n[opsize]\nmin = 4096\nmax = 1048576\nalign = 4096\n\
             [weights]\n\
             close_open = 1\ninvalidate = 0\nmapread = 2\nmapwrite = 2\nread = 10\nwrite = 10\n\

@@ -1,9 +1,9 @@
 //! The `pjdfstest` suite: some 400 cases of what POSIX says about each call.
 //!
 //! A second filesystem is needed to provoke EXDEV, and two users who are not root. Cases that are
-//! known to fail are in `pjdfstest.known`, a reason for each; one that passes unexpectedly fails the
-//! run. The cases about read-only filesystems remount the one under test while they run, which takes
-//! a mount helper where mount(8) looks for it; they are a run of their own.
+//! known to fail are in `pjdfstest.known`, a reason for each; one that passes unexpectedly fails
+//! the run. The cases about read-only filesystems remount the one under test while they run, which
+//! takes a mount helper where mount(8) looks for it; they are a run of their own.
 
 use super::Suite;
 use crate::guard;
