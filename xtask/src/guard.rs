@@ -208,6 +208,15 @@ fn mount_row(dir: &Path) -> Option<(u32, u32, String)> {
     })
 }
 
+/// The command that unmounts `dir`, for root and for others.
+pub fn unmount_command(dir: &Path) -> Cmd {
+    if rustix::process::geteuid().is_root() {
+        Cmd::new("umount").arg(dir)
+    } else {
+        Cmd::new("fusermount3").arg("-u").arg(dir)
+    }
+}
+
 /// Whether something is mounted on `dir`.
 pub fn is_mounted(dir: &Path) -> bool {
     mount_row(dir).is_some()
@@ -226,7 +235,7 @@ fn force_unmount(dir: &Path, connection: Option<u64>) {
             return;
         }
         let limit = Duration::from_secs(if attempt == 0 { 60 } else { 10 });
-        let done = Cmd::new("umount").arg(dir).limit(limit).output();
+        let done = unmount_command(dir).limit(limit).output();
         if done.is_ok_and(|out| out.code == Some(0)) {
             return;
         }

@@ -45,7 +45,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Task {
     /// Set everything up, make a filesystem, mount it, work on it, check it.
-    Demo,
+    Demo {
+        /// Show another filesystem in cairn's place, to compare.
+        #[arg(long, default_value = "cairn")]
+        subject: String,
+    },
     /// Run everything that CI runs.
     Test(test::Options),
     /// Check the rules of the sources that the compiler does not know.
@@ -78,7 +82,7 @@ enum Task {
 fn main() -> ExitCode {
     guard::clean_up_on_signals();
     let result = match Cli::parse().task {
-        Task::Demo => demo::run(),
+        Task::Demo { subject } => demo::run(&subject),
         Task::Test(options) => test::run(&options),
         Task::Tidy { fix } => tidy::run(fix),
         Task::Docs { check } => docs::run(check),

@@ -24,7 +24,6 @@ pub struct Cmd {
     command: Command,
     shown: String,
     limit: Duration,
-    input: Option<File>,
 }
 
 /// What a program left when it ended.
@@ -68,7 +67,6 @@ impl Cmd {
             command: Command::new(program),
             shown: short.to_string_lossy().into_owned(),
             limit: LIMIT,
-            input: None,
         }
     }
 
@@ -118,12 +116,6 @@ impl Cmd {
         self
     }
 
-    /// Feeds it a file.
-    pub fn input(mut self, file: File) -> Cmd {
-        self.input = Some(file);
-        self
-    }
-
     /// The command line, for people.
     pub fn shown(&self) -> &str {
         &self.shown
@@ -161,7 +153,7 @@ impl Cmd {
         let mut out = tempfile::tempfile()?;
         let mut err = tempfile::tempfile()?;
         let status = self.wait(out.try_clone()?.into(), err.try_clone()?.into())?;
-        let mut read = |file: &mut File| -> Result<String> {
+        let read = |file: &mut File| -> Result<String> {
             let mut bytes = Vec::new();
             file.seek(SeekFrom::Start(0))?;
             file.read_to_end(&mut bytes)?;
@@ -196,20 +188,8 @@ impl Cmd {
         self.text().map(drop)
     }
 
-    /// Starts it and leaves it running, its output in `log`. It is killed when the guard is
-    /// dropped.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn spawn(mut self, log: &Path) -> Result<(Child, guard::Guard)> {
-        let out = File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
-        let err = out.try_clone()?;
-        self.start(out.into(), err.into())
-    }
-
     fn start(&mut self, out: Stdio, err: Stdio) -> Result<(Child, guard::Guard)> {
-        let input = self.input.take().map_or_else(Stdio::null, Stdio::from);
-        self.command.stdin(input).stdout(out).stderr(err).process_group(0);
+        self.command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
         let child =
             self.command.spawn().with_context(|| format!("cannot start `{}`", self.shown))?;
         let guard = guard::process_group(child.id());

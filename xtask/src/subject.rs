@@ -5,7 +5,7 @@
 
 use crate::checkout;
 use crate::need::{self, Tool};
-use crate::run::{exists, Cmd};
+use crate::run::Cmd;
 use anyhow::{bail, Context, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -164,7 +164,18 @@ impl Subject for Kernel {
     }
 
     fn check(&self, target: &Path) -> Result<()> {
-        Cmd::new(self.check[0]).args(&self.check[1..]).arg(target).limit(LIMIT).quiet()
+        // The kernel lets go of the device a moment after the unmount.
+        let mut tries = 0;
+        loop {
+            let cmd = Cmd::new(self.check[0]).args(&self.check[1..]).arg(target).limit(LIMIT);
+            let result = cmd.quiet();
+            tries += 1;
+            let is_busy = result.as_ref().is_err_and(|why| format!("{why:#}").contains("busy"));
+            if !is_busy || tries == 20 {
+                return result;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 }
 
@@ -273,9 +284,4 @@ pub fn memory_peak(pid: u32) -> Option<u64> {
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
-}
-
-/// Whether a program of the system is there, for suites that can do without.
-pub fn has(program: &str) -> bool {
-    exists(program)
 }

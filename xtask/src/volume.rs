@@ -1,7 +1,6 @@
 //! One image of a subject: made, mounted, unmounted, checked; gone when dropped.
 
 use crate::guard::{self, Guard};
-use crate::run::Cmd;
 use crate::subject::{self, MountOptions, Subject};
 use anyhow::{bail, Context, Result};
 use std::fs::File;
@@ -81,11 +80,6 @@ impl<'a> Volume<'a> {
         &self.dir
     }
 
-    /// The subject.
-    pub fn subject(&self) -> &'a dyn Subject {
-        self.subject
-    }
-
     /// Makes an empty filesystem on the image.
     ///
     /// # Errors
@@ -121,7 +115,7 @@ impl<'a> Volume<'a> {
     /// What umount(8) says.
     pub fn unmount(&mut self) -> Result<()> {
         let guard = self.mounted.take().context("not mounted")?;
-        Cmd::new("umount").arg(&self.dir).limit(Duration::from_secs(300)).quiet()?;
+        guard::unmount_command(&self.dir).limit(Duration::from_secs(300)).quiet()?;
         guard.disarm();
         Ok(())
     }

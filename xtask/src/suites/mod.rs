@@ -25,6 +25,8 @@ mod programs;
 mod python;
 mod user;
 
+pub use programs::copy_sources;
+
 use crate::steps::{passed, Outcome, Steps};
 use crate::subject::{self, Subject};
 use crate::volume::{Backing, Volume};
@@ -104,7 +106,7 @@ pub fn steps(steps: &mut Steps, subject: &str, long: bool) -> Result<()> {
                 passed()
             });
         }
-        steps.step("demo", || on_a_mount(&suite, |_| demo::run().and_then(|()| passed())));
+        steps.step("demo", || on_a_mount(&suite, |_| demo::run("cairn").and_then(|()| passed())));
     }
     for (name, run) in suites {
         steps.step(name, || on_a_mount(&suite, *run));
