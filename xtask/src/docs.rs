@@ -3,7 +3,7 @@
 //! The document is written by hand except between `<!-- table: NAME -->` and `<!-- end -->`, where
 //! the table of the structure NAME stands, as declared with `disk_struct!`. `--check` compares.
 
-use crate::checkout;
+use crate::{checkout, need, pages};
 use anyhow::{bail, Context, Result};
 use fs_core::format::{
     chunk, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr, FieldDoc,
@@ -58,11 +58,22 @@ const BEGIN: &str = "<!-- table: ";
 const BEGIN_END: &str = " -->";
 const END: &str = "<!-- end -->";
 
-/// Brings `docs/format.md` up to date, or with `check` fails when it is not.
+/// Brings `docs/format.md` up to date and generates manual pages and completions, or with `check`
+/// fails when the document is not up to date.
 ///
 /// # Errors
 /// When it is out of date or a marker names nothing.
 pub fn run(check: bool) -> Result<()> {
+    format_tables(check)?;
+    if !check {
+        need::release_build()?;
+        let pages = pages::generate()?;
+        println!("{} pages and completions are in target/dist", pages.len());
+    }
+    Ok(())
+}
+
+fn format_tables(check: bool) -> Result<()> {
     let path = checkout::root().join("docs/format.md");
     let old = fs::read_to_string(&path).context("cannot read docs/format.md")?;
     let new = fill(&old)?;

@@ -3,7 +3,7 @@
 //! The administration commands and the mount helpers go to `sbin`. mount(8) and fsck(8) look for
 //! helpers in `/sbin` only, so with another prefix links are put there too.
 
-use crate::{checkout, need};
+use crate::{checkout, need, pages};
 use anyhow::{Context, Result};
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
@@ -37,27 +37,10 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<()> {
             place.link(&sbin.join(name), &Path::new("/sbin").join(name))?;
         }
     }
-    pages(&place, prefix)
-}
-
-/// Man pages, by section, and completions, by shell.
-fn pages(place: &Place, prefix: &Path) -> Result<()> {
-    for page in files(&checkout::root().join("docs/man"))? {
-        let section = page.extension().unwrap_or_default().to_string_lossy().into_owned();
-        let is_page = section.len() == 1 && section.as_bytes()[0].is_ascii_digit();
-        if is_page {
-            let dir = prefix.join(format!("share/man/man{section}"));
-            place.copy(&page, &dir.join(page.file_name().unwrap_or_default()), 0o644)?;
-        }
+    for page in pages::generate()? {
+        place.copy(&page.from, &prefix.join(page.to), 0o644)?;
     }
     Ok(())
-}
-
-fn files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let Ok(entries) = fs::read_dir(dir) else { return Ok(Vec::new()) };
-    let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
-    files.sort();
-    Ok(files)
 }
 
 /// Where files really go.

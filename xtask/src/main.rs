@@ -7,7 +7,7 @@
 //! | `suites` | borrowed and own test suites on a mounted image |
 //! | `bench` | measures cairn next to other filesystems |
 //! | `tidy` | layering and text rules of the sources |
-//! | `docs` | tables of `docs/format.md`, man pages, completions |
+//! | `docs`, `pages` | tables of `docs/format.md`; manual pages and completions |
 //! | `install` | puts binaries, links, man pages and completions in place |
 //! | `kmod` | builds and tries the kernel module |
 //! | `subject`, `volume` | a filesystem to be tried, and one image of it |
@@ -21,6 +21,7 @@ mod guard;
 mod install;
 mod kmod;
 mod need;
+mod pages;
 mod random;
 mod run;
 mod steps;
@@ -76,7 +77,10 @@ enum Task {
     /// Measure cairn next to other filesystems, on this machine, in one run.
     Bench(bench::Options),
     /// Build and try the kernel module.
-    Kmod(kmod::Options),
+    Kmod {
+        /// What to do: see docs/kernel-module.md.
+        args: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -88,7 +92,7 @@ fn main() -> ExitCode {
         Task::Docs { check } => docs::run(check),
         Task::Install { prefix, destdir } => install::run(&prefix, destdir.as_deref()),
         Task::Bench(options) => bench::run(&options),
-        Task::Kmod(options) => kmod::run(&options),
+        Task::Kmod { args } => kmod::main(&args).map_err(anyhow::Error::msg),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
