@@ -52,6 +52,8 @@ macro_rules! ensure_eq {
     };
 }
 
+mod filesystem;
+
 fn failed(error: impl core::fmt::Debug) -> Failure {
     format!("{error:?}")
 }
@@ -517,7 +519,9 @@ fn the_core_gets_a_whole_platform() -> Outcome {
 }
 
 macro_rules! tests {
-    ($($name:ident),* $(,)?) => { &[$((stringify!($name), $name as fn() -> Outcome)),*] };
+    ($($($part:ident)::+),* $(,)?) => {
+        &[$((stringify!($($part)::+), $($part)::+ as fn() -> Outcome)),*]
+    };
 }
 
 const TESTS: &[(&str, fn() -> Outcome)] = tests![
@@ -543,6 +547,9 @@ const TESTS: &[(&str, fn() -> Outcome)] = tests![
     a_superblock_reads_back_and_a_changed_one_does_not,
     a_ram_device_keeps_what_is_written_and_refuses_what_is_beyond,
     the_core_gets_a_whole_platform,
+    filesystem::a_filesystem_keeps_its_files_over_reopening,
+    filesystem::a_synced_file_survives_a_crash,
+    filesystem::threads_may_share_a_filesystem,
 ];
 
 /// Runs all tests.
