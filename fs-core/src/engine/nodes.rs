@@ -66,6 +66,10 @@ impl NodeSource for GroupSink<'_> {
 }
 
 impl NodeSink for GroupSink<'_> {
+    fn as_source(&self) -> &dyn NodeSource {
+        self
+    }
+
     fn txg(&self) -> Txg {
         self.txg
     }
