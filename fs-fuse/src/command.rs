@@ -17,7 +17,7 @@
 //! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do everything but
 //! mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
 
-use crate::backend::{self, Opened};
+use crate::backend::Opened;
 use crate::device::{Session, Threads};
 use crate::mount::{self, Plan};
 use crate::noop::NoOp;
@@ -82,9 +82,13 @@ impl Exit {
     }
 }
 
-/// Runs the program with the arguments after its name; returns the exit code.
-pub fn run(arguments: impl Iterator<Item = OsString>) -> u8 {
-    match parse(arguments).and_then(act) {
+/// Opens what is to be mounted.
+pub type Opener<'a> = &'a dyn Fn(&Path, &Options) -> Result<Opened, String>;
+
+/// Runs the program with the arguments after its name, `open` giving what to mount; returns the
+/// exit code.
+pub fn run(arguments: impl Iterator<Item = OsString>, open: Opener<'_>) -> u8 {
+    match parse(arguments).and_then(|invocation| act(invocation, open)) {
         Ok(()) => exit::OK,
         Err(Exit(exit::OK, text)) => {
             println!("{text}");
@@ -185,7 +189,7 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     }
 }
 
-fn act(mut invocation: Invocation) -> Result<(), Exit> {
+fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
     let target = invocation.target.canonicalize().map_err(|e| {
         Exit::failed(format!("cannot mount on {}: {e}", invocation.target.display()))
     })?;
@@ -205,12 +209,12 @@ fn act(mut invocation: Invocation) -> Result<(), Exit> {
         return Ok(());
     }
     if invocation.foreground {
-        return serve(&invocation, &source, Launch::foreground());
+        return serve(&invocation, &source, open, Launch::foreground());
     }
     match detach()? {
         Detached::Parent(code) if code == exit::OK => Ok(()),
         Detached::Parent(code) => std::process::exit(code.into()),
-        Detached::Child(launch) => serve(&invocation, &source, launch),
+        Detached::Child(launch) => serve(&invocation, &source, open, launch),
     }
 }
 
@@ -267,11 +271,16 @@ fn detach() -> Result<Detached, Exit> {
     }
 }
 
-fn serve(invocation: &Invocation, source: &Path, launch: Launch) -> Result<(), Exit> {
+fn serve(
+    invocation: &Invocation,
+    source: &Path,
+    open: Opener<'_>,
+    launch: Launch,
+) -> Result<(), Exit> {
     let opened = if invocation.noop {
         Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}) }
     } else {
-        backend::open(source, &invocation.options).map_err(Exit::failed)?
+        open(source, &invocation.options).map_err(Exit::failed)?
     };
     let server = Arc::new(Server::new(opened.volume));
     let plan = Plan { source, target: &invocation.target, options: &invocation.options };
