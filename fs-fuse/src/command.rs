@@ -295,7 +295,8 @@ fn serve(
         }
     };
     unmount_on_signals(invocation.target.clone(), root);
-    let session = Session::new(device, server);
+    let threads = Threads::new(invocation.options.threads);
+    let session = Session::new(device, server, threads);
     let target = invocation.target.clone();
     let settle = move || {
         // Asks the root of the new mount, so this thread must not be one that serves.
@@ -306,12 +307,7 @@ fn serve(
             launch.ready();
         });
     };
-    session.serve(threads(&invocation.options), settle).map_err(Exit::failed)
-}
-
-fn threads(options: &Options) -> Threads {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    Threads { count: options.threads.unwrap_or(cpus.max(2)), pinned: true }
+    session.serve(settle).map_err(Exit::failed)
 }
 
 /// Mounts, and returns the descriptor to serve.

@@ -87,6 +87,14 @@ impl Head {
         Head { bytes, len }
     }
 
+    /// The notice that an inode's pages from `offset` on are no longer valid.
+    pub fn notify_inval_inode(node: u64, offset: i64) -> Head {
+        // A length of zero means up to the end.
+        let notice = wire::NotifyInvalInodeOut { node, offset, len: 0 };
+        // Notices carry their code in place of an error and answer no request.
+        Head::new(0, wire::NOTIFY_INVAL_INODE, notice.as_bytes(), 0)
+    }
+
     /// The reply that says a request failed.
     pub fn error(unique: u64, errno: Errno) -> Head {
         Head::new(unique, -errno.raw_os_error(), &[], 0)

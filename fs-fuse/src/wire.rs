@@ -467,6 +467,17 @@ pub struct CopyFileRangeIn {
     pub flags: u64,
 }
 
+/// Code of the notice that pages and attributes of an inode are no longer valid.
+pub const NOTIFY_INVAL_INODE: i32 = 2;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NotifyInvalInodeOut {
+    pub node: u64,
+    pub offset: i64,
+    pub len: i64,
+}
+
 /// Head of a directory entry; the name follows, padded to 8 bytes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
