@@ -547,7 +547,14 @@ impl Filesystem for Memory {
     }
 
     fn sync(&self) -> Result<()> {
-        *self.state().counts.entry("sync").or_default() += 1;
+        let mut state = self.state();
+        *state.counts.entry("sync").or_default() += 1;
+        let bytes = |inode: &Inode| match &inode.content {
+            Content::File(data) => data.len() as u64,
+            _ => 0,
+        };
+        let total = state.inodes.values().map(bytes).sum();
+        state.counts.insert("bytes-at-sync", total);
         Ok(())
     }
 
