@@ -281,7 +281,7 @@ fn data_in_the_page_cache_is_not_taken_for_a_hole() {
                 let file = OpenOptions::new().write(true).create_new(true).open(path).unwrap();
                 for round in 1..20u64 {
                     file.write_all_at(&[1; 10], round << 16).unwrap();
-                    let found = rfs::seek(&file, rfs::SeekFrom::Data((round - 1 << 16) + 4096));
+                    let found = rfs::seek(&file, rfs::SeekFrom::Data(((round - 1) << 16) + 4096));
                     assert_eq!(found, Ok(round << 16));
                 }
             });
