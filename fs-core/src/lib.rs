@@ -12,25 +12,37 @@
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
 //! | `txg` | transaction groups, dirty data, waiting |
-//! | `space` | free space and reservations |
-//! | `pool` | chunk map, verified reads, superblock ring |
-//! | `device` | one member |
+//! | [`space`] | free space and reservations |
+//! | [`pool`] | chunk map, verified reads, superblock ring |
+//! | [`device`] | one member |
 //! | [`format`] | bytes on disk |
+//! | [`codec`] | checksums and compression by kind |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
 #![no_std]
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 extern crate std;
 
 /// Re-exported so that a kernel module links one `lock_api`.
 pub use lock_api;
 
+pub mod btree;
 pub mod buf;
+pub mod codec;
+pub mod device;
+pub mod engine;
 pub mod error;
 pub mod format;
+pub mod intent;
 pub mod platform;
+pub mod pool;
+pub mod space;
+pub mod subvol;
 pub mod sync;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod txg;
 pub mod units;
 pub mod vfs;

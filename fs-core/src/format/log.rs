@@ -2,20 +2,21 @@
 //!
 //! A segment is a run of logical space in a data chunk. Frames follow each other in it, each a
 //! multiple of the sector size. A frame carries a sequence number one greater than the frame before
-//! it, and the checksum of that frame as its *chain*, so that a frame left over from an earlier use of
-//! the space cannot be taken for the next one, and replay ends at the first frame that is not there
-//! whole. The superblock names the place, the sequence and the chain of the first frame to replay. The
-//! last frame of a segment names the next segment.
+//! it, and the checksum of that frame as its *chain*, so that a frame left over from an earlier use
+//! of the space cannot be taken for the next one, and replay ends at the first frame that is not
+//! there whole. The superblock names the place, the sequence and the chain of the first frame to
+//! replay. The last frame of a segment names the next segment.
 //!
 //! A frame's payload is a list of records, each with the group it belongs to. Records are redo
-//! records of state: "this item now has this value", "this range of this file is now this". Replaying a
-//! record twice is the same as once. Records of published groups are skipped.
+//! records of state: "this item now has this value", "this range of this file is now this".
+//! Replaying a record twice is the same as once. Records of published groups are skipped.
 
 use super::extent::Extent;
 use super::key::Key;
+use super::space::Run;
 use super::{rule, BadBytes, DiskField};
 use crate::disk_struct;
-use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
+use crate::units::{sector_round, Ino, Logical, TreeId, Txg, SECTOR_BYTES};
 use alloc::vec::Vec;
 
 disk_struct! {
@@ -23,24 +24,24 @@ disk_struct! {
     pub struct FrameHeader [128] {
         /// "CrnLogFr".
         0x00 magic: [u8; 8],
+        /// BLAKE3-256 of the rest of the header and the payload.
+        0x08 checksum: [u8; 32],
         /// Id of the pool.
-        0x08 pool_id: [u8; 16],
+        0x28 pool_id: [u8; 16],
         /// Sequence number.
-        0x18 sequence: u64,
+        0x38 sequence: u64,
         /// Bytes of the payload.
-        0x20 payload_bytes: u32,
+        0x40 payload_bytes: u32,
         /// Number of records in it.
-        0x24 record_count: u32,
+        0x44 record_count: u32,
         /// First address of the next segment; zero while this one goes on.
-        0x28 next_segment: u64,
-        /// Bytes of the next segment.
-        0x30 next_segment_bytes: u64,
-        /// Reserved.
-        0x38 reserved: [u8; 8],
+        0x48 next_segment: u64,
+        /// Bytes of the next segment; zero while this one goes on.
+        0x50 next_segment_bytes: u64,
         /// Checksum of the frame before.
-        0x40 chain: [u8; 32],
-        /// BLAKE3-256 of this frame, header and payload, with this field zero.
-        0x60 checksum: [u8; 32],
+        0x58 chain: [u8; 32],
+        /// Reserved.
+        0x78 reserved: [u8; 8],
     }
 }
 
@@ -53,7 +54,8 @@ disk_struct! {
         0x08 tree: u64,
         /// 1 item, 2 file range, 3 file attributes.
         0x10 kind: u8,
-        /// Flags by kind: item: bit 0 the item is deleted, bit 1 keep size and space of the inode that is there.
+        /// Flags by kind: item: bit 0 the item is deleted, bit 1 keep size and space of the inode
+        /// that is there.
         0x11 flags: u8,
         /// Reserved.
         0x12 reserved: u16,
@@ -70,6 +72,46 @@ pub const FRAME_MAGIC: [u8; 8] = *b"CrnLogFr";
 pub const SEGMENT_BYTES_MAX: u64 = 64 << 20;
 /// Longest payload of a frame, in bytes.
 pub const PAYLOAD_BYTES_MAX: u32 = 8 << 20;
+
+/// Where the checksummed part of a frame starts.
+const CHECKED_FROM: usize = 0x28;
+
+/// Bytes of a frame with that payload, which is at most [`PAYLOAD_BYTES_MAX`] long.
+pub const fn frame_bytes(payload_bytes: u32) -> u64 {
+    sector_round(FrameHeader::BYTES as u64 + payload_bytes as u64)
+}
+
+/// The part of a frame that its checksum covers.
+pub fn checked_part(frame: &[u8], payload_bytes: u32) -> &[u8] {
+    &frame[CHECKED_FROM..FrameHeader::BYTES + payload_bytes as usize]
+}
+
+impl FrameHeader {
+    /// Reads the head of a frame. Whether the frame is whole and the right one is not known yet.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn decode(bytes: &[u8]) -> Result<FrameHeader, BadBytes> {
+        let head = <FrameHeader as DiskField>::get(&bytes[..FrameHeader::BYTES]);
+        rule(head.magic == FRAME_MAGIC, "frame without its magic")?;
+        rule(head.reserved == [0; 8], "reserved field of a frame is not zero")?;
+        rule(head.payload_bytes <= PAYLOAD_BYTES_MAX, "frame too long")?;
+        let least = u64::from(head.record_count) * RecordHeader::BYTES as u64;
+        rule(least <= u64::from(head.payload_bytes), "more records than fit in a frame")?;
+        let (next, bytes) = (head.next_segment, head.next_segment_bytes);
+        rule((next == 0) == (bytes == 0), "next segment without address or length")?;
+        rule(next % SECTOR_BYTES == 0 && bytes % SECTOR_BYTES == 0, "next segment unaligned")?;
+        rule(bytes <= SEGMENT_BYTES_MAX, "next segment too long")?;
+        rule(next.checked_add(bytes).is_some(), "next segment out of range")?;
+        Ok(head)
+    }
+
+    /// The segment that the next frame is in, when it is not this one.
+    pub fn next(&self) -> Option<Run> {
+        let run = Run { addr: Logical(self.next_segment), bytes: self.next_segment_bytes };
+        (run.bytes > 0).then_some(run)
+    }
+}
 
 /// What a range of a file has become.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -230,8 +272,9 @@ fn decode_range(body: &[u8], flags: u8, txg: Txg) -> Result<Record, BadBytes> {
             RangeContent::Bytes(rest.to_vec())
         }
         2 | 3 => {
-            let (extent, _) = Extent::decode(rest, offset, txg)?;
+            let (extent, birth) = Extent::decode(rest, offset, txg)?;
             rule(extent.len() == len, "log range of the wrong length")?;
+            rule(birth == txg, "log range born in another group than its record's")?;
             rule(
                 matches!(extent, Extent::Plain { .. } | Extent::Packed { .. }),
                 "log range names no data",

@@ -1,7 +1,7 @@
 //! Encoding and decoding are inverse; random bytes never panic.
 
 use super::*;
-use crate::units::Txg;
+use crate::units::{Ino, Logical, TreeId, Txg, SECTOR_BYTES};
 use proptest::prelude::*;
 
 proptest! {
@@ -19,5 +19,105 @@ proptest! {
         let _ = pool::SubvolItem::decode(&bytes);
         let _ = label::Label::decode(&bytes);
         let _ = superblock::Superblock::decode(&bytes);
+    }
+}
+
+fn extent() -> impl Strategy<Value = extent::Extent> {
+    use extent::{Blob, Extent};
+    use ptr::{ChecksumKind, CompressionKind};
+    let sum = prop_oneof![
+        Just(ChecksumKind::None),
+        Just(ChecksumKind::Crc32c),
+        Just(ChecksumKind::Blake3)
+    ];
+    let plain = (sum.clone(), 1..64u64, 0..1u64 << 40, any::<u8>()).prop_map(
+        |(checksum_kind, sectors, place, byte)| Extent::Plain {
+            addr: Logical(place * SECTOR_BYTES),
+            len: sectors * SECTOR_BYTES,
+            checksum_kind,
+            checksums: alloc::vec![byte; sectors as usize * checksum_kind.bytes()],
+        },
+    );
+    let packed = (sum, 1..32u64, 0..32u64, 0..32u64, any::<[u8; 32]>()).prop_map(
+        |(checksum_kind, sectors, before, after, mut checksum)| {
+            checksum[checksum_kind.bytes()..].fill(0);
+            let logical = ((before + sectors + after) * SECTOR_BYTES) as u32;
+            let blob = Blob {
+                addr: Logical(1 << 30),
+                stored: logical / 2,
+                logical,
+                compression: CompressionKind::Zstd,
+                checksum_kind,
+                checksum,
+            };
+            let offset = (before * SECTOR_BYTES) as u32;
+            Extent::Packed { blob, offset, len: sectors * SECTOR_BYTES }
+        },
+    );
+    prop_oneof![plain, packed]
+}
+
+fn range_content() -> impl Strategy<Value = (u64, log::RangeContent)> {
+    use log::RangeContent;
+    prop_oneof![
+        (1..4u64, any::<u8>()).prop_map(|(sectors, byte)| {
+            let len = sectors * SECTOR_BYTES;
+            (len, RangeContent::Bytes(alloc::vec![byte; len as usize]))
+        }),
+        extent().prop_map(|extent| (extent.len(), RangeContent::Written(extent))),
+        extent().prop_map(|extent| (extent.len(), RangeContent::Shared(extent))),
+        (1..u64::MAX >> 1).prop_map(|len| (len, RangeContent::Hole)),
+        (1..1u64 << 30).prop_map(|sectors| (sectors * SECTOR_BYTES, RangeContent::Promised)),
+    ]
+}
+
+fn record() -> impl Strategy<Value = log::Record> {
+    use log::Record;
+    let value = proptest::option::of(proptest::collection::vec(any::<u8>(), 0..4200));
+    let item =
+        (any::<(u64, u8, u64)>(), value, any::<bool>()).prop_map(|(key, value, keep_size)| {
+            Record::Item { key: key::Key::new(key.0, key.1, key.2), value, keep_size }
+        });
+    let range =
+        (any::<u64>(), 0..1u64 << 40, range_content()).prop_map(|(ino, sector, (len, content))| {
+            Record::Range { ino: Ino(ino), offset: sector * SECTOR_BYTES, len, content }
+        });
+    prop_oneof![item, range]
+}
+
+proptest! {
+    #[test]
+    fn a_log_record_decodes_to_what_was_encoded_and_to_nothing_else(
+        record in record(),
+        txg in 1..u64::MAX,
+        tree in 256..u64::MAX,
+        tail in proptest::collection::vec(any::<u8>(), 0..50),
+    ) {
+        let record = log::LogRecord { txg: Txg(txg), tree: TreeId(tree), record };
+        let mut bytes = alloc::vec![];
+        record.encode_to(&mut bytes);
+        let len = bytes.len();
+        bytes.extend_from_slice(&tail);
+        prop_assert_eq!(log::LogRecord::decode(&bytes), Ok((record, len)));
+        prop_assert!(log::LogRecord::decode(&bytes[..len - 1]).is_err());
+    }
+
+    #[test]
+    fn a_damaged_log_record_is_refused_or_encodes_to_the_same_bytes(
+        record in record(),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let record = log::LogRecord { txg: Txg(7), tree: TreeId(300), record };
+        let mut bytes = alloc::vec![];
+        record.encode_to(&mut bytes);
+        for (at, byte) in damage {
+            let head = bytes.len().min(120);
+            bytes[at.index(head)] = byte;
+        }
+        if let Ok((record, len)) = log::LogRecord::decode(&bytes) {
+            let mut again = alloc::vec![];
+            record.encode_to(&mut again);
+            prop_assert_eq!(&again[..], &bytes[..len]);
+        }
     }
 }

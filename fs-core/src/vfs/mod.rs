@@ -1,6 +1,6 @@
 //! The operations a driver calls: one method per operation, no kernel or FUSE type.
 //!
-//! [`Filesystem`] is what a driver needs of a mounted subvolume; `Volume` implements it over the
+//! [`Filesystem`] is what a driver needs of a mounted subvolume; [`Volume`] implements it over the
 //! engine. A second implementation without storage measures what a driver costs by itself, and a
 //! model in the tests is compared with the real one call by call.
 //!
@@ -16,6 +16,15 @@
 //! - Each operation is atomic in a crash: seen whole or not at all, except that a write longer than
 //!   one request may be cut at a sector.
 //! - Errors are [`crate::error::Error`]; ordinary outcomes are `Error::Posix`.
+
+mod acl;
+mod attrs;
+mod files;
+mod names;
+mod rename;
+mod volume;
+
+pub use volume::{AccessTime, Volume};
 
 use crate::error::Error;
 use crate::platform::Timestamp;

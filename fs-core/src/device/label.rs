@@ -1,0 +1,217 @@
+//! Reading and writing the labels of a device.
+
+use super::Member;
+use crate::buf::Buf;
+use crate::error::Error;
+use crate::format::label::{
+    label_areas, Label, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES, LABEL_MAGIC,
+};
+use crate::format::{DiskField, FORMAT_VERSION};
+use crate::platform::{Device, DeviceRef, ReadOp, Result};
+use crate::units::{align_down, Logical, Physical, SECTOR_BYTES};
+
+/// What a label says, without its padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Id of the pool.
+    pub pool_id: [u8; 16],
+    /// Id of the device.
+    pub device_id: [u8; 16],
+    /// Index of the device in the pool.
+    pub index: u16,
+    /// Usable bytes of the device.
+    pub bytes: u64,
+    /// Name of the pool, padded with zeros.
+    pub name: [u8; 64],
+    /// When the label was written, seconds since 1970.
+    pub written: i64,
+    /// Counts rewrites.
+    pub sequence: u64,
+}
+
+impl Identity {
+    fn from_label(label: &Label) -> Identity {
+        Identity {
+            pool_id: label.pool_id,
+            device_id: label.device_id,
+            index: label.device_index,
+            bytes: label.device_bytes,
+            name: label.name,
+            written: label.written,
+            sequence: label.sequence,
+        }
+    }
+
+    fn to_buf(&self) -> Result<Buf> {
+        let mut buf = Buf::zeroed(Label::BYTES)?;
+        let mut label = <Label as DiskField>::get(&buf);
+        label.magic = LABEL_MAGIC;
+        label.version = FORMAT_VERSION;
+        label.sector_bytes = SECTOR_BYTES as u32;
+        label.pool_id = self.pool_id;
+        label.device_id = self.device_id;
+        label.device_index = self.index;
+        label.device_bytes = self.bytes;
+        label.name = self.name;
+        label.written = self.written;
+        label.sequence = self.sequence;
+        buf.copy_from_slice(&label.encode());
+        Ok(buf)
+    }
+
+    fn same_device(&self, other: &Identity) -> bool {
+        (self.pool_id, self.device_id, self.index) == (other.pool_id, other.device_id, other.index)
+    }
+}
+
+/// What the labels of a device say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// The newer of the valid labels.
+    pub identity: Identity,
+    /// Where the label areas are.
+    pub areas: [Physical; 2],
+    /// For each area, why its label is not the one above: damaged, unreadable or out of date. A
+    /// writer should rewrite it.
+    pub damaged: [Option<Error>; 2],
+}
+
+fn read_label(device: &dyn Device, position: u16, at: Physical) -> Result<Identity> {
+    if at.0 + SECTOR_BYTES > device.geometry().bytes {
+        return Err(Error::NotCairn);
+    }
+    let buf = Buf::zeroed(SECTOR_BYTES as usize)?;
+    let mut batch = [ReadOp { at, buf, result: Ok(()) }];
+    device.read(&mut batch);
+    batch[0].result.map_err(|cause| Error::Device { device: position, at, cause })?;
+    Ok(Identity::from_label(&Label::decode(&batch[0].buf)?))
+}
+
+/// Of two reasons not to open, the one that helps more.
+fn better_reason(first: Error, second: Error) -> Error {
+    let rank = |error: &Error| match error {
+        Error::Version { .. } => 3,
+        Error::Corrupt { .. } => 2,
+        Error::Device { .. } | Error::Memory => 1,
+        _ => 0,
+    };
+    if rank(&second) > rank(&first) {
+        second
+    } else {
+        first
+    }
+}
+
+/// Where the second label must be: the first knows how large the device was; without it, the
+/// device's size is all there is to go by.
+fn second_area(first: &Result<Identity>, device_bytes: u64) -> Result<Physical> {
+    let bytes = match first {
+        Ok(label) => fits(label, device_bytes)?.bytes,
+        Err(_) => device_bytes,
+    };
+    label_areas(bytes).map(|areas| areas[1]).ok_or(Error::NotCairn)
+}
+
+fn fits(label: &Identity, device_bytes: u64) -> Result<&Identity> {
+    if label.bytes > device_bytes {
+        return Err(Error::Truncated { expected: label.bytes, found: device_bytes });
+    }
+    Ok(label)
+}
+
+/// Reads both labels of a device. `position` names the device in errors while its index is not
+/// known.
+///
+/// # Errors
+/// [`Error::NotCairn`] when there is no valid label, [`Error::Truncated`] when the device is
+/// smaller than it was, [`Error::Version`] when either label is of another version, and what the
+/// device says when it cannot be read at all.
+pub fn probe(device: &dyn Device, position: u16) -> Result<Probe> {
+    let device_bytes = device.geometry().bytes;
+    let first = read_label(device, position, Physical(LABEL_AREA_0));
+    let second_at = second_area(&first, device_bytes)?;
+    let second = read_label(device, position, second_at).and_then(|label| {
+        let own = label_areas(label.bytes).map(|areas| areas[1]);
+        fits(&label, device_bytes)?;
+        // Found at the end of a device of another size: a copy of a part of some other device.
+        (own == Some(second_at)).then_some(label).ok_or(Error::NotCairn)
+    });
+    // A label of another version is no damage, even if the other end is of ours: half an upgrade.
+    for label in [&first, &second] {
+        if let Err(Error::Version { found }) = label {
+            return Err(Error::Version { found: *found });
+        }
+    }
+    let out_of_date = Error::Corrupt { what: "label is out of date", addr: Logical(0) };
+    let (identity, damaged) = match (first, second) {
+        (Err(first), Err(second)) => return Err(better_reason(first, second)),
+        (Ok(first), Err(second)) => (first, [None, Some(second)]),
+        (Err(first), Ok(second)) => (second, [Some(first), None]),
+        (Ok(first), Ok(second)) if first == second => (first, [None, None]),
+        (Ok(first), Ok(second)) => {
+            if first.same_device(&second) && second.sequence > first.sequence {
+                (second, [Some(out_of_date), None])
+            } else {
+                (first, [None, Some(out_of_date)])
+            }
+        }
+    };
+    Ok(Probe { identity, areas: [Physical(LABEL_AREA_0), second_at], damaged })
+}
+
+/// Bytes zeroed in one write while wiping.
+const WIPE_BYTES: u64 = 1 << 20;
+
+impl Member {
+    /// A device that is about to get its first label.
+    ///
+    /// # Errors
+    /// [`Error::NotCairn`] when the device is too small to have two label areas.
+    pub fn fresh(device: DeviceRef, identity: Identity) -> Result<Member> {
+        let areas = label_areas(identity.bytes).ok_or(Error::NotCairn)?;
+        Ok(Member::new(device, &Probe { identity, areas, damaged: [None, None] }))
+    }
+
+    /// Zeroes everything before the chunks and a megabyte at the end, and flushes: old labels and
+    /// superblocks of cairn, and what other filesystems and volume managers would recognise.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`].
+    pub fn wipe(&self) -> Result<()> {
+        let end = self.areas[1].0 + LABEL_AREA_BYTES;
+        let tail = align_down(end.saturating_sub(WIPE_BYTES).max(DATA_START), SECTOR_BYTES);
+        let zeros = Buf::zeroed(WIPE_BYTES as usize)?.into_slice();
+        self.write_at(Physical(0), zeros.part(0, DATA_START as usize))?;
+        self.write_at(Physical(tail), zeros.part(0, (end - tail) as usize))?;
+        self.flush()
+    }
+
+    /// Writes the label into both areas, durably, one after the other and a damaged one first:
+    /// after a crash at any moment at least one is whole.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`].
+    pub fn write_labels(&self) -> Result<()> {
+        let identity = self.identity.lock();
+        let label = identity.to_buf()?.into_slice();
+        for area in [self.first_area, 1 - self.first_area] {
+            self.write_at(self.areas[area], label.clone())?;
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Changes what the label says and writes it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`]; the change is kept in memory.
+    pub fn relabel(&self, written: i64, change: impl FnOnce(&mut Identity)) -> Result<()> {
+        {
+            let mut identity = self.identity.lock();
+            change(&mut identity);
+            identity.written = written;
+            identity.sequence = identity.sequence.saturating_add(1);
+        }
+        self.write_labels()
+    }
+}

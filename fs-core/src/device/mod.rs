@@ -1,0 +1,205 @@
+//! One member of a pool: its identity, its superblock ring, its error counters.
+//!
+//! A device carries two *label areas* (`format::label`), each with a label that says whose the
+//! device is and a ring of superblocks. Both areas hold the same, so that one damaged end of a
+//! device loses nothing.
+//!
+//! - [`probe`] reads the labels of a device that is not a member of anything yet.
+//! - [`Member`] is a device after that: transfers through it are counted when they fail.
+//! - `ring` reads and writes superblocks.
+//!
+//! What must never happen: both labels of a device being in an unfinished state at one moment, so
+//! the second is written only after the first is durable. Superblocks need no such order: a group
+//! writes its own slot, and the slot of the group before is whole.
+//!
+//! Retries of interrupted transfers are the platform device's business. A transfer that fails here
+//! has failed.
+
+mod label;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+pub use label::{probe, Identity, Probe};
+pub use ring::{choose, Refused, Ring};
+
+use crate::buf::{Buf, Slice};
+use crate::error::Error;
+use crate::platform::{DeviceError, DeviceRef, ReadOp, Result, WriteOp};
+use crate::sync::Mutex;
+use crate::units::Physical;
+use alloc::vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Errors of a device since they were last cleared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ErrorCounts {
+    /// Reads that failed.
+    pub read: u64,
+    /// Writes and flushes that failed.
+    pub write: u64,
+    /// Reads whose content was not what its parent vouches for.
+    pub checksum: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    read: AtomicU64,
+    write: AtomicU64,
+    checksum: AtomicU64,
+}
+
+/// A device of an open pool.
+pub struct Member {
+    device: DeviceRef,
+    index: u16,
+    /// What the labels say. Leaf lock; held while labels are rewritten.
+    identity: Mutex<Identity>,
+    areas: [Physical; 2],
+    /// The area to write first when labels are rewritten: one whose label is not the only good one.
+    first_area: usize,
+    errors: Counters,
+}
+
+impl Member {
+    /// The device as a member of its pool.
+    pub fn new(device: DeviceRef, probe: &Probe) -> Member {
+        Member {
+            device,
+            index: probe.identity.index,
+            areas: probe.areas,
+            first_area: usize::from(probe.damaged[1].is_some()),
+            identity: Mutex::new(probe.identity.clone()),
+            errors: Counters::default(),
+        }
+    }
+
+    /// Index of the device in the pool.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// What the device's labels say.
+    pub fn identity(&self) -> Identity {
+        self.identity.lock().clone()
+    }
+
+    /// Usable bytes of the device.
+    pub fn bytes(&self) -> u64 {
+        self.identity.lock().bytes
+    }
+
+    /// A name for messages.
+    pub fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// The device itself.
+    pub fn device(&self) -> &DeviceRef {
+        &self.device
+    }
+
+    /// Errors since they were last cleared.
+    pub fn errors(&self) -> ErrorCounts {
+        ErrorCounts {
+            read: self.errors.read.load(Ordering::Relaxed),
+            write: self.errors.write.load(Ordering::Relaxed),
+            checksum: self.errors.checksum.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Adds errors counted in an earlier life of the pool.
+    pub fn add_errors(&self, counts: ErrorCounts) {
+        let add = |counter: &AtomicU64, count: u64| {
+            // The stored count is untrusted: saturate.
+            let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+                Some(old.saturating_add(count))
+            });
+        };
+        add(&self.errors.read, counts.read);
+        add(&self.errors.write, counts.write);
+        add(&self.errors.checksum, counts.checksum);
+    }
+
+    /// Counts a read whose content was wrong.
+    pub fn count_checksum_error(&self) {
+        self.add_errors(ErrorCounts { checksum: 1, ..ErrorCounts::default() });
+    }
+
+    /// The error for a transfer at `at` that failed. A refusal of memory says nothing about the
+    /// device.
+    pub fn error(&self, at: Physical, cause: DeviceError) -> Error {
+        match cause {
+            DeviceError::Memory => Error::Memory,
+            cause => Error::Device { device: self.index, at, cause },
+        }
+    }
+
+    /// Carries out a batch of reads and counts those that fail.
+    pub fn read(&self, batch: &mut [ReadOp]) {
+        self.device.read(batch);
+        let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
+        if failed > 0 {
+            self.add_errors(ErrorCounts { read: failed, ..ErrorCounts::default() });
+        }
+    }
+
+    /// Carries out a batch of writes and counts those that fail.
+    ///
+    /// # Errors
+    /// The first failure; every write of the batch was tried.
+    pub fn write(&self, batch: &mut [WriteOp]) -> Result<()> {
+        self.device.write(batch);
+        let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
+        if failed > 0 {
+            self.add_errors(ErrorCounts { write: failed, ..ErrorCounts::default() });
+        }
+        batch.iter().try_for_each(|op| op.result.map_err(|cause| self.error(op.at, cause)))
+    }
+
+    /// Reads `bytes`, a multiple of the sector size, at `at`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`].
+    pub fn read_at(&self, at: Physical, bytes: usize) -> Result<Buf> {
+        let mut batch = [ReadOp { at, buf: Buf::zeroed(bytes)?, result: Ok(()) }];
+        self.read(&mut batch);
+        let [op] = batch;
+        op.result.map_err(|cause| self.error(at, cause))?;
+        Ok(op.buf)
+    }
+
+    /// Writes `slice` at `at`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`].
+    pub fn write_at(&self, at: Physical, slice: Slice) -> Result<()> {
+        self.write(&mut [WriteOp { at, bufs: vec![slice], result: Ok(()) }])
+    }
+
+    /// Makes every completed write durable.
+    ///
+    /// # Errors
+    /// After an error nothing may be assumed about writes since the last flush that succeeded.
+    pub fn flush(&self) -> Result<()> {
+        self.device.flush().map_err(|cause| {
+            self.add_errors(ErrorCounts { write: 1, ..ErrorCounts::default() });
+            self.error(Physical(0), cause)
+        })
+    }
+
+    /// Tells the device that a range holds nothing of value, if it wants to know.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; nothing depends on a discard.
+    pub fn discard(&self, at: Physical, bytes: u64) -> Result<()> {
+        if !self.device.geometry().discards {
+            return Ok(());
+        }
+        self.device.discard(at, bytes).map_err(|cause| self.error(at, cause))
+    }
+}
+
+fn counts_as_error(result: &Result<(), DeviceError>) -> bool {
+    matches!(result, Err(cause) if *cause != DeviceError::Memory)
+}

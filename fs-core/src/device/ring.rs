@@ -1,0 +1,128 @@
+//! The ring of superblocks.
+
+use super::Member;
+use crate::buf::Buf;
+use crate::error::Error;
+use crate::format::label::{ring_slot, RING_OFFSET, RING_SLOTS};
+use crate::format::superblock::Superblock;
+use crate::format::DiskField;
+use crate::platform::{Result, WriteOp};
+use crate::units::{Physical, Txg, SECTOR_BYTES};
+use alloc::vec;
+use alloc::vec::Vec;
+
+const SLOT: usize = SECTOR_BYTES as usize;
+
+/// A superblock that was written whole but cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The group it publishes, as far as its layout is known.
+    pub txg: Txg,
+    /// Why not.
+    pub error: Error,
+}
+
+/// What the rings of a pool hold.
+#[derive(Clone, Debug, Default)]
+pub struct Ring {
+    /// Valid superblocks of the pool, newest first, each group once.
+    pub valid: Vec<Superblock>,
+    /// Superblocks with a right checksum that this build cannot use.
+    pub refused: Vec<Refused>,
+}
+
+impl Ring {
+    /// Adds what both rings of `member` hold. What cannot be read or is torn is left out: the ring
+    /// is there for that.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn add(&mut self, member: &Member, pool_id: &[u8; 16]) -> Result<()> {
+        for area in member.areas {
+            match member.read_at(Physical(area.0 + RING_OFFSET), SLOT * RING_SLOTS as usize) {
+                Ok(buf) => buf.chunks_exact(SLOT).for_each(|slot| self.add_slot(slot, pool_id)),
+                Err(Error::Memory) => return Err(Error::Memory),
+                // One unreadable sector fails the whole read; the others are wanted all the more.
+                Err(_) => {
+                    for slot in 0..RING_SLOTS {
+                        if let Ok(buf) = member.read_at(ring_slot(area, slot), SLOT) {
+                            self.add_slot(&buf, pool_id);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add_slot(&mut self, bytes: &[u8], pool_id: &[u8; 16]) {
+        // Positions of `txg` and `pool_id`; they hold for this version of the format.
+        let txg = Txg(u64::get(&bytes[0x28..0x30]));
+        match Superblock::decode(bytes) {
+            Ok(superblock) if superblock.pool_id == *pool_id => self.insert(superblock),
+            Ok(_) | Err(Error::NotCairn) => {}
+            Err(error @ Error::Version { .. }) => self.refused.push(Refused { txg, error }),
+            Err(error) if bytes[0x38..0x48] == *pool_id => {
+                self.refused.push(Refused { txg, error });
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn insert(&mut self, superblock: Superblock) {
+        let at = self.valid.partition_point(|other| other.txg > superblock.txg);
+        if self.valid.get(at).is_none_or(|other| other.txg != superblock.txg) {
+            self.valid.insert(at, superblock);
+        }
+    }
+
+    /// The newest group any superblock publishes, usable or not. What is written next must be
+    /// newer, or it would lose against what is there.
+    pub fn newest(&self) -> Txg {
+        let refused = self.refused.iter().map(|refused| refused.txg);
+        self.valid.iter().map(|valid| valid.txg).chain(refused).max().unwrap_or_default()
+    }
+}
+
+/// The superblock to open: the newest, not beyond `max_txg`.
+///
+/// A superblock that is whole but cannot be used is not passed over for an older one: it is no torn
+/// write but the pool's state, and going back behind it would undo commits that were promised. That
+/// takes an explicit `max_txg`.
+///
+/// # Errors
+/// Why the newest cannot be used; [`Error::NoSuperblock`] when there is none.
+pub fn choose(ring: &Ring, max_txg: Option<Txg>) -> Result<&Superblock> {
+    let wanted = |txg: Txg| max_txg.is_none_or(|max| txg <= max);
+    let valid = ring.valid.iter().find(|superblock| wanted(superblock.txg));
+    let refused = ring.refused.iter().filter(|refused| wanted(refused.txg)).max_by_key(|r| r.txg);
+    match (valid, refused) {
+        (Some(valid), Some(refused)) if refused.txg > valid.txg => Err(refused.error.clone()),
+        (Some(valid), _) => Ok(valid),
+        (None, Some(refused)) => Err(refused.error.clone()),
+        (None, None) => Err(Error::NoSuperblock),
+    }
+}
+
+impl Member {
+    /// Writes a superblock into its slot of both areas. Not durable before a flush.
+    ///
+    /// One area that cannot be written does not fail the call, since the superblock is found in the
+    /// other; the error is counted.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when neither could be written.
+    pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
+        let slice = Buf::copy_of(&superblock.encode())?.into_slice();
+        let mut batch = self.areas.map(|area| WriteOp {
+            at: ring_slot(area, superblock.txg.0),
+            bufs: vec![slice.clone()],
+            result: Ok(()),
+        });
+        let outcome = self.write(&mut batch);
+        if batch.iter().any(|op| op.result.is_ok()) {
+            return Ok(());
+        }
+        outcome
+    }
+}

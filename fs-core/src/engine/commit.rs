@@ -1,0 +1,378 @@
+//! Writing and publishing a group: the steps that `docs/design.md` numbers.
+
+use crate::btree::{Edit, Tree};
+use crate::engine::data;
+use crate::engine::nodes::GroupSink;
+use crate::engine::references;
+use crate::engine::{Engine, Roots};
+use crate::error::Error;
+use crate::format::chunk::ChunkKind;
+use crate::format::key::{kind, Key};
+use crate::format::ptr::BlockPtr;
+use crate::format::space::{Residue, Run};
+use crate::format::superblock::Superblock;
+use crate::subvol::extents::{resolve, Resolved};
+use crate::subvol::inode::Inode;
+use crate::subvol::store::{GroupDebts, Result};
+use crate::subvol::store::View;
+use crate::subvol::{DataDelta, Subvol};
+use crate::txg::slot;
+use crate::units::{sector_round, TreeId, Txg};
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
+
+/// State of the one committer.
+pub struct Committer {
+    /// Roots of the published group.
+    pub roots: Roots,
+    /// The superblock that published it.
+    pub superblock: Superblock,
+    /// Items of the pool tree to write with the next group.
+    pub pool_edits: Vec<(Key, Edit)>,
+    /// Views that readers may still hold, oldest first.
+    views: Vec<Weak<View>>,
+}
+
+impl Committer {
+    /// The committer of a pool whose newest superblock is `superblock`.
+    pub fn new(superblock: Superblock) -> Committer {
+        let tree = |id, root| Tree { id, root };
+        let roots = Roots {
+            pool: tree(TreeId::POOL, superblock.pool_root),
+            chunk: tree(TreeId::CHUNK, superblock.chunk_root),
+            refs: tree(TreeId::REFS, superblock.refs_root),
+            dead: tree(TreeId::DEAD, superblock.dead_root),
+            residue: superblock.residue,
+        };
+        Committer { roots, superblock, pool_edits: Vec::new(), views: Vec::new() }
+    }
+}
+
+/// A subvolume's part of a written group.
+struct WrittenSubvol {
+    subvol: Arc<Subvol>,
+    tree: Tree,
+    /// Inodes with their sums after the group.
+    inodes: Vec<(Arc<Inode>, u64, u64)>,
+}
+
+/// A group that is on the devices, but for its superblock.
+struct Written {
+    roots: Roots,
+    space_tree: Tree,
+    residue: Residue,
+    subvols: Vec<WrittenSubvol>,
+    dead_nodes: Vec<Run>,
+}
+
+impl Engine {
+    /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after it.
+    pub(super) fn commit_group(&self, committer: &mut Committer, clean: bool) -> Result<()> {
+        if self.store.has_failed() {
+            return Err(Error::Failed);
+        }
+        self.wanted.store(false, Ordering::Relaxed);
+        let txg = self.store.groups.close();
+        let result = self.write_group(committer, txg).and_then(|written| {
+            let superblock = self.superblock_for(committer, txg, &written, clean)?;
+            self.store.pool.flush()?;
+            self.still_trusted()?;
+            self.store.pool.write_superblock(&superblock)?;
+            self.store.pool.flush()?;
+            Ok((written, superblock))
+        });
+        match result {
+            Ok((written, superblock)) => {
+                self.publish(committer, txg, written, superblock);
+                Ok(())
+            }
+            Err(error) => {
+                self.fail(txg, &error);
+                Err(Error::Failed)
+            }
+        }
+    }
+
+    /// Nothing is published after a shutdown or an error elsewhere.
+    fn still_trusted(&self) -> Result<()> {
+        if self.store.has_failed() {
+            return Err(Error::Failed);
+        }
+        Ok(())
+    }
+
+    fn write_group(&self, committer: &mut Committer, txg: Txg) -> Result<Written> {
+        let subvols: Vec<(Arc<Subvol>, Vec<Arc<Inode>>)> = self
+            .subvols()
+            .into_iter()
+            .map(|subvol| {
+                let dirty = capture(&subvol, txg);
+                (subvol, dirty)
+            })
+            .collect();
+        self.write_data(&subvols, txg)?;
+
+        let sink = GroupSink::new(&self.store, txg);
+        let mut debts = GroupDebts::default();
+        let mut written = Vec::new();
+        let mut pool_edits = core::mem::take(&mut committer.pool_edits);
+        for (subvol, dirty) in subvols {
+            if dirty.is_empty() && subvol.overlay(txg).is_empty() {
+                continue;
+            }
+            let (part, delta) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
+            let item = part.subvol.item_for(txg, &part.tree, delta);
+            let key = Key::new(part.subvol.id.0, kind::SUBVOL, 0);
+            pool_edits.push((key, Edit::Put(item.to_bytes().to_vec())));
+            written.push(part);
+        }
+        pool_edits.sort_by_key(|(key, _)| *key);
+        // Resolving may have met what operations noted; theirs come on top.
+        let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
+        debts.garbage.append(&mut garbage);
+        debts.shared.append(&mut shared);
+        self.write_pool_trees(committer, &sink, txg, debts, &pool_edits, written)
+    }
+
+    /// Everything of the group that is still bytes in memory goes to the devices.
+    fn write_data(&self, subvols: &[(Arc<Subvol>, Vec<Arc<Inode>>)], txg: Txg) -> Result<()> {
+        let mut tasks = Vec::new();
+        for (subvol, dirty) in subvols {
+            for inode in dirty {
+                // Someone may be writing bytes of this group early: what they put counts.
+                drop(inode.flushing.lock());
+                tasks.extend(data::tasks(subvol, inode, &inode.state.read(), txg, false));
+            }
+        }
+        data::write_tasks(&self.store, &tasks)
+    }
+
+    fn write_pool_trees(
+        &self,
+        committer: &mut Committer,
+        sink: &GroupSink<'_>,
+        txg: Txg,
+        debts: GroupDebts,
+        pool_edits: &[(Key, Edit)],
+        subvols: Vec<WrittenSubvol>,
+    ) -> Result<Written> {
+        let store = &*self.store;
+        let old = &committer.roots;
+        let settled = references::settle(sink, &old.refs, debts.shared, debts.garbage)?;
+        let refs = old.refs.apply(sink, &settled.edits)?;
+        for run in settled.dead {
+            store.space.free(run, txg);
+        }
+        let pool = old.pool.apply(sink, pool_edits)?;
+        if let Some(residue) = &old.residue {
+            store.space.free(run_of(residue), txg);
+        }
+
+        self.log.begin(store, txg);
+        // From here on chunks may come and go only until their edits are taken.
+        store.space.drop_empty(txg, store)?;
+        store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
+        let space_tree = store.space_view().tree;
+        let need = self.space_tree_bytes(&space_tree, txg);
+        store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
+        store.space.seal_chunks(txg);
+        let chunk_edits = to_edits(store.pool.take_chunk_edits(txg));
+        let chunk = old.chunk.apply(sink, &chunk_edits)?;
+        let mut dead_nodes = sink.take_freed();
+        for run in &dead_nodes {
+            store.space.free(*run, txg);
+        }
+
+        // The cut. What is taken and freed after it goes to the residue.
+        let edits = to_edits(store.space.cut(txg, store)?);
+        let space_tree = space_tree.apply(sink, &edits)?;
+        let freed = sink.take_freed();
+        for run in &freed {
+            store.space.free(*run, txg);
+        }
+        dead_nodes.extend(freed);
+        let (ptr, residue) = self.write_residue(sink, txg)?;
+        let roots = Roots { pool, chunk, refs, dead: old.dead, residue: Some(ptr) };
+        Ok(Written { roots, space_tree, residue, subvols, dead_nodes })
+    }
+
+    /// A bound of what writing the space tree takes after the cut.
+    fn space_tree_bytes(&self, tree: &Tree, txg: Txg) -> u64 {
+        let store = &*self.store;
+        let items = store.space.cut_bound(txg);
+        let value = crate::format::space::REGION_BYTES as usize / 4096 / 8;
+        let nodes = tree.apply_bound(items, items * value, store.node_bytes);
+        nodes * store.node_bytes as u64 + RESIDUE_BYTES
+    }
+
+    fn write_residue(&self, sink: &GroupSink<'_>, txg: Txg) -> Result<(BlockPtr, Residue)> {
+        let space = &self.store.space;
+        // The block's own run is part of what it says: room for two more items.
+        let bytes = space.residue(txg).encoded_bytes() as u64 + 64;
+        let want = sector_round(bytes);
+        let run = space.allocate(ChunkKind::Metadata, want, want, txg, &*self.store)?;
+        let residue = space.residue(txg);
+        let encoded = residue.encode(txg.0);
+        assert!(encoded.len() as u64 <= run.bytes, "residue outgrew its block");
+        Ok((sink.write_block(run, &encoded)?, residue))
+    }
+
+    fn superblock_for(
+        &self,
+        committer: &Committer,
+        txg: Txg,
+        written: &Written,
+        clean: bool,
+    ) -> Result<Superblock> {
+        let pool = &self.store.pool;
+        let usage = self.store.space.usage();
+        let roots = &written.roots;
+        Ok(Superblock {
+            txg,
+            written: self.store.now().secs,
+            clean,
+            next_chunk: pool.next_chunk(),
+            chunk_bytes: pool.chunk_bytes(),
+            pool_root: roots.pool.root,
+            chunk_root: roots.chunk.root,
+            space_root: written.space_tree.root,
+            refs_root: roots.refs.root,
+            dead_root: roots.dead.root,
+            residue: roots.residue,
+            log: self.log.start_after(txg, clean),
+            data_used: usage.data.used_bytes,
+            metadata_used: usage.metadata.used_bytes + usage.system.used_bytes,
+            system_chunks: pool.system_chunks(),
+            ..committer.superblock.clone()
+        })
+    }
+
+    /// The group is durable: everybody sees it.
+    fn publish(
+        &self,
+        committer: &mut Committer,
+        txg: Txg,
+        written: Written,
+        superblock: Superblock,
+    ) {
+        let store = &*self.store;
+        let mut old_view = None;
+        store.space.published(txg, written.residue, || {
+            old_view = Some(store.swap_space_view(txg, written.space_tree));
+        });
+        committer.views.extend(old_view.iter().map(Arc::downgrade));
+        drop(old_view);
+        store.pool.published(txg);
+        committer.roots = written.roots;
+        committer.superblock = superblock;
+        for part in written.subvols {
+            let old = part.subvol.published(txg, part.tree);
+            committer.views.push(Arc::downgrade(&old));
+            drop(old);
+            for (inode, stored, promised) in part.inodes {
+                settle(&part.subvol, &inode, txg, stored, promised);
+            }
+        }
+        for run in written.dead_nodes {
+            store.cache.remove(run.addr);
+        }
+        store.intents.published(txg);
+        self.log.published(store, txg);
+        self.settle_promises();
+        let kept = core::mem::take(&mut *self.reserved[slot(txg)].lock());
+        drop(kept);
+        store.groups.publish(txg);
+        self.release_views(committer);
+    }
+
+    /// Makes freed space usable that no reader can reach any more.
+    pub(super) fn release(&self) {
+        if let Some(mut committer) = self.committer.try_lock() {
+            self.release_views(&mut committer);
+        }
+    }
+
+    fn release_views(&self, committer: &mut Committer) {
+        committer.views.retain(|view| view.strong_count() > 0);
+        let oldest = committer.views.iter().filter_map(|view| Some(view.upgrade()?.txg)).min();
+        let safe = oldest.unwrap_or_else(|| self.store.groups.published());
+        self.store.space.release(safe);
+    }
+
+    /// One last group that says there is nothing left to do.
+    pub(super) fn commit_clean(&self) -> Result<()> {
+        let mut committer = self.committer.lock();
+        if committer.superblock.clean && !self.has_changes() {
+            return Ok(());
+        }
+        self.log.retire(&self.store);
+        self.commit_group(&mut committer, true)
+    }
+}
+
+/// Bytes set aside for the nodes of the chunk tree that one group rewrites.
+const CHUNK_TREE_BYTES: u64 = 8 * 65536;
+/// Bytes set aside for the residue block.
+const RESIDUE_BYTES: u64 = 256 << 10;
+
+fn run_of(ptr: &BlockPtr) -> Run {
+    Run { addr: ptr.addr, bytes: ptr.allocated() }
+}
+
+fn to_edits(items: Vec<(Key, Option<Vec<u8>>)>) -> Vec<(Key, Edit)> {
+    let edit = |value| match value {
+        Some(bytes) => Edit::Put(bytes),
+        None => Edit::Delete,
+    };
+    items.into_iter().map(|(key, value)| (key, edit(value))).collect()
+}
+
+/// Sets aside what group `txg` made of each inode it changed.
+fn capture(subvol: &Subvol, txg: Txg) -> Vec<Arc<Inode>> {
+    let mut dirty = subvol.take_dirty(txg);
+    dirty.sort_by_key(|inode| inode.ino);
+    for inode in &dirty {
+        inode.state.write().capture(txg);
+    }
+    dirty
+}
+
+fn write_subvol(
+    sink: &GroupSink<'_>,
+    subvol: Arc<Subvol>,
+    dirty: Vec<Arc<Inode>>,
+    txg: Txg,
+    debts: &mut GroupDebts,
+) -> Result<(WrittenSubvol, DataDelta)> {
+    let view = subvol.view();
+    let mut edits = subvol.overlay(txg).edits();
+    let mut delta = DataDelta::default();
+    let mut inodes = Vec::with_capacity(dirty.len());
+    for inode in dirty {
+        let aside = inode.state.read().aside.clone().filter(|aside| aside.txg == txg);
+        let Some(aside) = aside else {
+            debug_assert!(false, "inode {} is on the list of {txg} without changes", inode.ino);
+            continue;
+        };
+        let resolved: Resolved = resolve(sink, &view.tree, inode.ino, &aside)?;
+        edits.extend(resolved.edits);
+        debts.garbage.extend(resolved.garbage);
+        debts.shared.extend(resolved.shared);
+        delta.add(resolved.delta);
+        inodes.push((inode, resolved.stored_bytes, resolved.promised_bytes));
+    }
+    edits.sort_by_key(|(key, _)| *key);
+    let tree = view.tree.apply(sink, &edits)?;
+    Ok((WrittenSubvol { subvol, tree, inodes }, delta))
+}
+
+fn settle(subvol: &Subvol, inode: &Arc<Inode>, txg: Txg, stored: u64, promised: u64) {
+    let mut state = inode.state.write();
+    let left = state.aside.as_ref().map_or(0, |aside| aside.ranges.data_bytes());
+    state.settle(txg, stored, promised);
+    subvol.store.dirty.adjust(left, 0);
+    if state.gone && !state.is_dirty() {
+        subvol.table.remove(inode.ino);
+    }
+}

@@ -1,0 +1,472 @@
+//! fsync: making one file durable without a commit.
+//!
+//! All who wait at one moment share a frame and a flush: the first becomes the leader, takes
+//! everybody's requests, and writes. What a frame holds, in this order, for each requested file: the
+//! part of the intent list that the log does not have yet, then the file's fields and the ranges the log
+//! does not have. Both are taken under the file's lock, so the fields agree with the names around
+//! them.
+//!
+//! When a frame cannot be had (the list overflowed, no room for a segment, too much for one frame) a
+//! commit does instead.
+
+use crate::buf::{Buf, Slice};
+use crate::engine::{data, Engine};
+use crate::error::Error;
+use crate::format::extent::Extent;
+use crate::format::key::{kind, Key};
+use crate::format::log::{LogRecord, RangeContent, Record};
+use crate::format::space::Run;
+use crate::format::superblock::LogStart;
+use crate::intent::{LogStore, LogWriter};
+use crate::pool::RunWrite;
+use crate::subvol::inode::{Inode, State};
+use crate::subvol::intents::Pending;
+use crate::subvol::ranges::{Content, Piece, RangeMap};
+use crate::subvol::store::{Result, Store};
+use crate::subvol::Subvol;
+use crate::sync::{Mutex, Signal};
+use crate::units::{Ino, Logical, TreeId, Txg};
+use alloc::collections::{BTreeSet, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Bytes of a segment in a pool of usual size.
+const SEGMENT_BYTES: u64 = 4 << 20;
+/// Dirty bytes of a file up to which they go into the log itself; more are written in place first.
+const LOG_DATA_MAX: u64 = 64 << 10;
+
+/// A file to be made durable.
+type Request = (TreeId, Ino);
+
+/// The intent log of an open pool.
+pub struct Log {
+    writer: Mutex<Writer>,
+    waiting: Mutex<Vec<Request>>,
+    /// Batches of requests that were begun and that are done; a request belongs to the batch after
+    /// the last one begun.
+    begun: AtomicU64,
+    done: AtomicU64,
+    /// Somebody leads.
+    busy: AtomicBool,
+    changed: Signal,
+}
+
+struct Writer {
+    frames: LogWriter,
+    /// Whether the published superblock names a place from which these frames are found.
+    named: bool,
+    /// Whether the superblock being written does.
+    naming: bool,
+    /// Whether somebody synced a file since the pool was opened.
+    wanted: bool,
+    /// Where frames begin, and the newest group of which they hold records.
+    written: VecDeque<(LogStart, Txg)>,
+}
+
+impl Log {
+    /// The log of a pool that was opened with nothing to replay.
+    pub fn new(pool_id: [u8; 16]) -> Log {
+        Log {
+            writer: Mutex::new(Writer {
+                frames: LogWriter::new(pool_id, None),
+                named: false,
+                naming: false,
+                wanted: false,
+                written: VecDeque::new(),
+            }),
+            waiting: Mutex::new(Vec::new()),
+            begun: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            busy: AtomicBool::new(false),
+            changed: Signal::new(),
+        }
+    }
+
+    /// Where replay begins after group `txg`: the first frame with records of a later group, or the
+    /// place of the next frame. `None` when the pool is closed `clean`.
+    pub fn start_after(&self, txg: Txg, clean: bool) -> Option<LogStart> {
+        if clean {
+            return None;
+        }
+        let mut writer = self.writer.lock();
+        let first = writer.written.iter().find(|(_, newest)| *newest > txg);
+        let start = first.map(|(start, _)| *start).or_else(|| writer.frames.position());
+        writer.naming = start.is_some();
+        start
+    }
+
+    /// Before the cut of group `txg`: makes a place for frames ready if one is wanted, so that the
+    /// group's superblock can name it. Without room there is no log, and fsync commits.
+    pub fn begin(&self, store: &Store, txg: Txg) {
+        let mut writer = self.writer.lock();
+        if writer.wanted && writer.frames.position().is_none() {
+            let place = LogPlace { store, txg: Some(txg) };
+            let _ = writer.frames.begin(&place, txg);
+        }
+    }
+
+    /// Group `txg` is published: frames with nothing newer are not needed any more.
+    pub fn published(&self, store: &Store, txg: Txg) {
+        let freed = {
+            let mut writer = self.writer.lock();
+            writer.named = writer.naming;
+            while writer.written.front().is_some_and(|(_, newest)| *newest <= txg) {
+                writer.written.pop_front();
+            }
+            let oldest = writer.written.front().map(|(start, _)| *start);
+            match oldest.or_else(|| writer.frames.position()) {
+                Some(start) => writer.frames.release_before(&start),
+                None => Vec::new(),
+            }
+        };
+        free_segments(store, freed);
+    }
+
+    /// Gives all segments back; the pool is about to be closed.
+    pub fn retire(&self, store: &Store) {
+        let freed = {
+            let mut writer = self.writer.lock();
+            writer.written.clear();
+            let segments = writer.frames.segments();
+            writer.frames = LogWriter::new(store.pool.pool_id(), None);
+            writer.named = false;
+            segments
+        };
+        free_segments(store, freed);
+    }
+}
+
+fn free_segments(store: &Store, segments: Vec<Run>) {
+    if segments.is_empty() {
+        return;
+    }
+    let handle = store.groups.enter();
+    for run in segments {
+        store.space.free(run, handle.txg());
+    }
+}
+
+/// Where frames go: data chunks that the published chunk tree has, so that replay finds them.
+pub(super) struct LogPlace<'a> {
+    store: &'a Store,
+    /// The group to take segments for; the open one when not given.
+    txg: Option<Txg>,
+}
+
+impl<'a> LogPlace<'a> {
+    /// For frames written while groups come and go.
+    pub fn new(store: &'a Store) -> LogPlace<'a> {
+        LogPlace { store, txg: None }
+    }
+}
+
+impl LogStore for LogPlace<'_> {
+    fn read(&self, run: Run) -> Result<Buf> {
+        self.store.pool.read_run(run, 0)
+    }
+
+    fn write(&self, at: Logical, buf: Slice) -> Result<()> {
+        self.store.pool.write(alloc::vec![RunWrite { addr: at, bufs: alloc::vec![buf] }])
+    }
+
+    fn allocate_segment(&self) -> Result<Run> {
+        let store = self.store;
+        let least = self.segment_bytes_min();
+        // The handle keeps the group from being cut while it gets the segment.
+        let handle = if self.txg.is_none() { Some(store.groups.enter()) } else { None };
+        let txg = handle.as_ref().map(|handle| handle.txg()).or(self.txg).unwrap_or_default();
+        store.space.allocate_published(SEGMENT_BYTES.max(least), least, txg, store)
+    }
+
+    fn segment_bytes_min(&self) -> u64 {
+        (self.store.pool.chunk_bytes() / 4).clamp(64 << 10, 1 << 20)
+    }
+
+    fn blake3(&self, bytes: &[u8]) -> [u8; 32] {
+        self.store.platform.codecs.blake3(bytes)
+    }
+}
+
+/// Records on their way to a frame.
+#[derive(Default)]
+struct Payload {
+    bytes: Vec<u8>,
+    count: u32,
+    /// Newest group of any record.
+    newest: Txg,
+}
+
+impl Payload {
+    fn push(&mut self, txg: Txg, tree: TreeId, record: Record) {
+        LogRecord { txg, tree, record }.encode_to(&mut self.bytes);
+        self.count += 1;
+        self.newest = self.newest.max(txg);
+    }
+}
+
+/// Why a batch could not go to the log.
+enum Trouble {
+    /// A commit will do instead.
+    NeedsCommit,
+    /// The pool is broken.
+    Broken(Error),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Trouble {
+        match error {
+            Error::NoSpace | Error::Memory => Trouble::NeedsCommit,
+            other => Trouble::Broken(other),
+        }
+    }
+}
+
+impl Engine {
+    /// Makes a file's data, size and attributes durable, and every name change so far.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when that is not possible; errors that reading the file's tree gives.
+    pub fn fsync(&self, subvol: &Subvol, ino: Ino) -> Result<()> {
+        if self.store.has_failed() {
+            return Err(Error::Failed);
+        }
+        if self.store.is_read_only() || !self.lacks_anything(subvol, ino) {
+            return Ok(());
+        }
+        let log = &self.log;
+        let batch = {
+            let mut waiting = log.waiting.lock();
+            waiting.push((subvol.id, ino));
+            log.begun.load(Ordering::SeqCst) + 1
+        };
+        loop {
+            if log.done.load(Ordering::SeqCst) >= batch {
+                return if self.store.has_failed() { Err(Error::Failed) } else { Ok(()) };
+            }
+            if log.busy.compare_exchange(false, true, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                self.lead();
+                log.busy.store(false, Ordering::SeqCst);
+                log.changed.notify_all();
+                continue;
+            }
+            log.changed.wait_until(|| {
+                log.done.load(Ordering::SeqCst) >= batch || !log.busy.load(Ordering::SeqCst)
+            });
+        }
+    }
+
+    /// Whether anything of the file, or of the namespace, is neither published nor in the log.
+    fn lacks_anything(&self, subvol: &Subvol, ino: Ino) -> bool {
+        let groups = &self.store.groups;
+        if self.store.intents.lacks(groups.published().next(), groups.open()) {
+            return true;
+        }
+        // An inode that is not in memory has no unpublished changes.
+        subvol.table.get(ino).is_some_and(|inode| lacks(&inode.state.read()))
+    }
+
+    /// Serves everybody who waits now.
+    fn lead(&self) {
+        let log = &self.log;
+        let (batch, requests) = {
+            let mut waiting = log.waiting.lock();
+            let batch = log.begun.fetch_add(1, Ordering::SeqCst) + 1;
+            (batch, core::mem::take(&mut *waiting))
+        };
+        let upto = self.store.groups.open();
+        match self.write_frame(requests) {
+            Ok(()) => {}
+            Err(Trouble::NeedsCommit) => {
+                // A failure is seen by everybody through `has_failed`.
+                let _ = self.commit_upto(upto);
+            }
+            Err(Trouble::Broken(error)) => self.fail(upto, &error),
+        }
+        log.done.store(batch, Ordering::SeqCst);
+    }
+
+    fn write_frame(&self, requests: Vec<Request>) -> Result<(), Trouble> {
+        {
+            let mut writer = self.log.writer.lock();
+            if !writer.named {
+                // The next group's superblock will name a place for frames.
+                writer.wanted = true;
+                return Err(Trouble::NeedsCommit);
+            }
+        }
+        let payload = self.collect(requests)?;
+        if payload.count == 0 {
+            return Ok(());
+        }
+        let mut writer = self.log.writer.lock();
+        let place = LogPlace::new(&self.store);
+        if payload.bytes.len() > LogWriter::max_payload(&place) {
+            return Err(Trouble::NeedsCommit);
+        }
+        let start = writer.frames.position().ok_or(Trouble::NeedsCommit)?;
+        // Known before it is on the device: a group that is published meanwhile must not begin
+        // replay after this frame.
+        writer.written.push_back((start, payload.newest));
+        writer.frames.append(&place, &payload.bytes, payload.count)?;
+        drop(writer);
+        self.store.pool.flush()?;
+        Ok(())
+    }
+
+    /// What the requested files and the namespace need to be durable.
+    fn collect(&self, requests: Vec<Request>) -> Result<Payload, Trouble> {
+        let mut payload = Payload::default();
+        let mut todo: Vec<Request> = requests;
+        let mut seen: BTreeSet<Request> = BTreeSet::new();
+        while let Some((tree, ino)) = todo.pop() {
+            if !seen.insert((tree, ino)) {
+                continue;
+            }
+            let Some(subvol) = self.subvol(tree) else { continue };
+            match subvol.table.get(ino) {
+                Some(inode) => {
+                    self.write_large(&subvol, &inode)?;
+                    let mut state = inode.state.write();
+                    if !self.is_replayable(&state) {
+                        return Err(Trouble::NeedsCommit);
+                    }
+                    self.take_intents(&mut payload, &mut todo)?;
+                    collect_inode(&mut payload, tree, &inode, &mut state);
+                }
+                None => self.take_intents(&mut payload, &mut todo)?,
+            }
+        }
+        Ok(payload)
+    }
+
+    fn take_intents(&self, payload: &mut Payload, todo: &mut Vec<Request>) -> Result<(), Trouble> {
+        let groups = &self.store.groups;
+        // Open first: a group that closes in between is then still looked at.
+        let open = groups.open();
+        let first = groups.published().next();
+        let Pending { bytes, starts, needed } =
+            self.store.intents.take(first, open.next()).ok_or(Trouble::NeedsCommit)?;
+        if !starts.is_empty() {
+            payload.bytes.extend_from_slice(&bytes);
+            payload.count += starts.len() as u32;
+            payload.newest = payload.newest.max(groups.open());
+        }
+        todo.extend(needed);
+        Ok(())
+    }
+
+    /// Whether everything a log record of the inode would name could be found after a crash: the
+    /// chunk map it would be found by is the published one.
+    fn is_replayable(&self, state: &State) -> bool {
+        let known = |map: &RangeMap| {
+            map.iter().all(|(_, piece)| match &piece.content {
+                Content::Written(extent) | Content::Shared(extent) => {
+                    data::run_of(extent).is_none_or(|run| self.store.space.is_published(run))
+                }
+                _ => true,
+            })
+        };
+        known(&state.ranges) && state.aside.as_ref().is_none_or(|aside| known(&aside.ranges))
+    }
+
+    /// Writes a file's bytes to their place when they are too many for the log.
+    fn write_large(&self, subvol: &Arc<Subvol>, inode: &Arc<Inode>) -> Result<()> {
+        let _only_one = inode.flushing.lock();
+        let mut tasks = Vec::new();
+        {
+            let state = inode.state.read();
+            if state.dirty_bytes() <= LOG_DATA_MAX {
+                return Ok(());
+            }
+            for txg in state.aside.iter().map(|a| a.txg).chain([state.txg]) {
+                tasks.push(data::tasks(subvol, inode, &state, txg, false));
+            }
+        }
+        for tasks in tasks {
+            data::write_tasks(&self.store, &tasks)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether something of an inode is neither published nor in the log.
+fn lacks(state: &State) -> bool {
+    let unlogged = |map: &RangeMap| map.iter().any(|(_, piece)| !piece.logged);
+    state.unlogged
+        || unlogged(&state.ranges)
+        || state.aside.as_ref().is_some_and(|a| a.unlogged || unlogged(&a.ranges))
+}
+
+fn collect_inode(payload: &mut Payload, tree: TreeId, inode: &Inode, state: &mut State) {
+    if let Some(aside) = &mut state.aside {
+        if !aside.gone {
+            let txg = aside.txg;
+            // The group's writer may share it; then it is logged again next time, which is harmless.
+            match Arc::get_mut(aside) {
+                Some(aside) => {
+                    collect_ranges(payload, txg, tree, inode.ino, aside.ranges.iter_mut());
+                    aside.unlogged = false;
+                }
+                None => {
+                    for (at, piece) in aside.ranges.iter() {
+                        let content = content_of(piece);
+                        let (ino, len) = (inode.ino, piece.len);
+                        let record = Record::Range { ino, offset: at, len, content };
+                        payload.push(txg, tree, record);
+                    }
+                }
+            }
+            push_inode(payload, txg, tree, inode.ino, &aside.item);
+        }
+    }
+    if state.txg.0 != 0 && !state.gone {
+        collect_ranges(payload, state.txg, tree, inode.ino, state.ranges.iter_mut());
+        push_inode(payload, state.txg, tree, inode.ino, &state.item);
+        state.unlogged = false;
+    }
+}
+
+fn push_inode(
+    payload: &mut Payload,
+    txg: Txg,
+    tree: TreeId,
+    ino: Ino,
+    item: &crate::format::inode::InodeItem,
+) {
+    let key = Key::new(ino.0, kind::INODE, 0);
+    let value = Some(item.to_bytes().to_vec());
+    payload.push(txg, tree, Record::Item { key, value, keep_size: false });
+}
+
+fn collect_ranges<'a>(
+    payload: &mut Payload,
+    txg: Txg,
+    tree: TreeId,
+    ino: Ino,
+    pieces: impl Iterator<Item = (u64, &'a mut Piece)>,
+) {
+    for (offset, piece) in pieces {
+        if piece.logged {
+            continue;
+        }
+        piece.logged = true;
+        let content = content_of(piece);
+        payload.push(txg, tree, Record::Range { ino, offset, len: piece.len, content });
+    }
+}
+
+fn content_of(piece: &Piece) -> RangeContent {
+    match &piece.content {
+        Content::Bytes { data, .. } => RangeContent::Bytes(data.to_vec()),
+        Content::Written(extent) => RangeContent::Written(clone_data(extent)),
+        Content::Shared(extent) => RangeContent::Shared(clone_data(extent)),
+        Content::Hole => RangeContent::Hole,
+        Content::Promised => RangeContent::Promised,
+    }
+}
+
+fn clone_data(extent: &Extent) -> Extent {
+    debug_assert!(matches!(extent, Extent::Plain { .. } | Extent::Packed { .. }));
+    extent.clone()
+}

@@ -1,0 +1,328 @@
+//! The conductor: opening, the steps of a commit, log replay, closing. The only module that knows all
+//! below it.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `open`, `format` | from devices to an engine, and making a pool |
+//! | `commit` | writing and publishing a group |
+//! | `data` | bytes become extents |
+//! | `nodes` | tree nodes of the group being written |
+//! | `references` | extra references of shared runs |
+//! | `log`, `replay` | fsync, and what it is for |
+//! | `reclaim` | removing files without names |
+//!
+//! Whoever waits for a group to be published does the work if nobody else is at it
+//! ([`Engine::commit`]): there is no thread without which nothing moves, so a simulator without
+//! threads runs the same code. In user space and in the kernel a timer calls [`Engine::tick`].
+
+pub mod data;
+
+mod commit;
+mod format;
+mod log;
+mod nodes;
+mod open;
+mod reclaim;
+mod references;
+mod replay;
+
+#[cfg(test)]
+mod tests;
+
+pub use format::{format, FormatOptions, FormatSummary};
+pub use open::{open, OpenOptions};
+
+use crate::btree::Tree;
+use crate::error::{Error, Incident};
+use crate::format::chunk::ChunkKind;
+use crate::format::ptr::BlockPtr;
+use crate::format::superblock::Superblock;
+use crate::space::{Class, Reservation};
+use crate::subvol::store::{DataSettings, Result, Store};
+use crate::subvol::Subvol;
+use crate::sync::{Mutex, RwLock};
+use crate::txg::{slot, SLOTS};
+use crate::units::{Ino, TreeId, Txg};
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Roots of the pool's own trees as a group published them; the space tree's is in the store.
+#[derive(Clone, Debug)]
+pub struct Roots {
+    /// Subvolumes and properties.
+    pub pool: Tree,
+    /// Chunk map.
+    pub chunk: Tree,
+    /// Shared references.
+    pub refs: Tree,
+    /// Dead lists.
+    pub dead: Tree,
+    /// The residue block.
+    pub residue: Option<BlockPtr>,
+}
+
+/// Room in a pool, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// All there is.
+    pub total: u64,
+    /// What is free, including what only deletes may use.
+    pub free: u64,
+    /// What a writer can still store, before compression.
+    pub available: u64,
+}
+
+/// An open pool.
+pub struct Engine {
+    /// What all subvolumes share.
+    pub store: Arc<Store>,
+    subvols: RwLock<BTreeMap<TreeId, Arc<Subvol>>>,
+    default_subvol: TreeId,
+    committer: Mutex<commit::Committer>,
+    log: log::Log,
+    reclaim: Mutex<VecDeque<(TreeId, Ino)>>,
+    reserved: [Mutex<Vec<Reservation>>; SLOTS],
+    /// Room that fallocate promised.
+    promised: Mutex<Option<Reservation>>,
+    /// Uptime at which the open group gets old.
+    commit_due_ns: AtomicU64,
+    commit_ns: u64,
+    wanted: AtomicBool,
+    closed: AtomicBool,
+}
+
+impl Engine {
+    /// The subvolume that is mounted unless another is asked for.
+    pub fn default_subvol(&self) -> Option<Arc<Subvol>> {
+        self.subvol(self.default_subvol)
+    }
+
+    /// A subvolume.
+    pub fn subvol(&self, id: TreeId) -> Option<Arc<Subvol>> {
+        self.subvols.read().get(&id).cloned()
+    }
+
+    /// All subvolumes.
+    pub fn subvols(&self) -> Vec<Arc<Subvol>> {
+        self.subvols.read().values().cloned().collect()
+    }
+
+    /// The roots of the pool's trees and the superblock that names them.
+    pub fn published(&self) -> (Roots, Superblock) {
+        let committer = self.committer.lock();
+        (committer.roots.clone(), committer.superblock.clone())
+    }
+
+    /// How new data is stored by default.
+    pub fn settings(&self) -> DataSettings {
+        self.store.settings()
+    }
+
+    /// Makes everything durable that happened before the call: waits for the commit of the open
+    /// group, doing it if nobody else is.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when the pool stopped publishing.
+    pub fn commit(&self) -> Result<()> {
+        let txg = self.store.groups.open();
+        if !self.has_changes() && self.store.groups.published().next() == txg {
+            return if self.store.has_failed() { Err(Error::Failed) } else { Ok(()) };
+        }
+        self.commit_upto(txg)
+    }
+
+    /// Returns when group `txg` is published.
+    pub(crate) fn commit_upto(&self, txg: Txg) -> Result<()> {
+        while self.store.groups.published() < txg {
+            if self.store.has_failed() {
+                return Err(Error::Failed);
+            }
+            match self.committer.try_lock() {
+                Some(mut committer) => {
+                    if self.store.groups.published() < txg {
+                        self.commit_group(&mut committer, false)?;
+                    }
+                    drop(committer);
+                    // Those who found the lock taken look again.
+                    self.store.groups.notify();
+                }
+                None => self.store.groups.wait_until(|| {
+                    self.store.groups.published() >= txg
+                        || self.store.has_failed()
+                        || !self.committer.is_locked()
+                }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the open group, or the one being written, changed anything.
+    pub fn has_changes(&self) -> bool {
+        let groups = &self.store.groups;
+        let (first, last) = (groups.published().next(), groups.open());
+        let changed = |subvol: &Arc<Subvol>| {
+            (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)))
+        };
+        self.wanted.load(Ordering::Relaxed) || self.subvols.read().values().any(changed)
+    }
+
+    /// Asks for a commit even if nothing seems to have changed, such as after a new name of the pool.
+    pub fn want_commit(&self) {
+        self.wanted.store(true, Ordering::Relaxed);
+    }
+
+    /// Called every now and then: commits when the open group is old or much is dirty, removes files
+    /// without names.
+    pub fn tick(&self) {
+        if self.store.writable().is_err() {
+            return;
+        }
+        self.reclaim_some();
+        let now = self.store.platform.clock.uptime_ns();
+        let due = self.commit_due_ns.load(Ordering::Relaxed);
+        if now >= due || self.store.dirty.over_soft() {
+            self.commit_due_ns.store(now.saturating_add(self.commit_ns), Ordering::Relaxed);
+            // An error was reported, and every later operation says so.
+            let _ = self.commit();
+        }
+        self.release();
+    }
+
+    /// Reserves room for an operation; commits, which makes freed space usable and turns estimates
+    /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Failed`].
+    pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
+        self.store.writable()?;
+        if data > 0 && self.store.dirty.over_hard() {
+            self.commit()?;
+        }
+        for _ in 0..3 {
+            match self.store.space.reserve(data, metadata, class) {
+                Err(Error::NoSpace) => {}
+                other => return other,
+            }
+            self.commit_upto(self.store.groups.open())?;
+            self.release();
+        }
+        self.store.space.reserve(data, metadata, class)
+    }
+
+    /// Keeps an operation's reservation until the group it entered is published.
+    pub fn keep(&self, txg: Txg, reservation: Reservation) {
+        let mut kept = self.reserved[slot(txg)].lock();
+        match kept.iter_mut().find(|all| all.class() == reservation.class()) {
+            Some(all) => all.join(reservation),
+            None => kept.push(reservation),
+        }
+    }
+
+    /// Keeps as much room reserved as files have been promised by the published group.
+    fn settle_promises(&self) {
+        let total = self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum();
+        let mut promised = self.promised.lock();
+        let held = promised.as_ref().map_or(0, Reservation::data);
+        if held > total {
+            if let Some(all) = promised.as_mut() {
+                all.shrink(held - total, 0);
+            }
+        } else if let Ok(more) = self.store.space.reserve(total - held, 0, Class::Admin) {
+            match promised.as_mut() {
+                Some(all) => all.join(more),
+                None => *promised = Some(more),
+            }
+        }
+    }
+
+    /// Takes `data` bytes out of what is reserved for promises, for a write into promised room.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] when not so much is promised.
+    pub fn spend_promise(&self, data: u64) -> Result<Reservation> {
+        let mut promised = self.promised.lock();
+        match promised.as_mut() {
+            Some(all) if all.data() >= data => Ok(all.split(data, 0)),
+            _ => Err(Error::NoSpace),
+        }
+    }
+
+    /// What statfs shows: all room, what is free, and what a writer can still store, in bytes.
+    pub fn room(&self) -> Room {
+        let space = &self.store.space;
+        let (usage, pool) = (space.usage(), &self.store.pool);
+        let copies = pool.profile(ChunkKind::Metadata).copies();
+        let metadata = (usage.metadata.chunk_bytes + usage.system.chunk_bytes) * copies;
+        let available = space.available_data();
+        Room {
+            total: usage.data.chunk_bytes + metadata + usage.unallocated_bytes,
+            free: available + usage.reserve_bytes,
+            available,
+        }
+    }
+
+    /// Changes the name of the pool.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a name that is too long, errors of the devices.
+    pub fn set_name(&self, name: &[u8]) -> Result<()> {
+        self.store.writable()?;
+        self.store.pool.set_name(format::name_field(name)?)
+    }
+
+    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are free,
+    /// in runs of at least `min_len` bytes. Returns how many bytes that were.
+    ///
+    /// # Errors
+    /// Errors of the device or the space tree.
+    pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
+        self.store.writable()?;
+        self.commit()?;
+        self.release();
+        let _ = (offset, len, min_len);
+        Err(crate::error::Errno::OpNotSupp.into())
+    }
+
+    /// Stops publishing for good and tells the administrator why.
+    fn fail(&self, txg: Txg, error: &Error) {
+        if self.store.fail() {
+            let incident = Incident::WentReadOnly { txg, error: error.clone() };
+            self.store.platform.report.incident(&incident);
+        }
+    }
+
+    /// Acts as if power had failed: nothing is written any more.
+    pub fn shutdown(&self) {
+        self.store.fail();
+    }
+
+    /// Drops what is cached and clean.
+    pub fn drop_caches(&self) {
+        for subvol in self.subvols() {
+            subvol.table.drop_clean();
+        }
+        self.store.cache.clear();
+    }
+
+    /// Commits for the last time and marks the pool clean. Operations after it fail.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when not everything could be made durable.
+    pub fn close(&self) -> Result<()> {
+        if self.closed.swap(true, Ordering::AcqRel) || self.store.is_read_only() {
+            return Ok(());
+        }
+        for subvol in self.subvols() {
+            for ino in subvol.table.let_all_go() {
+                self.queue_reclaim(&subvol, ino);
+            }
+        }
+        self.reclaim_all();
+        self.commit()?;
+        let result = self.commit_clean();
+        self.store.set_read_only(true);
+        result
+    }
+}

@@ -1,0 +1,135 @@
+//! Writing tree nodes of one group.
+
+use crate::btree::{Node, NodeSink, NodeSource};
+use crate::buf::Buf;
+use crate::format::chunk::ChunkKind;
+use crate::format::ptr::{BlockPtr, CompressionKind};
+use crate::format::space::Run;
+use crate::pool::RunWrite;
+use crate::subvol::store::{Result, Store};
+use crate::sync::Mutex;
+use crate::units::{Logical, TreeId, Txg};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+/// The node sink of the group being written.
+pub struct GroupSink<'a> {
+    store: &'a Store,
+    txg: Txg,
+    freed: Mutex<Vec<Run>>,
+}
+
+impl<'a> GroupSink<'a> {
+    /// A sink for group `txg`.
+    pub fn new(store: &'a Store, txg: Txg) -> GroupSink<'a> {
+        GroupSink { store, txg, freed: Mutex::new(Vec::new()) }
+    }
+
+    /// Blocks that were replaced since the last call.
+    pub fn take_freed(&self) -> Vec<Run> {
+        core::mem::take(&mut *self.freed.lock())
+    }
+
+    /// Writes a block that is not a tree node, such as the residue.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::NoSpace`], [`crate::error::Error::Memory`], errors of the device.
+    pub fn write_block(&self, run: Run, bytes: &[u8]) -> Result<BlockPtr> {
+        let buf = Buf::copy_of(bytes)?;
+        let ptr = BlockPtr {
+            addr: run.addr,
+            birth: self.txg,
+            stored: bytes.len() as u32,
+            logical: bytes.len() as u32,
+            compression: CompressionKind::None,
+            level: 0,
+            checksum: self.store.platform.codecs.blake3(bytes),
+        };
+        let bufs = alloc::vec![buf.into_slice()];
+        self.store.pool.write(alloc::vec![RunWrite { addr: run.addr, bufs }])?;
+        Ok(ptr)
+    }
+}
+
+impl NodeSource for GroupSink<'_> {
+    fn node_bytes(&self) -> usize {
+        self.store.node_bytes
+    }
+
+    fn pool_id(&self) -> [u8; 16] {
+        self.store.pool.pool_id()
+    }
+
+    fn load(&self, tree: TreeId, ptr: &BlockPtr) -> Result<Arc<Node>> {
+        self.store.load(tree, ptr)
+    }
+}
+
+impl NodeSink for GroupSink<'_> {
+    fn txg(&self) -> Txg {
+        self.txg
+    }
+
+    fn allocate(&self, tree: TreeId, count: usize) -> Result<Vec<Logical>> {
+        let kind = match tree {
+            TreeId::CHUNK => ChunkKind::System,
+            _ => ChunkKind::Metadata,
+        };
+        let node = self.store.node_bytes as u64;
+        let mut places = Vec::with_capacity(count);
+        while places.len() < count {
+            let want = (count - places.len()) as u64 * node;
+            let run = self.store.space.allocate(kind, want, node, self.txg, self.store)?;
+            let whole = run.bytes / node;
+            places.extend((0..whole).map(|index| Logical(run.addr.0 + index * node)));
+            let rest = run.bytes % node;
+            if rest > 0 {
+                let addr = Logical(run.addr.0 + whole * node);
+                self.store.space.free(Run { addr, bytes: rest }, self.txg);
+            }
+        }
+        Ok(places)
+    }
+
+    fn write(
+        &self,
+        tree: TreeId,
+        level: u8,
+        nodes: Vec<(Logical, Buf)>,
+    ) -> Result<Vec<BlockPtr>> {
+        let sums: Vec<Mutex<[u8; 32]>> = nodes.iter().map(|_| Mutex::new([0; 32])).collect();
+        let codecs = &self.store.platform.codecs;
+        self.store.platform.workers.parallel_for(nodes.len(), &|index| {
+            *sums[index].lock() = codecs.blake3(&nodes[index].1);
+        });
+        let bytes = self.store.node_bytes as u32;
+        let mut ptrs = Vec::with_capacity(nodes.len());
+        let mut writes = Vec::with_capacity(nodes.len());
+        let mut ready = Vec::with_capacity(nodes.len());
+        for ((addr, buf), sum) in nodes.into_iter().zip(sums) {
+            let ptr = BlockPtr {
+                addr,
+                birth: self.txg,
+                stored: bytes,
+                logical: bytes,
+                compression: CompressionKind::None,
+                level,
+                checksum: sum.into_inner(),
+            };
+            // What is about to be written passes the same check as what is read.
+            let node = Node::decode(buf.into_slice(), &ptr, tree, &self.pool_id(), self.store.node_bytes)?;
+            writes.push(RunWrite { addr, bufs: alloc::vec![node.bytes().clone()] });
+            ready.push(Arc::new(node));
+            ptrs.push(ptr);
+        }
+        self.store.pool.write(writes)?;
+        for node in ready {
+            self.store.cache.insert(node);
+        }
+        Ok(ptrs)
+    }
+
+    fn free(&self, _tree: TreeId, ptr: &BlockPtr) {
+        self.freed.lock().push(Run { addr: ptr.addr, bytes: ptr.allocated() });
+    }
+}

@@ -1,0 +1,326 @@
+//! From devices to an engine.
+//!
+//! 1. Labels and superblocks (`pool`): the newest valid superblock, with the system chunks mapped.
+//! 2. Chunk tree: the rest of the map.
+//! 3. Space summaries and the residue: a few bytes a chunk.
+//! 4. Pool tree: properties and subvolumes.
+//! 5. The intent log, if there is any: replayed and committed before anybody gets in.
+//! 6. Orphans: queued, removed in the background.
+
+use crate::btree::{NodeSource, Tree};
+use crate::engine::{commit::Committer, log::Log, Engine};
+use crate::error::{Error, FeatureClass};
+use crate::format::chunk::{Chunk, DeviceItem};
+use crate::format::key::{kind, Key};
+use crate::format::pool::{property, SubvolItem};
+use crate::format::ptr::{ChecksumKind, CompressionKind};
+use crate::format::space::{Residue, SummaryItem};
+use crate::format::superblock::Superblock;
+use crate::platform::{DeviceRef, Platform};
+use crate::pool::{Pool, PoolOptions};
+use crate::space::{self, ChunkSource, Space};
+use crate::subvol::store::{DataSettings, Result, Store, StoreParts};
+use crate::subvol::Subvol;
+use crate::sync::{Mutex, RwLock};
+use crate::units::{Ino, Logical, TreeId, Txg};
+use alloc::boxed::Box;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU64};
+
+/// How to open a pool.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Take no changes and write nothing, not even to replay the log or to repair copies.
+    pub read_only: bool,
+    /// With `read_only`: show the last published group, without what the log adds.
+    pub ignore_log: bool,
+    /// Open the pool as of this group. Only with `read_only`.
+    pub max_txg: Option<Txg>,
+    /// Bytes of tree nodes to keep in memory.
+    pub cache_bytes: usize,
+    /// Bytes of changes to hold in memory at most.
+    pub dirty_bytes: u64,
+    /// Longest time a change stays uncommitted, in seconds.
+    pub commit_seconds: u64,
+    /// How new data is stored, in place of what the pool says: kind and level.
+    pub compression: Option<(CompressionKind, i32)>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            read_only: false,
+            ignore_log: false,
+            max_txg: None,
+            cache_bytes: 128 << 20,
+            dirty_bytes: 256 << 20,
+            commit_seconds: 5,
+            compression: None,
+        }
+    }
+}
+
+/// How often the engine looks whether there is something to do, in milliseconds.
+const TICK_MS: u64 = 250;
+
+/// Opens a pool.
+///
+/// # Errors
+/// What the labels, the superblock and the trees give: see [`Error`]. Nothing was written then.
+pub fn open(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &OpenOptions,
+) -> Result<Arc<Engine>> {
+    if options.max_txg.is_some() && !options.read_only {
+        return Err(Error::Argument { what: "an older group can only be opened read-only" });
+    }
+    let pool_options = PoolOptions { read_only: options.read_only, max_txg: options.max_txg };
+    let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
+    let unknown = superblock.unknown_ro_compat();
+    if unknown != 0 && !options.read_only {
+        return Err(Error::Features { class: FeatureClass::RoCompat, unknown });
+    }
+    let engine = assemble(Parts {
+        platform,
+        pool: Arc::new(pool),
+        superblock: superblock.clone(),
+        subvols: Vec::new(),
+        settings: DataSettings {
+            compression: CompressionKind::None,
+            level: 0,
+            checksum: ChecksumKind::Crc32c,
+        },
+        cache_bytes: options.cache_bytes,
+        dirty_bytes: options.dirty_bytes,
+        commit_seconds: options.commit_seconds,
+        read_only: options.read_only,
+    })?;
+    engine.load_pool_tree(options)?;
+    if let (Some(start), false) = (&superblock.log, options.ignore_log) {
+        let applied = engine.replay(start)?;
+        if applied > 0 && !options.read_only {
+            engine.commit_upto(engine.store.groups.open())?;
+        }
+    }
+    if !options.read_only {
+        engine.queue_orphans()?;
+        start_ticking(&engine);
+    }
+    Ok(engine)
+}
+
+/// What an engine is put together from.
+pub(super) struct Parts {
+    pub platform: Platform,
+    pub pool: Arc<Pool>,
+    pub superblock: Superblock,
+    pub subvols: Vec<(TreeId, SubvolItem)>,
+    pub settings: DataSettings,
+    pub cache_bytes: usize,
+    pub dirty_bytes: u64,
+    pub commit_seconds: u64,
+    pub read_only: bool,
+}
+
+/// Puts an engine together and loads the chunk map and the summaries.
+pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
+    let Parts { platform, pool, superblock, .. } = parts;
+    let space_tree = Tree { id: TreeId::SPACE, root: superblock.space_root };
+    let chunks: Arc<dyn ChunkSource> = pool.clone();
+    let space = Arc::new(Space::new(
+        chunks,
+        space::Options {
+            published: superblock.txg,
+            metadata_unit: u64::from(superblock.node_bytes),
+            ..space::Options::default()
+        },
+    ));
+    let store = Arc::new(Store::new(StoreParts {
+        platform: platform.clone(),
+        pool: pool.clone(),
+        space,
+        published: superblock.txg,
+        hash_secret: superblock.hash_secret,
+        node_bytes: superblock.node_bytes as usize,
+        space_tree,
+        cache_bytes: parts.cache_bytes,
+        dirty_bytes: parts.dirty_bytes,
+        settings: parts.settings,
+        read_only: parts.read_only,
+    }));
+    let chunk_tree = Tree { id: TreeId::CHUNK, root: superblock.chunk_root };
+    load_chunks(&store, &chunk_tree)?;
+    load_space(&store, &space_tree, &superblock)?;
+    let mut subvols = BTreeMap::new();
+    for (id, item) in parts.subvols {
+        let subvol = Subvol::new(id, item, superblock.txg, store.clone())?;
+        subvols.insert(id, Arc::new(subvol));
+    }
+    let commit_ns = parts.commit_seconds.max(1).saturating_mul(1_000_000_000);
+    Ok(Arc::new(Engine {
+        default_subvol: TreeId(superblock.default_subvol),
+        subvols: RwLock::new(subvols),
+        committer: Mutex::new(Committer::new(superblock)),
+        log: Log::new(store.pool.pool_id()),
+        reclaim: Mutex::new(VecDeque::new()),
+        reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
+        promised: Mutex::new(None),
+        commit_due_ns: AtomicU64::new(platform.clock.uptime_ns().saturating_add(commit_ns)),
+        commit_ns,
+        wanted: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
+        store,
+    }))
+}
+
+/// Calls `each` for every item of a tree.
+fn each_item(
+    source: &dyn NodeSource,
+    tree: &Tree,
+    each: &mut dyn FnMut(Key, &[u8], Txg) -> Result<()>,
+) -> Result<()> {
+    let mut cursor = tree.cursor();
+    cursor.seek(source, &Key::MIN)?;
+    while let Some((key, value)) = cursor.next(source)? {
+        each(key, &value, value.birth())?;
+    }
+    Ok(())
+}
+
+fn load_chunks(store: &Store, tree: &Tree) -> Result<()> {
+    let mut chunks = Vec::new();
+    each_item(store, tree, &mut |key, value, _| {
+        let bad = |b: crate::format::BadBytes| b.in_item(TreeId::CHUNK, key.object);
+        match key.kind {
+            kind::CHUNK => {
+                chunks.push(Chunk::decode(Logical(key.object), value).map_err(bad)?);
+            }
+            kind::DEVICE => {
+                let index = u16::try_from(key.object).map_err(|_| Error::BadItem {
+                    what: "device index out of range",
+                    tree: TreeId::CHUNK,
+                    object: key.object,
+                })?;
+                store.pool.add_device_item(index, &DeviceItem::decode(value).map_err(bad)?)?;
+            }
+            _ => return Err(bad(crate::format::BadBytes("item of another kind"))),
+        }
+        Ok(())
+    })?;
+    // System chunks are mapped already, by the superblock.
+    let known = store.pool.system_chunks();
+    chunks.retain(|chunk| !known.contains(chunk));
+    store.pool.add_chunks(chunks)
+}
+
+fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()> {
+    let mut used: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut cursor = tree.cursor();
+    cursor.seek(store, &Key::new(0, kind::SPACE_SUMMARY, 0))?;
+    while let Some((key, value)) = cursor.next(store)? {
+        if key.object != 0 || key.kind != kind::SPACE_SUMMARY {
+            break;
+        }
+        let summary =
+            SummaryItem::decode(&value).map_err(|b| b.in_item(TreeId::SPACE, key.offset))?;
+        used.insert(key.offset, summary.used_sectors);
+    }
+    for chunk in store.pool.chunks() {
+        let sectors = used.get(&chunk.logical.0).copied().unwrap_or(0);
+        store.space.add_chunk(&chunk, sectors)?;
+    }
+    if let Some(ptr) = &superblock.residue {
+        let block = store.pool.read_block(ptr)?;
+        let bytes = block.get(..ptr.logical as usize).unwrap_or(&block);
+        let residue =
+            Residue::decode(bytes, superblock.txg.0).map_err(|bad| bad.at(ptr.addr))?;
+        store.space.load_residue(residue)?;
+    }
+    Ok(())
+}
+
+impl Engine {
+    fn load_pool_tree(&self, options: &OpenOptions) -> Result<()> {
+        let (tree, txg) = {
+            let committer = self.committer.lock();
+            (committer.roots.pool, committer.superblock.txg)
+        };
+        let mut settings = self.store.settings();
+        let mut subvols = BTreeMap::new();
+        each_item(&*self.store, &tree, &mut |key, value, _| {
+            match (key.kind, key.offset) {
+                (kind::SUBVOL, 0) => {
+                    let item = SubvolItem::decode(value)
+                        .map_err(|bad| bad.in_item(TreeId::POOL, key.object))?;
+                    let id = TreeId(key.object);
+                    let subvol = Subvol::new(id, item, txg, self.store.clone())?;
+                    subvols.insert(id, Arc::new(subvol));
+                }
+                (kind::PROPERTY, number) if key.object == 0 => {
+                    read_setting(&mut settings, number, value);
+                }
+                _ => {}
+            }
+            Ok(())
+        })?;
+        if let Some((kind, level)) = options.compression {
+            (settings.compression, settings.level) = (kind, level);
+        }
+        self.store.set_settings(settings);
+        if !subvols.contains_key(&self.default_subvol) {
+            return Err(Error::BadItem {
+                what: "the default subvolume is missing",
+                tree: TreeId::POOL,
+                object: self.default_subvol.0,
+            });
+        }
+        *self.subvols.write() = subvols;
+        self.settle_promises();
+        Ok(())
+    }
+
+    fn queue_orphans(&self) -> Result<()> {
+        for subvol in self.subvols() {
+            let from = Key::new(0, kind::ORPHAN, 0);
+            let to = Key::new(0, kind::ORPHAN, u64::MAX);
+            subvol.scan(from, to, &mut |key, _| {
+                self.queue_reclaim(&subvol, Ino(key.offset));
+                Ok(true)
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn read_setting(settings: &mut DataSettings, number: u64, value: &[u8]) {
+    let first = value.first().copied().unwrap_or(0).checked_sub(1);
+    match number {
+        property::COMPRESSION => {
+            if let Some(kind) = first.and_then(CompressionKind::from_raw) {
+                settings.compression = kind;
+                settings.level = i32::from(value.get(1).copied().unwrap_or(0) as i8);
+            }
+        }
+        property::CHECKSUM => {
+            if let Some(kind) = first.and_then(ChecksumKind::from_raw) {
+                settings.checksum = kind;
+            }
+        }
+        _ => {}
+    }
+}
+
+fn start_ticking(engine: &Arc<Engine>) {
+    let weak = Arc::downgrade(engine);
+    let tick = move || match weak.upgrade() {
+        Some(engine) => {
+            engine.tick();
+            !engine.closed.load(core::sync::atomic::Ordering::Acquire)
+        }
+        None => false,
+    };
+    engine.store.platform.workers.every(TICK_MS, Box::new(tick));
+}

@@ -1,0 +1,296 @@
+//! Replaying the intent log.
+//!
+//! Records are put where the operations had put them: items into the overlay, fields and ranges into
+//! inodes. What follows is an ordinary commit. So replay can be interrupted anywhere: until that
+//! commit is published the log is still there, and replaying it again gives the same.
+//!
+//! - Segments are taken out of free space first: replay must not write over what it reads.
+//! - A range that names an extent is believed only after its data was read and verified: the frame may
+//!   have reached the device when the data had not. Replay ends there, as it ends at a torn frame.
+
+use crate::engine::log::LogPlace;
+use crate::engine::Engine;
+use crate::error::{Error, Incident};
+use crate::format::extent::Extent;
+use crate::format::inode::InodeItem;
+use crate::format::key::{kind, Key};
+use crate::format::log::{LogRecord, RangeContent, Record};
+use crate::format::space::Run;
+use crate::format::superblock::LogStart;
+use crate::buf::Buf;
+use crate::intent;
+use crate::pool::{DataRead, DataSource};
+use crate::subvol::inode::{Inode, State};
+use crate::subvol::ranges::{anchor, Content};
+use crate::subvol::store::Result;
+use crate::subvol::Subvol;
+use crate::txg::Handle;
+use crate::units::{Ino, Logical, TreeId, Txg};
+use alloc::collections::BTreeSet;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+struct Replay<'a> {
+    engine: &'a Engine,
+    handle: Handle<'a>,
+    published: Txg,
+    applied: u64,
+    /// Blobs whose space was taken: pieces of one blob come in several records.
+    taken: BTreeSet<(TreeId, Ino, Logical, u64)>,
+}
+
+impl Engine {
+    /// Applies what the log has beyond the published group. Returns how many records.
+    ///
+    /// # Errors
+    /// Errors of the device or the trees; a torn or stale frame is no error but the end.
+    pub(super) fn replay(&self, start: &LogStart) -> Result<u64> {
+        let store = &*self.store;
+        let place = LogPlace::new(store);
+        let pool_id = store.pool.pool_id();
+        let segments = intent::scan(&place, pool_id, start, &mut |_| Ok(true))?.segments;
+        let mut replay = Replay {
+            engine: self,
+            handle: store.groups.enter(),
+            published: store.groups.published(),
+            applied: 0,
+            taken: BTreeSet::new(),
+        };
+        for run in &segments {
+            replay.pin_segment(*run)?;
+        }
+        let end = intent::scan(&place, pool_id, start, &mut |record| replay.apply(record))?;
+        if let Some(error) = end.unreadable {
+            store.platform.report.incident(&Incident::Lost {
+                addr: end.position.segment.addr,
+                bytes: end.position.segment.bytes,
+                error,
+            });
+        }
+        let applied = replay.applied;
+        if applied > 0 {
+            store.platform.report.incident(&Incident::Replayed { records: applied });
+        }
+        Ok(applied)
+    }
+}
+
+impl Replay<'_> {
+    /// Keeps a segment from being allocated, and gives it back once the replay is published.
+    fn pin_segment(&self, run: Run) -> Result<()> {
+        let store = &*self.engine.store;
+        let txg = self.handle.txg();
+        // The first segment may be in use by the published group already.
+        match store.space.take(run, txg, store) {
+            Ok(()) | Err(Error::Corrupt { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        store.space.free(run, txg);
+        Ok(())
+    }
+
+    fn apply(&mut self, record: LogRecord) -> Result<bool> {
+        if record.txg <= self.published {
+            return Ok(true);
+        }
+        let Some(subvol) = self.engine.subvol(record.tree) else {
+            return Ok(false);
+        };
+        let go_on = match record.record {
+            Record::Item { key, value, keep_size } => {
+                self.item(&subvol, key, value, keep_size)?;
+                true
+            }
+            Record::Range { ino, offset, len, content } => {
+                self.range(&subvol, ino, offset, len, content)?
+            }
+        };
+        self.applied += u64::from(go_on);
+        Ok(go_on)
+    }
+
+    fn item(
+        &self,
+        subvol: &Arc<Subvol>,
+        key: Key,
+        value: Option<Vec<u8>>,
+        keep_size: bool,
+    ) -> Result<()> {
+        if key.kind != kind::INODE {
+            subvol.set_item(self.handle.txg(), key, value.map(|v| Arc::from(v.as_slice())));
+            return Ok(());
+        }
+        let ino = Ino(key.object);
+        match value {
+            Some(bytes) => {
+                let item = InodeItem::decode(&bytes).map_err(|b| b.in_item(subvol.id, ino.0))?;
+                self.inode(subvol, ino, item, keep_size)
+            }
+            None => self.gone(subvol, ino),
+        }
+    }
+
+    fn inode(
+        &self,
+        subvol: &Arc<Subvol>,
+        ino: Ino,
+        mut item: InodeItem,
+        keep_size: bool,
+    ) -> Result<()> {
+        let txg = self.handle.txg();
+        subvol.saw_ino(ino);
+        let there = match subvol.inode(ino) {
+            Ok(inode) => Some(inode),
+            Err(Error::Posix(_)) => None,
+            Err(error) => return Err(error),
+        };
+        let Some(inode) = there else {
+            (item.stored_bytes, item.promised_bytes) = (0, 0);
+            if keep_size {
+                item.size = 0;
+            }
+            let mut state = State::clean(item);
+            let first = state.touch(txg);
+            debug_assert!(first, "a new inode was never touched");
+            let inode = subvol.table.insert_new(Inode::new(ino, state));
+            subvol.list_dirty(txg, inode);
+            subvol.count_inode(txg, 1);
+            return Ok(());
+        };
+        let mut state = inode.state.write();
+        let old = state.item;
+        (item.stored_bytes, item.promised_bytes) = (old.stored_bytes, old.promised_bytes);
+        if keep_size {
+            item.size = old.size;
+        }
+        if state.touch(txg) {
+            subvol.list_dirty(txg, inode.clone());
+        }
+        state.item = item;
+        Ok(())
+    }
+
+    fn gone(&self, subvol: &Arc<Subvol>, ino: Ino) -> Result<()> {
+        let inode = match subvol.inode(ino) {
+            Ok(inode) => inode,
+            Err(Error::Posix(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let txg = self.handle.txg();
+        let mut state = inode.state.write();
+        if state.touch(txg) {
+            subvol.list_dirty(txg, inode.clone());
+        }
+        if !state.gone {
+            state.gone = true;
+            subvol.count_inode(txg, -1);
+            let mut garbage = Vec::new();
+            state.ranges.put(0, u64::MAX, Content::Hole, &mut garbage);
+            subvol.store.add_garbage(txg, garbage);
+        }
+        Ok(())
+    }
+
+    fn range(
+        &mut self,
+        subvol: &Arc<Subvol>,
+        ino: Ino,
+        offset: u64,
+        len: u64,
+        content: RangeContent,
+    ) -> Result<bool> {
+        let content = match content {
+            RangeContent::Bytes(bytes) => {
+                let data = Buf::copy_of(&bytes)?.into_slice();
+                return self.put(subvol, ino, offset, len, None, Some(data)).map(|()| true);
+            }
+            RangeContent::Written(extent) => {
+                if !self.take_written(subvol, ino, offset, &extent)? {
+                    return Ok(false);
+                }
+                Content::Written(extent)
+            }
+            RangeContent::Shared(extent) => Content::Shared(extent),
+            RangeContent::Hole => Content::Hole,
+            RangeContent::Promised => Content::Promised,
+        };
+        self.put(subvol, ino, offset, len, Some(content), None)?;
+        Ok(true)
+    }
+
+    fn put(
+        &self,
+        subvol: &Arc<Subvol>,
+        ino: Ino,
+        offset: u64,
+        len: u64,
+        content: Option<Content>,
+        bytes: Option<crate::buf::Slice>,
+    ) -> Result<()> {
+        let inode = match subvol.inode(ino) {
+            Ok(inode) => inode,
+            Err(Error::Posix(_)) => {
+                let what = "log names a file that is not there";
+                return Err(Error::BadItem { what, tree: subvol.id, object: ino.0 });
+            }
+            Err(error) => return Err(error),
+        };
+        let txg = self.handle.txg();
+        let mut garbage = Vec::new();
+        let mut state = inode.state.write();
+        if state.touch(txg) {
+            subvol.list_dirty(txg, inode.clone());
+        }
+        let before = state.ranges.data_bytes();
+        match (content, bytes) {
+            (Some(content), _) => state.ranges.put(offset, len, content, &mut garbage),
+            (None, Some(data)) => state.ranges.put_bytes(offset, data, &mut garbage),
+            (None, None) => {}
+        }
+        subvol.store.dirty.adjust(before, state.ranges.data_bytes());
+        drop(state);
+        subvol.store.add_garbage(txg, garbage);
+        Ok(())
+    }
+
+    /// Reads and verifies an extent the log names, and takes its space. False when the data is not
+    /// there: the record was never promised to anybody.
+    fn take_written(
+        &mut self,
+        subvol: &Arc<Subvol>,
+        ino: Ino,
+        at: u64,
+        extent: &Extent,
+    ) -> Result<bool> {
+        let store = &*self.engine.store;
+        let (source, run) = match extent {
+            Extent::Plain { addr, len, checksum_kind, checksums } => {
+                let run = Run { addr: *addr, bytes: *len };
+                let source = DataSource::Plain {
+                    addr: *addr,
+                    len: *len,
+                    checksum_kind: *checksum_kind,
+                    checksums: checksums.clone(),
+                };
+                (source, run)
+            }
+            Extent::Packed { blob, offset, .. } => {
+                let key = (subvol.id, ino, blob.addr, anchor(at, *offset));
+                if !self.taken.insert(key) {
+                    return Ok(true);
+                }
+                let run = Run { addr: blob.addr, bytes: blob.allocated() };
+                (DataSource::Packed { blob: *blob }, run)
+            }
+            _ => return Ok(false),
+        };
+        let mut reads = [DataRead::new(source)];
+        store.pool.read_data(&mut reads);
+        let [read] = reads;
+        if read.result.is_err() {
+            return Ok(false);
+        }
+        store.space.take(run, self.handle.txg(), store)?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,159 @@
+//! The whole core on a device in memory: the first things anybody would try.
+
+use crate::engine::{format, FormatOptions, OpenOptions};
+use crate::error::Errno;
+use crate::testing::{RamDevice, TestPlatform};
+use crate::units::Ino;
+use crate::vfs::*;
+use std::sync::Arc;
+use std::vec::Vec;
+
+const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
+
+fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
+    let device = RamDevice::new(bytes);
+    let test = TestPlatform::new(7);
+    format(std::vec![device.device()], test.platform.clone(), &FormatOptions::default()).unwrap();
+    (device, test)
+}
+
+fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
+    let options = OpenOptions::default();
+    Volume::open(
+        std::vec![device.device()],
+        test.platform.clone(),
+        &options,
+        AccessTime::Relative,
+    )
+    .unwrap()
+}
+
+fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
+    fs.mknod(dir, name, 0o100644, 0, &ROOT).unwrap().ino
+}
+
+fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
+    let size = fs.getattr(ino).unwrap().size as usize;
+    let mut out = std::vec![0; size];
+    assert_eq!(fs.read(ino, 0, &mut out).unwrap(), size);
+    out
+}
+
+fn pattern(len: usize, seed: u8) -> Vec<u8> {
+    (0..len).map(|i| (i as u64 * 2654435761 >> 13) as u8 ^ seed).collect()
+}
+
+#[test]
+fn what_was_written_is_read_after_a_remount() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let dir = fs.mkdir(fs.root(), b"d", 0o755, &ROOT).unwrap().ino;
+    let small = create(&fs, dir, b"small");
+    fs.write(small, 0, b"hello", WriteFlags::default()).unwrap();
+    let big = create(&fs, dir, b"big");
+    let data = pattern(3_000_001, 3);
+    fs.write(big, 0, &data, WriteFlags::default()).unwrap();
+    assert_eq!(read_all(&fs, big), data);
+    fs.sync().unwrap();
+    assert_eq!(read_all(&fs, big), data);
+    fs.write(big, 5000, b"patch", WriteFlags::default()).unwrap();
+    fs.close().unwrap();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let dir = fs.lookup(fs.root(), b"d").unwrap().ino;
+    let small = fs.lookup(dir, b"small").unwrap();
+    assert_eq!(small.size, 5);
+    assert_eq!(read_all(&fs, small.ino), b"hello");
+    let mut want = data;
+    want[5000..5005].copy_from_slice(b"patch");
+    let big = fs.lookup(dir, b"big").unwrap().ino;
+    assert_eq!(read_all(&fs, big), want);
+}
+
+#[test]
+fn a_synced_file_survives_without_a_commit() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let first = create(&fs, fs.root(), b"first");
+    fs.fsync(first, false).unwrap();
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, b"important", WriteFlags::default()).unwrap();
+    fs.fsync(file, false).unwrap();
+    let other = create(&fs, fs.root(), b"other");
+    fs.write(other, 0, b"not synced", WriteFlags::default()).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert_eq!(read_all(&fs, file), b"important");
+    assert_eq!(fs.lookup(fs.root(), b"other").unwrap_err().errno(), Errno::NoEnt);
+}
+
+#[test]
+fn a_removed_file_gives_its_space_back() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    fs.sync().unwrap();
+    let before = fs.statfs().unwrap().available_bytes;
+    for round in 0..20 {
+        let file = create(&fs, fs.root(), b"file");
+        let data: Vec<u8> = (0..4_000_000u32).map(|i| (i.wrapping_mul(747796405 + round) >> 11) as u8).collect();
+        fs.write(file, 0, &data, WriteFlags::default()).unwrap();
+        fs.sync().unwrap();
+        fs.forget(file, 1);
+        fs.unlink(fs.root(), b"file").unwrap();
+        fs.sync().unwrap();
+    }
+    let after = fs.statfs().unwrap().available_bytes;
+    assert!(after + (4 << 20) >= before, "{before} bytes available before, {after} after");
+}
+
+#[test]
+fn a_full_pool_says_so_and_lets_files_be_removed() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let mut at = 0;
+    let chunk: Vec<u8> = (0..65536u32).map(|i| (i.wrapping_mul(i ^ 0x5bd1e995) >> 7) as u8).collect();
+    let error = loop {
+        match fs.write(file, at, &chunk, WriteFlags::default()) {
+            Ok(_) => at += chunk.len() as u64,
+            Err(error) => break error,
+        }
+        assert!(at < 64 << 20);
+    };
+    assert_eq!(error.errno(), Errno::NoSpc);
+    assert!(at > 6 << 20, "only {at} bytes fit");
+    fs.sync().unwrap();
+    fs.forget(file, 1);
+    fs.unlink(fs.root(), b"file").unwrap();
+    fs.sync().unwrap();
+    let file = create(&fs, fs.root(), b"again");
+    fs.write(file, 0, &chunk, WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+}
+
+#[test]
+fn many_files_in_one_directory_are_all_there() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    for i in 0..3000 {
+        create(&fs, fs.root(), std::format!("f{i}").as_bytes());
+        if i % 700 == 0 {
+            fs.sync().unwrap();
+        }
+    }
+    let mut seen = 0;
+    fs.readdir(fs.root(), 0, &mut |_| {
+        seen += 1;
+        true
+    })
+    .unwrap();
+    assert_eq!(seen, 3002);
+    fs.close().unwrap();
+    let fs = mount(&device, &test);
+    assert!(fs.lookup(fs.root(), b"f2999").is_ok());
+    assert!(fs.lookup(fs.root(), b"f3000").is_err());
+}

@@ -1,0 +1,708 @@
+//! The pool: devices as one logical space that verifies what it reads.
+//!
+//! Everything above names places by logical address. The logical space is made of chunks; the
+//! *chunk map* says which bytes of which devices each is, and a *layout* how its profile spreads
+//! them. The map is stored in the chunk tree, which itself needs the map to be read, so its own
+//! chunks (*system* chunks) are embedded in the superblock:
+//!
+//! ```text
+//! labels -> ring -> superblock -> system chunks -> chunk tree -> all chunks -> everything
+//! ```
+//!
+//! The pool does not read trees. [`Pool::open`] returns the superblock with the system chunks
+//! mapped; the engine reads the chunk tree and hands its items to [`Pool::add_chunks`] and
+//! [`Pool::add_device_item`], and at each commit asks [`Pool::take_chunk_edits`] what to change in
+//! it.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `map` | from addresses to chunks; immutable, replaced as a whole |
+//! | `layout` | what a profile is |
+//! | `room` | which bytes of a device belong to chunks |
+//! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
+//! | `read` | verified reads, and healing of bad copies |
+//! | `write` | writes to every copy |
+//! | `check` | invariants |
+//!
+//! What must never happen: content being returned that its checksum does not vouch for; a good copy
+//! being overwritten by healing; the room of a chunk being given to another while a superblock that
+//! a crash falls back to maps it.
+//!
+//! Locks, in order: `heal`, `ledger`, `map`, `reported`. Only `heal` is held during transfers, and
+//! only those that repair. Reads take no lock that a write holds for longer than swapping a
+//! pointer.
+
+mod check;
+mod layout;
+mod ledger;
+mod map;
+mod read;
+mod room;
+#[cfg(test)]
+mod tests;
+mod write;
+
+pub use ledger::ChunkEdit;
+pub use read::{DataRead, DataSource};
+pub use write::RunWrite;
+
+use crate::device::{choose, probe, ErrorCounts, Identity, Member, Probe, Ring};
+use crate::error::{Error, FeatureClass};
+use crate::format::chunk::{
+    Chunk, ChunkKind, DeviceItem, Profile, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN,
+};
+use crate::format::label::{DATA_START, LABEL_AREA_BYTES};
+use crate::format::node::NODE_BYTES_ALLOWED;
+use crate::format::space::Run;
+use crate::format::superblock::Superblock;
+use crate::platform::{DeviceRef, Platform, Result};
+use crate::sync::{Mutex, RwLock};
+use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
+use alloc::string::ToString;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use ledger::Ledger;
+use map::{ChunkMap, Place};
+
+/// What a new pool shall be.
+#[derive(Clone, Debug)]
+pub struct FormatOptions {
+    /// Name, UTF-8, padded with zeros.
+    pub name: [u8; 64],
+    /// Id of the pool; random when not given.
+    pub pool_id: Option<[u8; 16]>,
+    /// Bytes of a tree node.
+    pub node_bytes: u32,
+    /// Profile of data chunks.
+    pub data_profile: Profile,
+    /// Profile of metadata and system chunks.
+    pub metadata_profile: Profile,
+    /// Bytes of a new chunk; fitted to the pool's size when not given.
+    pub chunk_bytes: Option<u64>,
+}
+
+impl Default for FormatOptions {
+    fn default() -> FormatOptions {
+        FormatOptions {
+            name: [0; 64],
+            pool_id: None,
+            node_bytes: NODE_BYTES_ALLOWED[0],
+            data_profile: Profile::Single,
+            metadata_profile: Profile::Dup,
+            chunk_bytes: None,
+        }
+    }
+}
+
+/// How to open a pool.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PoolOptions {
+    /// Write nothing, not even repairs.
+    pub read_only: bool,
+    /// Open the newest superblock that is not newer than this group. Whoever then commits must
+    /// start after [`Pool::newest_txg`], or the superblocks passed over would win the next time.
+    pub max_txg: Option<Txg>,
+}
+
+/// What is fixed while a pool is open.
+struct Settings {
+    pool_id: [u8; 16],
+    node_bytes: u32,
+    data_profile: Profile,
+    metadata_profile: Profile,
+    chunk_bytes: u64,
+    newest_txg: Txg,
+}
+
+/// An open pool. See the module.
+pub struct Pool {
+    platform: Platform,
+    members: Vec<Member>,
+    settings: Settings,
+    read_only: bool,
+    /// Which label areas were damaged when the pool was opened.
+    damaged: Mutex<Vec<DamagedLabel>>,
+    /// Where addresses lead. Held only to copy or swap the pointer.
+    map: RwLock<Arc<ChunkMap>>,
+    /// Room and chunk-tree edits. Whoever changes `map` holds it.
+    ledger: Mutex<Ledger>,
+    /// One repair at a time; see `read`.
+    heal: Mutex<()>,
+    /// Places already reported as damaged.
+    reported: Mutex<read::Reported>,
+}
+
+/// A label area that was not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedLabel {
+    /// Index of the device.
+    pub device: u16,
+    /// 0 for the area at the start, 1 for the one at the end.
+    pub area: usize,
+    /// What was wrong.
+    pub error: Error,
+}
+
+/// Chunks of the smallest size that a pool needs beyond one of each kind: metadata is copied before
+/// the old copy is free.
+const SPARE_CHUNKS: u64 = 1;
+
+impl Pool {
+    /// The smallest device a pool with those profiles can be made on, in bytes.
+    pub fn minimum_bytes(data: Profile, metadata: Profile) -> u64 {
+        // System and metadata, then data.
+        let chunks = 2 * metadata.copies() + data.copies() + SPARE_CHUNKS;
+        let bytes = DATA_START + chunks * CHUNK_BYTES_MIN + LABEL_AREA_BYTES;
+        // Whole units are easier to act on, and leave a little room.
+        bytes.next_multiple_of(CHUNK_BYTES_MIN)
+    }
+
+    /// The chunk size for a pool of that many bytes: 256 chunks, within the format's bounds.
+    pub fn default_chunk_bytes(pool_bytes: u64) -> u64 {
+        let part = (pool_bytes / 256).max(1);
+        (1 << part.ilog2()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
+    }
+
+    /// Makes an empty pool on the devices: wipes what was there, writes labels, flushes. There is
+    /// no superblock yet; the first commit writes it.
+    ///
+    /// # Errors
+    /// [`Error::TooSmall`], [`Error::ReadOnly`], [`Error::Argument`] for options out of range, and
+    /// what the devices say.
+    pub fn create(
+        devices: Vec<DeviceRef>,
+        platform: Platform,
+        options: &FormatOptions,
+    ) -> Result<Pool> {
+        check_options(options)?;
+        if devices.is_empty() {
+            return Err(Error::Argument { what: "a pool needs a device" });
+        }
+        let minimum = Pool::minimum_bytes(options.data_profile, options.metadata_profile);
+        let mut pool_bytes = 0u64;
+        for device in &devices {
+            let geometry = device.geometry();
+            if geometry.read_only {
+                return Err(Error::ReadOnly);
+            }
+            if geometry.bytes < minimum {
+                return Err(Error::TooSmall { minimum });
+            }
+            pool_bytes = pool_bytes.saturating_add(geometry.bytes);
+        }
+        let settings = Settings {
+            pool_id: options.pool_id.unwrap_or_else(|| random_id(&platform)),
+            node_bytes: options.node_bytes,
+            data_profile: options.data_profile,
+            metadata_profile: options.metadata_profile,
+            chunk_bytes: options
+                .chunk_bytes
+                .unwrap_or_else(|| Pool::default_chunk_bytes(pool_bytes)),
+            newest_txg: Txg(0),
+        };
+        let members = fresh_members(devices, &platform, &settings.pool_id, &options.name)?;
+        // All are wiped before the first is labelled: a pool never has members of an older one.
+        members.iter().try_for_each(Member::wipe)?;
+        members.iter().try_for_each(Member::write_labels)?;
+        Ok(Pool::assemble(platform, members, settings, false, Logical(0)))
+    }
+
+    /// Reads labels and rings; returns the newest superblock with its system chunks mapped.
+    ///
+    /// # Errors
+    /// [`Error::NotCairn`], [`Error::Truncated`], [`Error::WrongDevice`], [`Error::MissingDevice`],
+    /// [`Error::NoSuperblock`], [`Error::Version`], [`Error::Features`], [`Error::ReadOnly`] when a
+    /// device cannot be written and `options` ask for it, [`Error::Corrupt`] for a superblock that
+    /// contradicts its devices, and what the devices say.
+    pub fn open(
+        devices: Vec<DeviceRef>,
+        platform: Platform,
+        options: &PoolOptions,
+    ) -> Result<(Pool, Superblock)> {
+        let (members, damaged) = probe_all(devices, options.read_only)?;
+        let ring = read_rings(&members)?;
+        let superblock = choose(&ring, options.max_txg)?;
+        check_superblock(superblock, &members, options.read_only)?;
+        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        *pool.damaged.lock() = damaged;
+        Ok((pool, superblock.clone()))
+    }
+
+    /// The pool that `superblock` describes, with its system chunks.
+    fn found(
+        platform: Platform,
+        members: Vec<Member>,
+        ring: &Ring,
+        superblock: &Superblock,
+        read_only: bool,
+    ) -> Result<Pool> {
+        // Addresses of chunks are never used twice, not even by a pool that went back in time.
+        let next_chunk = ring.valid.iter().map(|valid| valid.next_chunk).max().unwrap_or_default();
+        let settings = Settings {
+            pool_id: superblock.pool_id,
+            node_bytes: superblock.node_bytes,
+            data_profile: superblock.data_profile,
+            metadata_profile: superblock.metadata_profile,
+            chunk_bytes: superblock.chunk_bytes,
+            newest_txg: ring.newest(),
+        };
+        let pool = Pool::assemble(platform, members, settings, read_only, next_chunk);
+        pool.add_chunks(superblock.system_chunks.iter().cloned())?;
+        Ok(pool)
+    }
+
+    fn assemble(
+        platform: Platform,
+        members: Vec<Member>,
+        settings: Settings,
+        read_only: bool,
+        next_chunk: Logical,
+    ) -> Pool {
+        let sizes = members.iter().map(|member| member.identity().bytes);
+        let ledger = Mutex::new(Ledger::new(sizes, next_chunk));
+        Pool {
+            platform,
+            members,
+            settings,
+            read_only,
+            damaged: Mutex::new(Vec::new()),
+            map: RwLock::new(Arc::new(ChunkMap::default())),
+            ledger,
+            heal: Mutex::new(()),
+            reported: Mutex::new(read::Reported::default()),
+        }
+    }
+
+    /// The pool's surroundings.
+    pub fn platform(&self) -> &Platform {
+        &self.platform
+    }
+
+    /// Id of the pool.
+    pub fn pool_id(&self) -> [u8; 16] {
+        self.settings.pool_id
+    }
+
+    /// Bytes of a tree node.
+    pub fn node_bytes(&self) -> u32 {
+        self.settings.node_bytes
+    }
+
+    /// Profile of new chunks of that kind.
+    pub fn profile(&self, kind: ChunkKind) -> Profile {
+        match kind {
+            ChunkKind::Data => self.settings.data_profile,
+            ChunkKind::Metadata | ChunkKind::System => self.settings.metadata_profile,
+        }
+    }
+
+    /// Bytes of a new chunk when there is room for one of full size.
+    pub fn chunk_bytes(&self) -> u64 {
+        self.settings.chunk_bytes
+    }
+
+    /// The newest group that any superblock published when the pool was opened. Newer than the
+    /// superblock that was opened if an older one was asked for.
+    pub fn newest_txg(&self) -> Txg {
+        self.settings.newest_txg
+    }
+
+    /// Name of the pool, padded with zeros.
+    pub fn name(&self) -> [u8; 64] {
+        self.members[0].identity().name
+    }
+
+    /// Renames the pool: rewrites every label.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], [`Error::Argument`] unless `name` is padded UTF-8, [`Error::Device`].
+    pub fn set_name(&self, name: [u8; 64]) -> Result<()> {
+        self.check_writable()?;
+        check_name(&name)?;
+        let written = self.platform.clock.now().secs;
+        self.members
+            .iter()
+            .try_for_each(|member| member.relabel(written, |identity| identity.name = name))
+    }
+
+    /// The devices, by index.
+    pub fn members(&self) -> &[Member] {
+        &self.members
+    }
+
+    /// Whether the pool writes nothing.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Label areas that were damaged or out of date when the pool was opened and have not been
+    /// rewritten since.
+    pub fn damaged_labels(&self) -> Vec<DamagedLabel> {
+        self.damaged.lock().clone()
+    }
+
+    /// Rewrites the labels of the devices that have a damaged one.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] or [`Error::Device`].
+    pub fn repair_labels(&self) -> Result<()> {
+        self.check_writable()?;
+        for label in self.damaged_labels() {
+            self.member(label.device).write_labels()?;
+            self.damaged.lock().retain(|other| other.device != label.device);
+        }
+        Ok(())
+    }
+
+    /// All valid superblocks, newest first, as they are on the devices now.
+    pub fn superblocks(&self) -> Vec<Superblock> {
+        let mut ring = Ring::default();
+        for member in &self.members {
+            // What cannot be read is not valid.
+            let _ = ring.add(member, &self.settings.pool_id);
+        }
+        ring.valid
+    }
+
+    /// Writes the superblock into its slot of every device. The caller flushes before, so that what
+    /// it refers to is durable, and after, which publishes it.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; [`Error::Device`] when a device took it in neither area.
+    pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
+        self.check_writable()?;
+        self.members.iter().try_for_each(|member| member.write_superblock(superblock))
+    }
+
+    /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are
+    /// skipped.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] for a chunk that is not where it can be, or overlaps another in logical
+    /// space or on a device; nothing is mapped then.
+    pub fn add_chunks(&self, chunks: impl IntoIterator<Item = Chunk>) -> Result<()> {
+        let mut ledger = self.ledger.lock();
+        let map = ledger.load(&self.chunk_map(), chunks)?;
+        self.set_map(map);
+        Ok(())
+    }
+
+    /// Takes note of a DEVICE item of the chunk tree: continues its error counters.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it contradicts the device's label.
+    pub fn add_device_item(&self, index: u16, item: &DeviceItem) -> Result<()> {
+        let corrupt = |what| Error::Corrupt { what, addr: Logical(0) };
+        let member = self
+            .members
+            .get(usize::from(index))
+            .ok_or_else(|| corrupt("item of a device that the pool does not have"))?;
+        let identity = member.identity();
+        if item.id != identity.device_id || item.bytes != identity.bytes {
+            return Err(corrupt("device item contradicts the device's label"));
+        }
+        member.add_errors(ErrorCounts {
+            read: item.read_errors,
+            write: item.write_errors,
+            checksum: item.checksum_errors,
+        });
+        self.ledger.lock().set_device_item(index, *item);
+        Ok(())
+    }
+
+    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or
+    /// when there is no room for that the largest power of two for which there is.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`], [`Error::ReadOnly`].
+    pub fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
+        self.check_writable()?;
+        let length = match kind {
+            ChunkKind::System => CHUNK_BYTES_MIN,
+            ChunkKind::Data | ChunkKind::Metadata => self.settings.chunk_bytes,
+        };
+        let mut ledger = self.ledger.lock();
+        let (map, chunk) =
+            ledger.create(&self.chunk_map(), kind, self.profile(kind), length, txg)?;
+        self.set_map(map);
+        Ok(chunk)
+    }
+
+    /// Gives up the chunk at `logical`, in which group `txg` has nothing left. It stays readable,
+    /// and its room taken, until that group is published.
+    ///
+    /// # Panics
+    /// When there is no such chunk, or it was dropped already.
+    pub fn drop_chunk(&self, logical: Logical, txg: Txg) {
+        let mut ledger = self.ledger.lock();
+        let known = self.chunk_map().get(logical).is_some_and(|m| m.chunk.logical == logical);
+        assert!(known, "no chunk at {logical} to drop");
+        ledger.drop_chunk(logical, txg);
+    }
+
+    /// What the chunk tree of group `txg` must change: CHUNK and DEVICE items, sorted by key. Each
+    /// edit is returned once.
+    ///
+    /// A chunk made after this call is not in the tree of `txg`, so nothing that `txg` refers to
+    /// may be put there: see [`Pool::is_recorded`].
+    pub fn take_chunk_edits(&self, txg: Txg) -> Vec<ChunkEdit> {
+        let mut ledger = self.ledger.lock();
+        ledger.take_edits(&self.chunk_map(), &self.members, txg)
+    }
+
+    /// Whether the chunk that covers `addr` is in the chunk tree, counting edits that have been
+    /// taken.
+    pub fn is_recorded(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_recorded)
+    }
+
+    /// Whether the published group maps `addr`, so that it can be found after a crash. A chunk that
+    /// was made since is not there for replay: a log frame must neither stand in it nor name
+    /// anything in it.
+    pub fn is_published(&self, addr: Logical) -> bool {
+        self.ask_ledger(addr, Ledger::is_published)
+    }
+
+    fn ask_ledger(&self, addr: Logical, question: fn(&Ledger, Logical) -> bool) -> bool {
+        let ledger = self.ledger.lock();
+        self.chunk_map().get(addr).is_some_and(|mapped| question(&ledger, mapped.chunk.logical))
+    }
+
+    /// System chunks for the superblock of the group whose edits were taken last.
+    pub fn system_chunks(&self) -> Vec<Chunk> {
+        let ledger = self.ledger.lock();
+        ledger.system_chunks(&self.chunk_map())
+    }
+
+    /// Group `txg` is on disk: chunks it dropped are gone and their room is free.
+    pub fn published(&self, txg: Txg) {
+        let mut ledger = self.ledger.lock();
+        if let Some(map) = ledger.published(&self.chunk_map(), txg) {
+            self.set_map(map);
+        }
+    }
+
+    /// Device bytes that no chunk holds and new chunks could take; copies are not deducted.
+    pub fn unallocated_bytes(&self) -> u64 {
+        self.ledger.lock().rooms.iter().map(room::Room::usable).sum()
+    }
+
+    /// Logical address of the next new chunk.
+    pub fn next_chunk(&self) -> Logical {
+        self.ledger.lock().next_chunk
+    }
+
+    /// All chunks, by address, with those dropped by groups that are not published yet.
+    pub fn chunks(&self) -> Vec<Chunk> {
+        self.chunk_map().iter().map(|mapped| mapped.chunk.clone()).collect()
+    }
+
+    /// The chunk that covers `addr`.
+    pub fn chunk_of(&self, addr: Logical) -> Option<Chunk> {
+        self.chunk_map().get(addr).map(|mapped| mapped.chunk.clone())
+    }
+
+    /// For each copy of a run: the pieces it is made of, as device and offset.
+    ///
+    /// # Errors
+    /// [`Error::Unmapped`] unless the run lies in one chunk.
+    pub fn map(&self, addr: Logical, bytes: u64) -> Result<Vec<Vec<(u16, Physical)>>> {
+        let place = self.locate(Run { addr, bytes })?;
+        let pieces = |copy| {
+            let mut pieces = Vec::new();
+            place.segments(copy, &mut |segment| pieces.push((segment.device, segment.at)));
+            pieces
+        };
+        Ok((0..place.copies()).map(pieces).collect())
+    }
+
+    /// How many copies of the block at `addr` there are.
+    pub fn copies_at(&self, addr: Logical) -> usize {
+        self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
+    }
+
+    fn chunk_map(&self) -> Arc<ChunkMap> {
+        self.map.read().clone()
+    }
+
+    /// Replaces the map; the caller holds `ledger`.
+    fn set_map(&self, map: ChunkMap) {
+        *self.map.write() = Arc::new(map);
+    }
+
+    fn locate(&self, run: Run) -> Result<Place> {
+        self.chunk_map().locate(run)
+    }
+
+    /// The member with that index, which came from a checked chunk or label.
+    fn member(&self, index: u16) -> &Member {
+        &self.members[usize::from(index)]
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly);
+        }
+        Ok(())
+    }
+}
+
+fn check_options(options: &FormatOptions) -> Result<()> {
+    let require = |holds: bool, what| if holds { Ok(()) } else { Err(Error::Argument { what }) };
+    check_name(&options.name)?;
+    require(
+        NODE_BYTES_ALLOWED.contains(&options.node_bytes),
+        "the node size must be 16384, 32768 or 65536",
+    )?;
+    require(
+        layout::of(options.data_profile).is_some()
+            && layout::of(options.metadata_profile).is_some(),
+        "this version has the profiles single and dup",
+    )?;
+    require(
+        options.chunk_bytes.is_none_or(|bytes| {
+            bytes.is_power_of_two() && (CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&bytes)
+        }),
+        "the chunk size must be a power of two from 1 MiB to 1 GiB",
+    )
+}
+
+fn check_name(name: &[u8; 64]) -> Result<()> {
+    let used = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    let (text, padding) = name.split_at(used);
+    if core::str::from_utf8(text).is_err() || padding.iter().any(|byte| *byte != 0) {
+        return Err(Error::Argument { what: "the name must be UTF-8 without zero bytes" });
+    }
+    Ok(())
+}
+
+/// A random id in the form of a version 4 UUID (RFC 9562), since tools show it as one.
+fn random_id(platform: &Platform) -> [u8; 16] {
+    let mut id = [0; 16];
+    platform.entropy.fill(&mut id);
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
+}
+
+fn fresh_members(
+    devices: Vec<DeviceRef>,
+    platform: &Platform,
+    pool_id: &[u8; 16],
+    name: &[u8; 64],
+) -> Result<Vec<Member>> {
+    let written = platform.clock.now().secs;
+    let mut members = Vec::with_capacity(devices.len());
+    for (index, device) in devices.into_iter().enumerate() {
+        let index =
+            u16::try_from(index).map_err(|_| Error::Argument { what: "too many devices" })?;
+        let identity = Identity {
+            pool_id: *pool_id,
+            device_id: random_id(platform),
+            index,
+            bytes: align_down(device.geometry().bytes, SECTOR_BYTES),
+            name: *name,
+            written,
+            sequence: 1,
+        };
+        members.push(Member::fresh(device, identity)?);
+    }
+    Ok(members)
+}
+
+/// Reads the labels of all devices: the members by index, and which labels are damaged.
+fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, Vec<DamagedLabel>)> {
+    let mut members: Vec<Member> = Vec::with_capacity(devices.len());
+    let mut damaged = Vec::new();
+    for (position, device) in devices.into_iter().enumerate() {
+        if device.geometry().read_only && !read_only {
+            return Err(Error::ReadOnly);
+        }
+        let probe = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
+        note_damage(&mut damaged, &probe);
+        let member = Member::new(device, &probe);
+        let at = members.partition_point(|other| other.index() < member.index());
+        let foreign =
+            members.iter().any(|other| other.identity().pool_id != probe.identity.pool_id);
+        if foreign || members.get(at).is_some_and(|other| other.index() == member.index()) {
+            return Err(Error::WrongDevice { name: member.name().to_string() });
+        }
+        members.insert(at, member);
+    }
+    if members.is_empty() {
+        return Err(Error::Argument { what: "a pool needs a device" });
+    }
+    Ok((members, damaged))
+}
+
+fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
+    for (area, error) in probe.damaged.iter().enumerate() {
+        if let Some(error) = error.clone() {
+            damaged.push(DamagedLabel { device: probe.identity.index, area, error });
+        }
+    }
+}
+
+/// What the rings of all members hold.
+fn read_rings(members: &[Member]) -> Result<Ring> {
+    let mut ring = Ring::default();
+    let pool_id = members[0].identity().pool_id;
+    members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
+    Ok(ring)
+}
+
+/// Compares the superblock with the devices that are there and with what this version can do.
+fn check_superblock(superblock: &Superblock, members: &[Member], read_only: bool) -> Result<()> {
+    for (index, member) in (0..superblock.device_count).zip(members) {
+        if member.index() != index {
+            return Err(Error::MissingDevice { device: index });
+        }
+    }
+    let count = usize::from(superblock.device_count);
+    if members.len() < count {
+        return Err(Error::MissingDevice { device: members.len() as u16 });
+    }
+    if let Some(extra) = members.get(count) {
+        return Err(Error::WrongDevice { name: extra.name().to_string() });
+    }
+    let unknown = superblock.unknown_ro_compat();
+    if unknown != 0 && !read_only {
+        return Err(Error::Features { class: FeatureClass::RoCompat, unknown });
+    }
+    let known = |profile| layout::of(profile).is_some();
+    if !known(superblock.data_profile) || !known(superblock.metadata_profile) {
+        let what = "superblock with a profile of a newer version";
+        return Err(Error::Corrupt { what, addr: Logical(0) });
+    }
+    if superblock.system_chunks.iter().any(|chunk| chunk.kind != ChunkKind::System) {
+        let what = "superblock embeds a chunk that is not a system chunk";
+        return Err(Error::Corrupt { what, addr: Logical(0) });
+    }
+    Ok(())
+}
+
+impl crate::space::ChunkSource for Pool {
+    fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
+        Pool::create_chunk(self, kind, txg)
+    }
+
+    fn drop_chunk(&self, logical: Logical, txg: Txg) {
+        Pool::drop_chunk(self, logical, txg);
+    }
+
+    fn unallocated_bytes(&self) -> u64 {
+        Pool::unallocated_bytes(self)
+    }
+
+    fn chunk_bytes(&self) -> u64 {
+        Pool::chunk_bytes(self)
+    }
+
+    fn copies(&self, kind: ChunkKind) -> u64 {
+        self.profile(kind).copies()
+    }
+
+    fn discard(&self, run: Run) -> Result<()> {
+        Pool::discard(self, run)
+    }
+}

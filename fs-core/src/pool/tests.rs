@@ -1,0 +1,873 @@
+//! Round trips, healing with every kind of damage, and the ledger against a model.
+
+use super::*;
+use crate::buf::{Buf, Slice};
+use crate::codec;
+use crate::error::Incident;
+use crate::format::chunk::Stripe;
+use crate::format::extent::Blob;
+use crate::format::key::{kind, Key};
+use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
+use crate::platform::Entropy;
+use crate::testing::{CrateCodecs, RamDevice, SeededEntropy, TestPlatform, ThreadWorkers};
+use alloc::collections::BTreeMap;
+use alloc::vec;
+use proptest::prelude::*;
+
+const MIB: u64 = 1 << 20;
+const SECTOR: usize = SECTOR_BYTES as usize;
+
+struct Fixture {
+    ram: Arc<RamDevice>,
+    env: TestPlatform,
+    pool: Pool,
+}
+
+impl Fixture {
+    fn new(bytes: u64) -> Fixture {
+        Fixture::with(bytes, FormatOptions::default())
+    }
+
+    fn with(bytes: u64, options: FormatOptions) -> Fixture {
+        let (ram, env) = (RamDevice::new(bytes), TestPlatform::new(1));
+        let pool = Pool::create(vec![ram.device()], env.platform.clone(), &options).unwrap();
+        Fixture { ram, env, pool }
+    }
+
+    /// A data pool with two copies of data.
+    fn dup() -> Fixture {
+        Fixture::with(16 * MIB, FormatOptions { data_profile: Profile::Dup, ..Default::default() })
+    }
+
+    fn open(&self, options: PoolOptions) -> Result<(Pool, Superblock)> {
+        Pool::open(vec![self.ram.device()], self.env.platform.clone(), &options)
+    }
+
+    fn reopen(self, options: PoolOptions) -> Fixture {
+        let (pool, superblock) = self.open(options).unwrap();
+        let chunks = self.pool.chunks();
+        assert!(chunks.iter().all(|chunk| chunk.logical < superblock.next_chunk));
+        pool.add_chunks(chunks).unwrap();
+        Fixture { pool, ..self }
+    }
+
+    /// A superblock of what the pool is now.
+    fn superblock(&self, txg: u64) -> Superblock {
+        Superblock {
+            txg: Txg(txg),
+            written: 0,
+            pool_id: self.pool.pool_id(),
+            features: [0; 3],
+            hash_secret: [3; 16],
+            node_bytes: self.pool.node_bytes(),
+            device_count: self.pool.members().len() as u16,
+            data_profile: self.pool.profile(ChunkKind::Data),
+            metadata_profile: self.pool.profile(ChunkKind::Metadata),
+            clean: false,
+            next_chunk: self.pool.next_chunk(),
+            chunk_bytes: self.pool.chunk_bytes(),
+            next_subvol: 256,
+            default_subvol: 256,
+            pool_root: None,
+            chunk_root: None,
+            space_root: None,
+            refs_root: None,
+            dead_root: None,
+            residue: None,
+            log: None,
+            data_used: 0,
+            metadata_used: 0,
+            system_chunks: self.pool.system_chunks(),
+        }
+    }
+
+    fn commit(&self, txg: u64) {
+        self.pool.flush().unwrap();
+        self.pool.write_superblock(&self.superblock(txg)).unwrap();
+        self.pool.flush().unwrap();
+    }
+
+    fn chunk(&self, kind: ChunkKind) -> Chunk {
+        self.pool.create_chunk(kind, Txg(1)).unwrap()
+    }
+
+    /// Writes `content` as a block at the start of a new metadata chunk.
+    fn block(&self, content: &[u8], compression: CompressionKind) -> BlockPtr {
+        let chunk = self.chunk(ChunkKind::Metadata);
+        let packed = codec::compress(&CrateCodecs, compression, 3, content);
+        let (buf, stored, compression) = match packed {
+            Some(packed) => (packed.buf, packed.stored, compression),
+            None => (Buf::copy_of(content).unwrap(), content.len() as u32, CompressionKind::None),
+        };
+        let checksum = codec::checksum(&CrateCodecs, ChecksumKind::Blake3, &buf[..stored as usize]);
+        self.write(chunk.logical, buf);
+        BlockPtr {
+            addr: chunk.logical,
+            birth: Txg(1),
+            stored,
+            logical: content.len() as u32,
+            compression,
+            level: 0,
+            checksum,
+        }
+    }
+
+    fn write(&self, addr: Logical, buf: Buf) {
+        self.pool.write(vec![RunWrite { addr, bufs: vec![buf.into_slice()] }]).unwrap();
+    }
+
+    /// Where the copies of an address are on the only device.
+    fn places(&self, addr: Logical) -> Vec<u64> {
+        let copies = self.pool.map(addr, SECTOR_BYTES).unwrap();
+        copies.iter().map(|pieces| pieces[0].1 .0).collect()
+    }
+
+    /// Writes plain data at the start of a new data chunk.
+    fn plain(&self, content: &[u8], checksum_kind: ChecksumKind) -> DataSource {
+        let chunk = self.chunk(ChunkKind::Data);
+        self.write(chunk.logical, Buf::copy_of(content).unwrap());
+        DataSource::Plain {
+            addr: chunk.logical,
+            len: content.len() as u64,
+            checksum_kind,
+            checksums: codec::checksum_sectors(&CrateCodecs, checksum_kind, content).unwrap(),
+        }
+    }
+
+    fn read(&self, source: &DataSource) -> Result<Buf> {
+        let mut reads = [DataRead::new(source.clone())];
+        self.pool.read_data(&mut reads);
+        let [read] = reads;
+        read.result.map(|()| read.buf)
+    }
+}
+
+fn addr_of(source: &DataSource) -> Logical {
+    source.run().addr
+}
+
+fn noise(bytes: usize, seed: u64) -> Vec<u8> {
+    let mut noise = vec![0; bytes];
+    SeededEntropy::new(seed).fill(&mut noise);
+    noise
+}
+
+fn read_only() -> PoolOptions {
+    PoolOptions { read_only: true, max_txg: None }
+}
+
+#[test]
+fn a_created_pool_is_opened_as_it_was_made() {
+    let mut name = [0; 64];
+    name[..4].copy_from_slice(b"tank");
+    let options = FormatOptions {
+        name,
+        pool_id: Some([5; 16]),
+        node_bytes: 32768,
+        data_profile: Profile::Dup,
+        metadata_profile: Profile::Single,
+        chunk_bytes: Some(2 * MIB),
+    };
+    let fixture = Fixture::with(64 * MIB, options);
+    assert_eq!(fixture.open(PoolOptions::default()).err(), Some(Error::NoSuperblock));
+    let system = fixture.chunk(ChunkKind::System);
+    fixture.commit(1);
+    let (pool, superblock) = fixture.open(PoolOptions::default()).unwrap();
+    assert_eq!(superblock, fixture.superblock(1));
+    assert_eq!(pool.name(), name);
+    assert_eq!(pool.pool_id(), [5; 16]);
+    assert_eq!((pool.node_bytes(), pool.chunk_bytes()), (32768, 2 * MIB));
+    assert_eq!(pool.profile(ChunkKind::Data), Profile::Dup);
+    assert_eq!(pool.chunks(), vec![system]);
+    assert_eq!(pool.newest_txg(), Txg(1));
+    pool.check().unwrap();
+}
+
+#[test]
+fn a_pool_of_the_minimum_size_holds_a_chunk_of_each_kind() {
+    for profile in [Profile::Single, Profile::Dup] {
+        let options = FormatOptions { data_profile: profile, ..Default::default() };
+        let minimum = Pool::minimum_bytes(profile, Profile::Dup);
+        assert!(minimum <= 9 * MIB, "{minimum}");
+        let fixture = Fixture::with(minimum, options.clone());
+        for kind in [ChunkKind::System, ChunkKind::Metadata, ChunkKind::Data] {
+            fixture.chunk(kind);
+        }
+        let ram = RamDevice::new(minimum - 4096);
+        let error = Pool::create(vec![ram.device()], fixture.env.platform.clone(), &options);
+        assert_eq!(error.err(), Some(Error::TooSmall { minimum }));
+    }
+}
+
+#[test]
+fn chunk_sizes_follow_the_size_of_the_pool() {
+    for (pool, chunk) in [
+        (0, MIB),
+        (8 * MIB, MIB),
+        (1024 * MIB, 4 * MIB),
+        (1536 * MIB, 4 * MIB),
+        (1 << 40, 1 << 30),
+        (u64::MAX, 1 << 30),
+    ] {
+        assert_eq!(Pool::default_chunk_bytes(pool), chunk, "{pool}");
+    }
+}
+
+#[test]
+fn options_out_of_range_are_refused_before_anything_is_written() {
+    let env = TestPlatform::new(1);
+    let ram = RamDevice::from_image(vec![0xee; 16 << 20]);
+    let mut bad_name = [0; 64];
+    bad_name[1] = b'x';
+    for options in [
+        FormatOptions { node_bytes: 8192, ..Default::default() },
+        FormatOptions { data_profile: Profile::Parity1, ..Default::default() },
+        FormatOptions { metadata_profile: Profile::Mirror, ..Default::default() },
+        FormatOptions { chunk_bytes: Some(3 * MIB), ..Default::default() },
+        FormatOptions { chunk_bytes: Some(MIB / 2), ..Default::default() },
+        FormatOptions { name: bad_name, ..Default::default() },
+        FormatOptions { name: [0xff; 64], ..Default::default() },
+    ] {
+        let made = Pool::create(vec![ram.device()], env.platform.clone(), &options);
+        assert!(matches!(made.err(), Some(Error::Argument { .. })), "{options:?}");
+    }
+    assert!(ram.image().iter().all(|byte| *byte == 0xee));
+}
+
+#[test]
+fn a_device_that_refuses_writes_opens_read_only_and_no_other_way() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.commit(1);
+    fixture.ram.faults(|faults| faults.read_only = true);
+    assert_eq!(fixture.open(PoolOptions::default()).err(), Some(Error::ReadOnly));
+    let (pool, _) = fixture.open(read_only()).unwrap();
+    assert_eq!(pool.create_chunk(ChunkKind::Data, Txg(2)).err(), Some(Error::ReadOnly));
+    assert_eq!(pool.write(vec![]).err(), Some(Error::ReadOnly));
+    assert_eq!(pool.set_name([0; 64]).err(), Some(Error::ReadOnly));
+}
+
+#[test]
+fn a_damaged_label_is_told_and_repaired() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.commit(1);
+    fixture.ram.flip(65536 + 100);
+    let (pool, _) = fixture.open(read_only()).unwrap();
+    assert_eq!(pool.repair_labels().err(), Some(Error::ReadOnly));
+    let (pool, _) = fixture.open(PoolOptions::default()).unwrap();
+    let damaged: Vec<(u16, usize)> =
+        pool.damaged_labels().iter().map(|label| (label.device, label.area)).collect();
+    assert_eq!(damaged, [(0, 0)]);
+    pool.repair_labels().unwrap();
+    assert_eq!(pool.damaged_labels(), []);
+    let (pool, _) = fixture.open(PoolOptions::default()).unwrap();
+    assert_eq!(pool.damaged_labels(), []);
+}
+
+#[test]
+fn a_new_name_is_there_after_opening_again() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.commit(1);
+    let mut name = [0; 64];
+    name[..5].copy_from_slice(b"depot");
+    fixture.pool.set_name(name).unwrap();
+    assert_eq!(fixture.open(read_only()).unwrap().0.name(), name);
+}
+
+#[test]
+fn going_back_opens_the_older_group_and_knows_of_the_newer() {
+    let fixture = Fixture::new(32 * MIB);
+    fixture.commit(1);
+    fixture.chunk(ChunkKind::Data);
+    fixture.commit(2);
+    let options = PoolOptions { max_txg: Some(Txg(1)), ..Default::default() };
+    let (pool, superblock) = fixture.open(options).unwrap();
+    assert_eq!((superblock.txg, pool.newest_txg()), (Txg(1), Txg(2)));
+    assert_eq!(pool.next_chunk(), fixture.pool.next_chunk(), "addresses are not used twice");
+    let all: Vec<u64> = pool.superblocks().iter().map(|sb| sb.txg.0).collect();
+    assert_eq!(all, [2, 1]);
+}
+
+#[test]
+fn devices_that_do_not_belong_together_are_refused() {
+    let env = TestPlatform::new(1);
+    let make = |count: usize| {
+        let rams: Vec<_> = (0..count).map(|_| RamDevice::new(16 * MIB)).collect();
+        let devices = rams.iter().map(|ram| ram.device()).collect();
+        let pool = Pool::create(devices, env.platform.clone(), &FormatOptions::default()).unwrap();
+        let fixture = Fixture { ram: rams[0].clone(), env: TestPlatform::new(2), pool };
+        fixture.commit(1);
+        rams
+    };
+    let open = |rams: &[&Arc<RamDevice>]| {
+        let devices = rams.iter().map(|ram| ram.device()).collect();
+        Pool::open(devices, env.platform.clone(), &PoolOptions::default()).map(|_| ())
+    };
+    let (a, b) = (make(2), make(1));
+    open(&[&a[1], &a[0]]).unwrap();
+    assert_eq!(open(&[&a[0]]), Err(Error::MissingDevice { device: 1 }));
+    assert_eq!(open(&[&a[1]]), Err(Error::MissingDevice { device: 0 }));
+    assert!(matches!(open(&[&a[0], &b[0]]), Err(Error::WrongDevice { .. })));
+    assert!(matches!(open(&[&a[0], &a[0]]), Err(Error::WrongDevice { .. })));
+    assert!(matches!(open(&[]), Err(Error::Argument { .. })));
+}
+
+#[test]
+fn unknown_features_forbid_what_they_should() {
+    let fixture = Fixture::new(16 * MIB);
+    let mut superblock = fixture.superblock(1);
+    superblock.features = [1, 4, 0];
+    fixture.pool.write_superblock(&superblock).unwrap();
+    let error = Error::Features { class: FeatureClass::RoCompat, unknown: 4 };
+    assert_eq!(fixture.open(PoolOptions::default()).err(), Some(error));
+    fixture.open(read_only()).unwrap();
+    superblock.features = [0, 0, 2];
+    superblock.txg = Txg(2);
+    fixture.pool.write_superblock(&superblock).unwrap();
+    let error = Error::Features { class: FeatureClass::Incompat, unknown: 2 };
+    assert_eq!(fixture.open(read_only()).err(), Some(error));
+}
+
+#[test]
+fn a_superblock_whose_system_chunks_cannot_be_is_refused() {
+    let broken: [fn(&mut Superblock); 6] = [
+        |sb| sb.system_chunks[0].stripes[1].physical = sb.system_chunks[0].stripes[0].physical,
+        |sb| sb.system_chunks[0].stripes[0].device = 1,
+        |sb| sb.system_chunks[0].stripes[0].physical = Physical(0),
+        |sb| sb.system_chunks[0].stripes[0].physical = Physical(15 * MIB),
+        |sb| sb.system_chunks[0].kind = ChunkKind::Data,
+        |sb| sb.next_chunk = sb.system_chunks[0].logical,
+    ];
+    for (case, change) in broken.iter().enumerate() {
+        let fixture = Fixture::new(16 * MIB);
+        fixture.chunk(ChunkKind::System);
+        let mut superblock = fixture.superblock(1);
+        change(&mut superblock);
+        fixture.pool.write_superblock(&superblock).unwrap();
+        let error = fixture.open(PoolOptions::default()).err();
+        assert!(matches!(error, Some(Error::Corrupt { .. })), "case {case}: {error:?}");
+    }
+}
+
+#[test]
+fn chunk_items_that_overlap_are_refused_and_change_nothing() {
+    let fixture = Fixture::new(32 * MIB);
+    let data = fixture.chunk(ChunkKind::Data);
+    fixture.chunk(ChunkKind::Metadata);
+    let before = fixture.pool.chunks();
+    let free = fixture.pool.unallocated_bytes();
+    let stripe = |device, at: u64| Stripe { device, physical: Physical(at) };
+    let item = |logical: u64, stripes| Chunk { logical: Logical(logical), stripes, ..data.clone() };
+    let last = fixture.pool.next_chunk().0 - MIB;
+    let taken = data.stripes[0].physical.0;
+    for bad in [
+        vec![item(data.logical.0, vec![stripe(0, 9 * MIB)])],
+        vec![item(last + MIB, vec![stripe(0, 9 * MIB)])],
+        vec![item(0, vec![stripe(0, 9 * MIB)])],
+        vec![item(last, vec![stripe(0, taken)])],
+        vec![item(last, vec![stripe(0, taken + 4096)])],
+        vec![item(last, vec![stripe(0, 31 * MIB)])],
+        vec![item(last, vec![stripe(0, u64::MAX - 4095)])],
+        vec![item(last, vec![stripe(9, 9 * MIB)])],
+    ] {
+        let error = fixture.pool.add_chunks(bad.clone()).unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{bad:?}: {error:?}");
+        assert_eq!(fixture.pool.chunks(), before);
+        assert_eq!(fixture.pool.unallocated_bytes(), free);
+        fixture.pool.check().unwrap();
+    }
+    fixture.pool.add_chunks(before.clone()).unwrap();
+    assert_eq!(fixture.pool.chunks(), before, "a chunk that is mapped already is skipped");
+}
+
+#[test]
+fn a_device_item_must_agree_with_the_label() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.chunk(ChunkKind::Data);
+    let edits = fixture.pool.take_chunk_edits(Txg(1));
+    assert_eq!(edits[0].0, Key::new(0, kind::DEVICE, 0));
+    let mut item = DeviceItem::decode(edits[0].1.as_ref().unwrap()).unwrap();
+    assert_eq!(item.allocated, MIB);
+    item.read_errors = 3;
+    fixture.pool.add_device_item(0, &item).unwrap();
+    assert_eq!(fixture.pool.members()[0].errors().read, 3);
+    assert!(fixture.pool.take_chunk_edits(Txg(2)).is_empty(), "nothing has changed");
+    assert!(fixture.pool.add_device_item(1, &item).is_err());
+    item.id[0] ^= 1;
+    assert!(fixture.pool.add_device_item(0, &item).is_err());
+}
+
+#[test]
+fn copies_of_a_chunk_are_far_apart() {
+    let fixture = Fixture::dup();
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let distance = chunk.stripes[1].physical.0 - chunk.stripes[0].physical.0;
+    assert!(distance > 8 * MIB, "{distance}");
+}
+
+#[test]
+fn a_chunk_shrinks_to_what_is_left() {
+    let options = FormatOptions { chunk_bytes: Some(8 * MIB), ..Default::default() };
+    let fixture = Fixture::with(17 * MIB, options);
+    let lengths: Vec<u64> = core::iter::from_fn(|| {
+        fixture.pool.create_chunk(ChunkKind::Data, Txg(1)).ok().map(|chunk| chunk.length / MIB)
+    })
+    .collect();
+    assert_eq!(lengths, [8, 4, 2, 1]);
+    assert_eq!(fixture.pool.unallocated_bytes(), 0);
+    let error = fixture.pool.create_chunk(ChunkKind::Data, Txg(1)).err();
+    assert_eq!(error, Some(Error::NoSpace));
+}
+
+#[test]
+fn the_superblock_never_gets_more_system_chunks_than_it_can_embed() {
+    let fixture = Fixture::new(64 * MIB);
+    for _ in 0..16 {
+        fixture.chunk(ChunkKind::System);
+    }
+    let error = fixture.pool.create_chunk(ChunkKind::System, Txg(1)).err();
+    assert_eq!(error, Some(Error::NoSpace));
+    let _ = fixture.superblock(1).encode();
+}
+
+#[test]
+fn a_dropped_chunk_is_readable_and_its_room_taken_until_its_group_is_published() {
+    let fixture = Fixture::new(16 * MIB);
+    let system = fixture.chunk(ChunkKind::System);
+    let chunk = fixture.chunk(ChunkKind::Data);
+    fixture.pool.take_chunk_edits(Txg(1));
+    fixture.pool.published(Txg(1));
+    let free = fixture.pool.unallocated_bytes();
+    fixture.pool.drop_chunk(chunk.logical, Txg(3));
+    fixture.pool.drop_chunk(system.logical, Txg(3));
+    // Group 2 is still being written: for it, both chunks are there.
+    assert!(fixture.pool.take_chunk_edits(Txg(2)).is_empty());
+    assert_eq!(fixture.pool.system_chunks().len(), 1);
+    fixture.pool.published(Txg(2));
+    assert!(fixture.pool.chunk_of(chunk.logical).is_some());
+    let gone: Vec<_> = fixture.pool.take_chunk_edits(Txg(3));
+    assert_eq!(
+        gone.iter().filter(|(key, value)| key.kind == kind::CHUNK && value.is_none()).count(),
+        2
+    );
+    assert_eq!(fixture.pool.system_chunks().len(), 0);
+    assert!(fixture.pool.chunk_of(chunk.logical).is_some());
+    assert_eq!(fixture.pool.unallocated_bytes(), free);
+    fixture.pool.published(Txg(3));
+    assert!(fixture.pool.chunk_of(chunk.logical).is_none());
+    assert_eq!(fixture.pool.unallocated_bytes(), free + 3 * MIB);
+    fixture.pool.check().unwrap();
+}
+
+#[test]
+fn a_chunk_is_recorded_once_its_edit_is_taken_and_published_with_that_group() {
+    let fixture = Fixture::new(16 * MIB);
+    let pool = &fixture.pool;
+    let state = |chunk: &Chunk| {
+        let inside = Logical(chunk.logical.0 + 4096);
+        (pool.is_recorded(inside), pool.is_published(inside))
+    };
+    let first = fixture.chunk(ChunkKind::Data);
+    assert_eq!(state(&first), (false, false));
+    pool.take_chunk_edits(Txg(1));
+    assert_eq!(state(&first), (true, false));
+    let later = fixture.chunk(ChunkKind::Data);
+    pool.published(Txg(1));
+    assert_eq!(state(&first), (true, true));
+    assert_eq!(state(&later), (false, false));
+    // Never recorded: nothing to delete.
+    pool.drop_chunk(later.logical, Txg(2));
+    assert!(pool.take_chunk_edits(Txg(2)).is_empty());
+    pool.published(Txg(2));
+    assert_eq!(pool.chunks(), vec![first]);
+    assert!(!pool.is_published(later.logical));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Create(ChunkKind),
+    Drop(usize),
+    Commit,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => prop_oneof![
+            Just(ChunkKind::Data), Just(ChunkKind::Metadata), Just(ChunkKind::System)
+        ].prop_map(Step::Create),
+        3 => (0usize..100).prop_map(Step::Drop),
+        2 => Just(Step::Commit),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_edits_of_every_group_give_the_map_that_is_opened_again(
+        steps in proptest::collection::vec(step(), 1..60),
+    ) {
+        let options = FormatOptions { chunk_bytes: Some(2 * MIB), ..Default::default() };
+        let fixture = Fixture::with(40 * MIB, options);
+        let mut tree: BTreeMap<Key, Vec<u8>> = BTreeMap::new();
+        let mut live: Vec<Logical> = Vec::new();
+        let mut txg = 1;
+        for step in steps.into_iter().chain([Step::Commit]) {
+            match step {
+                Step::Create(kind) => match fixture.pool.create_chunk(kind, Txg(txg)) {
+                    Ok(chunk) => live.push(chunk.logical),
+                    Err(error) => prop_assert_eq!(error, Error::NoSpace),
+                },
+                Step::Drop(at) if !live.is_empty() => {
+                    fixture.pool.drop_chunk(live.swap_remove(at % live.len()), Txg(txg));
+                }
+                Step::Drop(_) => {}
+                Step::Commit => {
+                    let edits = fixture.pool.take_chunk_edits(Txg(txg));
+                    prop_assert!(edits.windows(2).all(|pair| pair[0].0 < pair[1].0));
+                    for (key, value) in edits {
+                        match value {
+                            Some(value) => { tree.insert(key, value); }
+                            None => prop_assert!(tree.remove(&key).is_some(), "{:?}", key),
+                        }
+                    }
+                    fixture.commit(txg);
+                    fixture.pool.published(Txg(txg));
+                    txg += 1;
+                }
+            }
+            fixture.pool.check().unwrap();
+        }
+        live.sort();
+        let (pool, _) = fixture.open(PoolOptions::default()).unwrap();
+        for (key, value) in &tree {
+            if key.kind == kind::CHUNK {
+                pool.add_chunks([Chunk::decode(Logical(key.object), value).unwrap()]).unwrap();
+            } else {
+                pool.add_device_item(0, &DeviceItem::decode(value).unwrap()).unwrap();
+            }
+        }
+        prop_assert!(pool.chunks().iter().all(|chunk| pool.is_published(chunk.logical)));
+        prop_assert!(live.iter().all(|logical| fixture.pool.is_published(*logical)));
+        let opened: Vec<Logical> = pool.chunks().iter().map(|chunk| chunk.logical).collect();
+        prop_assert_eq!(opened, live);
+        prop_assert_eq!(pool.chunks(), fixture.pool.chunks());
+        prop_assert_eq!(pool.unallocated_bytes(), fixture.pool.unallocated_bytes());
+        prop_assert!(pool.take_chunk_edits(Txg(txg)).is_empty());
+    }
+
+    #[test]
+    fn a_flipped_byte_in_one_copy_of_a_block_is_healed_and_told(
+        at in 0usize..16384,
+        copy in 0usize..2,
+        compressible in any::<bool>(),
+    ) {
+        let fixture = Fixture::new(16 * MIB);
+        let content = if compressible { vec![b'a'; 16384] } else { noise(16384, 5) };
+        let ptr = fixture.block(&content, CompressionKind::Zstd);
+        prop_assert_eq!(ptr.compression == CompressionKind::Zstd, compressible);
+        let at = at as u64 % u64::from(ptr.stored);
+        let places = fixture.places(ptr.addr);
+        let before = fixture.ram.image();
+        fixture.ram.flip(places[copy] + at);
+        let read = fixture.pool.read_block(&ptr).unwrap();
+        prop_assert_eq!(&read[..], &content[..]);
+        // The second copy is not looked at while the first is good.
+        let told = fixture.env.incidents.take();
+        if copy == 0 {
+            let device = 0;
+            let at = Physical(places[0]);
+            prop_assert_eq!(
+                told, vec![Incident::Healed { addr: ptr.addr, device, at, rewritten: true }]);
+            prop_assert_eq!(fixture.ram.image(), before);
+            prop_assert_eq!(fixture.pool.members()[0].errors().checksum, 1);
+            fixture.pool.read_block(&ptr).unwrap();
+            prop_assert_eq!(fixture.env.incidents.take(), vec![]);
+        } else {
+            prop_assert_eq!(told, vec![]);
+        }
+    }
+
+    #[test]
+    fn plain_data_is_read_as_long_as_each_sector_has_one_good_copy(
+        bad in proptest::collection::btree_map(0usize..16, 0usize..3, 0..8),
+        unreadable in any::<bool>(),
+        blake in any::<bool>(),
+        zeros in any::<bool>(),
+    ) {
+        let kind = if blake { ChecksumKind::Blake3 } else { ChecksumKind::Crc32c };
+        let fixture = Fixture::dup();
+        let content = if zeros { vec![0; 16 * SECTOR] } else { noise(16 * SECTOR, 9) };
+        let source = fixture.plain(&content, kind);
+        let places = fixture.places(addr_of(&source));
+        let image = fixture.ram.image();
+        // 0 and 1: damage in that copy; 2: in both.
+        for (sector, copies) in &bad {
+            for copy in [0, 1] {
+                if *copies == copy || *copies == 2 {
+                    let at = places[copy] + (sector * SECTOR) as u64;
+                    if unreadable {
+                        fixture.ram.faults(|faults| faults.fail_reads.push(at..at + 1));
+                    } else {
+                        fixture.ram.flip(at + 77);
+                    }
+                }
+            }
+        }
+        let lost = bad.iter().find(|(_, copies)| **copies == 2);
+        match (fixture.read(&source), lost) {
+            (Ok(buf), None) => prop_assert_eq!(&buf[..], &content[..]),
+            (Err(Error::Checksum { addr, .. }), Some((sector, _))) => {
+                prop_assert!(!unreadable);
+                prop_assert_eq!(addr.0, addr_of(&source).0 + (sector * SECTOR) as u64);
+            }
+            (Err(Error::Device { .. }), Some(_)) => prop_assert!(unreadable),
+            (read, lost) => prop_assert!(false, "{:?}, lost {:?}", read, lost),
+        }
+        let told = fixture.env.incidents.take();
+        let losses = told.iter().filter(|i| matches!(i, Incident::Lost { .. })).count();
+        prop_assert_eq!(losses, usize::from(lost.is_some()));
+        let reread = fixture.read(&source);
+        prop_assert_eq!(reread.is_err(), lost.is_some());
+        if !unreadable {
+            prop_assert_eq!(fixture.env.incidents.take(), vec![], "told once");
+            if lost.is_none() && bad.values().all(|copy| *copy == 0) {
+                prop_assert_eq!(fixture.ram.image(), image, "copy 0 is whole again");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_written_in_any_pieces_is_in_every_copy(
+        pieces in proptest::collection::vec((1usize..5, 0usize..3), 1..20),
+        order in any::<u64>(),
+    ) {
+        let fixture = Fixture::dup();
+        let chunk = fixture.chunk(ChunkKind::Data);
+        let mut writes = Vec::new();
+        let mut model = vec![0; MIB as usize];
+        let mut at = 0;
+        for (tag, (sectors, gap)) in pieces.iter().enumerate() {
+            let bytes = noise(sectors * SECTOR, tag as u64);
+            model[at..at + bytes.len()].copy_from_slice(&bytes);
+            let slice: Slice = Buf::copy_of(&bytes).unwrap().into_slice();
+            let cut = (sectors / 2) * SECTOR;
+            let bufs = if cut == 0 { vec![slice] } else {
+                vec![slice.part(0, cut), slice.part(cut, slice.len() - cut)]
+            };
+            writes.push(RunWrite { addr: Logical(chunk.logical.0 + at as u64), bufs });
+            at += bytes.len() + gap * SECTOR;
+        }
+        let entropy = SeededEntropy::new(order);
+        writes.sort_by_cached_key(|_| entropy.next_u64());
+        let batches = fixture.ram.requests().write_batches;
+        fixture.pool.write(writes).unwrap();
+        prop_assert_eq!(fixture.ram.requests().write_batches, batches + 1);
+        for place in fixture.places(chunk.logical) {
+            prop_assert!(fixture.ram.peek(place, MIB as usize) == model);
+        }
+    }
+}
+
+#[test]
+fn a_block_without_a_good_copy_is_a_typed_error_and_told_once() {
+    let fixture = Fixture::new(16 * MIB);
+    let ptr = fixture.block(&noise(5000, 1), CompressionKind::None);
+    fixture.places(ptr.addr).iter().for_each(|at| fixture.ram.flip(*at));
+    let error = Error::Checksum { addr: ptr.addr, bytes: 8192 };
+    for told in [1, 0] {
+        assert_eq!(fixture.pool.read_block(&ptr).err(), Some(error.clone()));
+        assert_eq!(fixture.env.incidents.take().len(), told);
+    }
+    fixture.ram.faults(|faults| faults.gone = true);
+    assert!(matches!(fixture.pool.read_block(&ptr), Err(Error::Device { .. })));
+}
+
+#[test]
+fn an_unreadable_copy_is_served_from_the_other_and_rewritten() {
+    let fixture = Fixture::new(16 * MIB);
+    let content = noise(16384, 1);
+    let ptr = fixture.block(&content, CompressionKind::None);
+    let at = fixture.places(ptr.addr)[0];
+    fixture.ram.faults(|faults| faults.fail_reads.push(at..at + 1));
+    let writes = fixture.ram.requests().writes;
+    assert_eq!(&fixture.pool.read_block(&ptr).unwrap()[..], &content[..]);
+    assert_eq!(fixture.ram.requests().writes, writes + 1);
+    assert!(fixture.pool.members()[0].errors().read > 0);
+}
+
+#[test]
+fn a_read_only_pool_serves_the_good_copy_and_leaves_the_bad_one() {
+    let fixture = Fixture::new(16 * MIB);
+    let content = noise(16384, 1);
+    let ptr = fixture.block(&content, CompressionKind::None);
+    fixture.commit(1);
+    let fixture = fixture.reopen(read_only());
+    fixture.ram.flip(fixture.places(ptr.addr)[0]);
+    let image = fixture.ram.image();
+    for told in [1, 0] {
+        assert_eq!(&fixture.pool.read_block(&ptr).unwrap()[..], &content[..]);
+        let incidents = fixture.env.incidents.take();
+        assert_eq!(incidents.len(), told);
+        assert!(incidents.iter().all(|i| matches!(i, Incident::Healed { rewritten: false, .. })));
+    }
+    assert!(fixture.ram.image() == image);
+}
+
+#[test]
+fn content_after_the_end_of_a_block_does_not_leak() {
+    let fixture = Fixture::new(16 * MIB);
+    let ptr = fixture.block(&noise(5000, 1), CompressionKind::None);
+    for at in fixture.places(ptr.addr) {
+        fixture.ram.flip(at + 6000);
+    }
+    assert!(fixture.pool.read_block(&ptr).unwrap()[5000..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_block_that_does_not_expand_is_corrupt_not_a_panic() {
+    let fixture = Fixture::new(16 * MIB);
+    let ptr = fixture.block(&noise(8192, 1), CompressionKind::None);
+    let lying = BlockPtr { compression: CompressionKind::Zstd, logical: 16384, ..ptr };
+    assert!(matches!(fixture.pool.read_block(&lying), Err(Error::Corrupt { .. })));
+}
+
+#[test]
+fn addresses_outside_chunks_are_unmapped() {
+    let fixture = Fixture::new(16 * MIB);
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let end = chunk.logical.0 + chunk.length;
+    let last = fixture.chunk(ChunkKind::Data);
+    assert_eq!(last.logical.0, end);
+    for (addr, bytes) in [
+        (0, 4096),
+        (chunk.logical.0 - 4096, 8192),
+        (end - 4096, 8192),
+        (chunk.logical.0, 0),
+        (chunk.logical.0 + 1, 4096),
+        (chunk.logical.0, 4097),
+        (end + MIB, 4096),
+        (u64::MAX - 4095, 4096),
+        (chunk.logical.0, u64::MAX - 4095),
+    ] {
+        let run = Run { addr: Logical(addr), bytes };
+        let unmapped = Error::Unmapped { addr: Logical(addr) };
+        assert_eq!(fixture.pool.read_run(run, 0).err(), Some(unmapped.clone()));
+        let source = DataSource::Plain {
+            addr: run.addr,
+            len: bytes,
+            checksum_kind: ChecksumKind::None,
+            checksums: vec![],
+        };
+        assert_eq!(fixture.read(&source).err(), Some(unmapped.clone()));
+        assert_eq!(fixture.pool.discard(run).err(), Some(unmapped.clone()));
+        assert_eq!(fixture.pool.map(run.addr, run.bytes).err(), Some(unmapped));
+    }
+}
+
+#[test]
+fn an_unverified_read_goes_on_to_the_next_copy() {
+    let fixture = Fixture::dup();
+    let chunk = fixture.chunk(ChunkKind::Data);
+    fixture.write(chunk.logical, Buf::copy_of(&[1; SECTOR]).unwrap());
+    let places = fixture.places(chunk.logical);
+    fixture.ram.poke(places[1], &[2; SECTOR]);
+    let run = Run { addr: chunk.logical, bytes: SECTOR_BYTES };
+    assert_eq!(fixture.pool.read_run(run, 0).unwrap()[0], 1);
+    assert_eq!(fixture.pool.read_run(run, 1).unwrap()[0], 2);
+    assert!(matches!(fixture.pool.read_run(run, 2), Err(Error::Checksum { .. })));
+    fixture.ram.faults(|faults| faults.fail_reads.push(places[0]..places[0] + 1));
+    assert_eq!(fixture.pool.read_run(run, 0).unwrap()[0], 2);
+}
+
+#[test]
+fn a_failed_write_or_flush_is_an_error_and_counted() {
+    let fixture = Fixture::dup();
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let at = fixture.places(chunk.logical)[1];
+    fixture.ram.faults(|faults| faults.fail_writes.push(at..at + 1));
+    let bufs = vec![Buf::zeroed(SECTOR).unwrap().into_slice()];
+    let outcome = fixture.pool.write(vec![RunWrite { addr: chunk.logical, bufs }]);
+    assert!(matches!(outcome, Err(Error::Device { device: 0, .. })));
+    fixture.ram.faults(|faults| faults.fail_flush = true);
+    assert!(fixture.pool.flush().is_err());
+    assert_eq!(fixture.pool.members()[0].errors().write, 2);
+}
+
+#[test]
+fn a_write_that_lies_half_outside_writes_nothing() {
+    let fixture = Fixture::new(16 * MIB);
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let image = fixture.ram.image();
+    let write = |addr: u64| RunWrite {
+        addr: Logical(addr),
+        bufs: vec![Buf::copy_of(&[1; 2 * SECTOR]).unwrap().into_slice()],
+    };
+    let end = chunk.logical.0 + chunk.length;
+    let outcome = fixture.pool.write(vec![write(chunk.logical.0), write(end - SECTOR_BYTES)]);
+    assert_eq!(outcome, Err(Error::Unmapped { addr: Logical(end - SECTOR_BYTES) }));
+    assert!(fixture.ram.image() == image);
+}
+
+#[test]
+fn a_batch_read_by_many_threads_gives_each_its_own_result() {
+    let workers = Arc::new(ThreadWorkers { threads: 4 });
+    let env = TestPlatform::with_workers(1, workers);
+    let ram = RamDevice::new(64 * MIB);
+    let options = FormatOptions { chunk_bytes: Some(16 * MIB), ..Default::default() };
+    let pool = Pool::create(vec![ram.device()], env.platform.clone(), &options).unwrap();
+    let fixture = Fixture { ram, env, pool };
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let mut sources = Vec::new();
+    let mut want = Vec::new();
+    for index in 0..40u64 {
+        let addr = Logical(chunk.logical.0 + index * 131072);
+        let text: Vec<u8> = noise(64, index).iter().copied().cycle().take(131072).collect();
+        let packed = codec::compress(&CrateCodecs, CompressionKind::Zstd, 1, &text).unwrap();
+        let checksum = codec::checksum(
+            &CrateCodecs,
+            ChecksumKind::Crc32c,
+            &packed.buf[..packed.stored as usize],
+        );
+        fixture.write(addr, packed.buf);
+        sources.push(DataSource::Packed {
+            blob: Blob {
+                addr,
+                stored: packed.stored,
+                logical: 131072,
+                compression: CompressionKind::Zstd,
+                checksum_kind: ChecksumKind::Crc32c,
+                checksum,
+            },
+        });
+        want.push(text);
+    }
+    fixture.ram.flip(fixture.places(addr_of(&sources[7]))[0] + 9);
+    let batches = fixture.ram.requests().read_batches;
+    let mut reads: Vec<DataRead> = sources.into_iter().map(DataRead::new).collect();
+    fixture.pool.read_data(&mut reads);
+    assert_eq!(fixture.ram.requests().read_batches, batches + 1);
+    for (index, (read, want)) in reads.iter().zip(&want).enumerate() {
+        if index == 7 {
+            assert!(matches!(read.result, Err(Error::Checksum { .. })));
+        } else {
+            assert_eq!(read.result, Ok(()));
+            assert!(read.buf[..] == want[..], "read {index}");
+        }
+    }
+    assert_eq!(fixture.env.incidents.take().len(), 1);
+}
+
+#[test]
+fn two_readers_of_one_bad_block_repair_it_once() {
+    let fixture = Fixture::new(16 * MIB);
+    let content = noise(16384, 1);
+    let ptr = fixture.block(&content, CompressionKind::None);
+    let place = fixture.pool.locate(Run { addr: ptr.addr, bytes: 16384 }).unwrap();
+    fixture.ram.flip(fixture.places(ptr.addr)[0]);
+    let good = |bytes: &[u8]| bytes == &content[..];
+    // Both have read the bad copy; then both come to heal it.
+    for _ in 0..2 {
+        fixture.pool.heal(&place, 0, &content, &[], &good);
+    }
+    assert_eq!(fixture.env.incidents.take().len(), 1);
+}

@@ -1,0 +1,253 @@
+//! Reservations: whether what was promised can be kept.
+//!
+//! Data and metadata live in chunks of their own, and both kinds of chunks come from one supply of
+//! unallocated device bytes. With
+//!
+//! - `D`, `M`: data and metadata bytes promised and not yet given back,
+//! - `Fd`, `Fm`: bytes of data and metadata chunks that can be handed out now,
+//! - `cd`, `cm`: device bytes a byte of each kind takes (its copies),
+//! - `C`: bytes of a new chunk, `U`: unallocated device bytes,
+//!
+//! the promises can be kept, in whatever order they are called in, when
+//!
+//! ```text
+//! ceil(max(0, D - Fd) / C) * C * cd  +  ceil(max(0, M - Fm) / C) * C * cm  <=  U      (1)
+//! ```
+//!
+//! Whole chunks are counted because a chunk serves one kind only. Each step keeps (1): handing out
+//! promised space lowers `D` and `Fd` alike (for a moment only `Fd` is lowered, which makes (1)
+//! stricter than the truth, never laxer); creating a chunk that is needed takes one term down by
+//! what it takes from `U`; space that is released raises `Fd` or `Fm`. The allocator creates a chunk
+//! that is *not* needed (to find a longer run) only when (1) still holds afterwards, and drops an
+//! empty one only when no promise counts on it.
+//!
+//! The *reserve* is metadata: what deletes, commits and administration need on a full pool is room
+//! for new tree nodes. A normal reservation must leave it alone, so for it (1) is asked with the
+//! reserve, divided by `cm`, added to `M`. It lives in metadata chunks or in `U`, wherever there is
+//! room.
+//!
+//! `M` of normal operations is an overestimate when there are many: each promises itself a path of
+//! new nodes to every tree, and a group writes each node once. So it counts at most up to a cap,
+//! the bound of what all groups that are not published can write together; the engine knows the
+//! trees and sets it. What deletes and administration reserve is counted in full on top.
+//!
+//! (1) counts sectors. Data can be handed out sector by sector. Metadata blocks must be contiguous:
+//! as long as they come in multiples of the node size, so do the holes between them, and every free
+//! byte counted in `Fm` is usable; hence metadata reservations are rounded up to that unit, and
+//! other sizes should be left to what is allocated once a group.
+
+use super::Space;
+use crate::error::Error;
+use crate::units::SECTOR_BYTES;
+use alloc::sync::Arc;
+
+/// Who reserves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// Whatever may grow the pool's content: leaves the reserve alone.
+    Normal,
+    /// What makes room in the end: unlink, truncate, punching holes.
+    Delete,
+    /// Commits, replay and administration.
+    Admin,
+}
+
+/// Least reserve of a pool that is not tiny, in device bytes.
+const RESERVE_BYTES_MIN: u64 = 2 << 20;
+/// Greatest reserve, in device bytes.
+const RESERVE_BYTES_MAX: u64 = 1 << 30;
+
+/// The reserve of a pool with so many device bytes: 1/32, at least 2 MiB (but never more than
+/// 1/16, so that a pool of 8 MiB is of use), at most 1 GiB.
+pub(super) fn reserve_bytes(device_bytes: u64) -> u64 {
+    let least = RESERVE_BYTES_MIN.min(device_bytes / 16);
+    (device_bytes / 32).clamp(least, RESERVE_BYTES_MAX)
+}
+
+/// One kind's side of formula (1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Side {
+    /// Bytes that can be handed out now.
+    pub free: u64,
+    /// Device bytes a byte takes.
+    pub copies: u64,
+}
+
+/// What formula (1) needs to know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Room {
+    pub chunk_bytes: u64,
+    pub unallocated: u64,
+    pub data: Side,
+    pub metadata: Side,
+}
+
+impl Room {
+    /// Device bytes of the chunks that must be made before `bytes` fit; `None` when absurd.
+    fn shortage(&self, side: Side, bytes: u64) -> Option<u64> {
+        let chunks = bytes.saturating_sub(side.free).div_ceil(self.chunk_bytes);
+        chunks.checked_mul(self.chunk_bytes)?.checked_mul(side.copies)
+    }
+
+    /// Formula (1).
+    pub fn fits(&self, data: u64, metadata: u64) -> bool {
+        let shortages = (self.shortage(self.data, data), self.shortage(self.metadata, metadata));
+        let (Some(data), Some(metadata)) = shortages else { return false };
+        data.checked_add(metadata).is_some_and(|sum| sum <= self.unallocated)
+    }
+
+    /// The most data for which formula (1) holds, given the metadata. Nothing when the metadata
+    /// alone does not fit: an operation that needs none does not exist.
+    pub fn data_that_fits(&self, metadata: u64) -> u64 {
+        let taken = self.shortage(self.metadata, metadata);
+        let Some(left) = taken.and_then(|taken| self.unallocated.checked_sub(taken)) else {
+            return 0;
+        };
+        let chunks = left / self.chunk_bytes / self.data.copies;
+        self.data.free.saturating_add(chunks.saturating_mul(self.chunk_bytes))
+    }
+}
+
+/// Promises that are out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Promised {
+    pub data: u64,
+    /// By class Normal, before the cap.
+    pub metadata_normal: u64,
+    /// By the other classes.
+    pub metadata_other: u64,
+    pub metadata_cap: u64,
+}
+
+impl Default for Promised {
+    fn default() -> Promised {
+        Promised { data: 0, metadata_normal: 0, metadata_other: 0, metadata_cap: u64::MAX }
+    }
+}
+
+impl Promised {
+    /// `M` of formula (1).
+    pub fn metadata(&self) -> u64 {
+        self.metadata_normal.min(self.metadata_cap).saturating_add(self.metadata_other)
+    }
+
+    /// With so much more promised; `None` when the sums overflow.
+    pub fn plus(&self, data: u64, metadata: u64, class: Class) -> Option<Promised> {
+        let mut sum = Promised { data: self.data.checked_add(data)?, ..*self };
+        let slot = sum.metadata_of(class);
+        *slot = slot.checked_add(metadata)?;
+        Some(sum)
+    }
+
+    pub fn give_back(&mut self, data: u64, metadata: u64, class: Class) {
+        self.data -= data;
+        *self.metadata_of(class) -= metadata;
+    }
+
+    fn metadata_of(&mut self, class: Class) -> &mut u64 {
+        match class {
+            Class::Normal => &mut self.metadata_normal,
+            Class::Delete | Class::Admin => &mut self.metadata_other,
+        }
+    }
+}
+
+/// A promise of space. What is held returns to the pool on drop.
+#[must_use = "dropping a reservation gives the space back"]
+pub struct Reservation {
+    space: Arc<Space>,
+    data: u64,
+    metadata: u64,
+    class: Class,
+}
+
+impl core::fmt::Debug for Reservation {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Reservation({:?}: {} data, {} metadata)", self.class, self.data, self.metadata)
+    }
+}
+
+impl Reservation {
+    /// Bytes of file data it promises.
+    pub fn data(&self) -> u64 {
+        self.data
+    }
+
+    /// Bytes of metadata it promises, before copies.
+    pub fn metadata(&self) -> u64 {
+        self.metadata
+    }
+
+    /// Who made it.
+    pub fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Gives part of the promise back: it was spent, or turned out not to be needed.
+    ///
+    /// # Panics
+    /// When there is less: the caller's estimate was wrong.
+    pub fn shrink(&mut self, data: u64, metadata: u64) {
+        self.take_out(data, metadata);
+        self.space.give_back(data, metadata, self.class);
+    }
+
+    /// Makes two promises of one.
+    ///
+    /// # Panics
+    /// When there is less: the caller's estimate was wrong.
+    pub fn split(&mut self, data: u64, metadata: u64) -> Reservation {
+        self.take_out(data, metadata);
+        Reservation { space: self.space.clone(), data, metadata, class: self.class }
+    }
+
+    /// Makes one promise of two.
+    ///
+    /// # Panics
+    /// When they are of different classes or pools.
+    pub fn join(&mut self, mut other: Reservation) {
+        assert!(self.class == other.class, "{:?} joined with {:?}", self.class, other.class);
+        assert!(Arc::ptr_eq(&self.space, &other.space), "reservations of two pools joined");
+        self.data += core::mem::take(&mut other.data);
+        self.metadata += core::mem::take(&mut other.metadata);
+    }
+
+    fn take_out(&mut self, data: u64, metadata: u64) {
+        assert!(data <= self.data, "reservation of {} data overdrawn by {data}", self.data);
+        assert!(
+            metadata <= self.metadata,
+            "reservation of {} metadata overdrawn by {metadata}",
+            self.metadata
+        );
+        self.data -= data;
+        self.metadata -= metadata;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.data > 0 || self.metadata > 0 {
+            self.space.give_back(self.data, self.metadata, self.class);
+        }
+    }
+}
+
+impl Space {
+    /// Promises `data` bytes of file data and `metadata` bytes of tree nodes (before copies), each
+    /// rounded up to what is allocated of its kind. Never waits.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] when it does not fit now; a commit may change that.
+    pub fn reserve(
+        self: &Arc<Self>,
+        data: u64,
+        metadata: u64,
+        class: Class,
+    ) -> Result<Reservation, Error> {
+        let data = data.checked_next_multiple_of(SECTOR_BYTES).ok_or(Error::NoSpace)?;
+        let metadata =
+            metadata.checked_next_multiple_of(self.metadata_unit()).ok_or(Error::NoSpace)?;
+        self.promise(data, metadata, class)?;
+        Ok(Reservation { space: self.clone(), data, metadata, class })
+    }
+}

@@ -1,0 +1,239 @@
+//! Subvolumes: inodes, directories, extents, attributes, orphans, and what each group changed.
+//!
+//! What a reader sees is layered:
+//!
+//! ```text
+//! overlay of the open group      overlays[open]
+//! overlay of the group written   overlays[open - 1]
+//! published tree                 view
+//! ```
+//!
+//! and for inodes and ranges of files likewise ([`inode`], [`ranges`]). When a group is published the
+//! view is swapped first and its overlay cleared after, so a reader that looks at overlays first and
+//! takes the view last sees every change exactly once or twice with the same value, never not at all.
+//!
+//! - Items of an inode (names in a directory, attributes) change under the inode's state lock.
+//! - A [`View`] pins what it can reach: the space of replaced nodes and extents is reused only when
+//!   no older view is held.
+//!
+//! | file | idea |
+//! | --- | --- |
+//! | `store` | what all subvolumes share |
+//! | `overlay`, `scan` | changed items, and reading through the layers |
+//! | `inode`, `table` | inodes in memory |
+//! | `ranges`, `extents` | what files are made of; resolving a group's ranges into items |
+//! | `names`, `xattrs` | directories and attributes |
+//! | `intents` | the list the intent log is written from |
+//! | `change` | one operation's changes: overlay, inode lists, intents together |
+
+pub mod change;
+pub mod extents;
+pub mod inode;
+pub mod intents;
+pub mod names;
+pub mod overlay;
+pub mod ranges;
+pub mod scan;
+pub mod store;
+pub mod table;
+pub mod xattrs;
+
+#[cfg(test)]
+mod tests;
+
+use crate::btree::Tree;
+use crate::error::{Errno, Error};
+use crate::format::inode::InodeItem;
+use crate::format::key::{kind, Key};
+use crate::format::pool::SubvolItem;
+use crate::subvol::inode::{Inode, State};
+use crate::subvol::overlay::Overlay;
+pub use crate::subvol::store::View;
+use crate::subvol::store::{Result, Store};
+use crate::subvol::table::Table;
+use crate::sync::{Mutex, RwLock};
+use crate::txg::{slot, SLOTS};
+use crate::units::{Ino, TreeId, Txg};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
+/// A subvolume in memory.
+pub struct Subvol {
+    /// Its id, which is its tree's.
+    pub id: TreeId,
+    /// What all subvolumes share.
+    pub store: Arc<Store>,
+    /// Inodes in memory.
+    pub table: Table,
+    overlays: [Overlay; SLOTS],
+    overlay_bytes: [AtomicU64; SLOTS],
+    dirty: [Mutex<Vec<Arc<Inode>>>; SLOTS],
+    view: RwLock<Arc<View>>,
+    /// The item as of the published group; root and counts are brought up to date by the writer.
+    item: Mutex<SubvolItem>,
+    next_ino: AtomicU64,
+    /// Inodes made minus inodes removed since the item was written, per group.
+    inode_delta: [AtomicI64; SLOTS],
+}
+
+impl Subvol {
+    /// A subvolume as published by group `txg`.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`] when the item's root is not a valid pointer.
+    pub fn new(id: TreeId, item: SubvolItem, txg: Txg, store: Arc<Store>) -> Result<Subvol> {
+        let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id.0))?;
+        Ok(Subvol {
+            id,
+            store,
+            table: Table::default(),
+            overlays: core::array::from_fn(|_| Overlay::default()),
+            overlay_bytes: [const { AtomicU64::new(0) }; SLOTS],
+            dirty: core::array::from_fn(|_| Mutex::new(Vec::new())),
+            view: RwLock::new(Arc::new(View { txg, tree: Tree { id, root } })),
+            next_ino: AtomicU64::new(item.next_ino),
+            item: Mutex::new(item),
+            inode_delta: [const { AtomicI64::new(0) }; SLOTS],
+        })
+    }
+
+    /// The published tree; holding it keeps what it reaches from being reused.
+    pub fn view(&self) -> Arc<View> {
+        self.view.read().clone()
+    }
+
+    /// The item as of the newest published group.
+    pub fn item(&self) -> SubvolItem {
+        *self.item.lock()
+    }
+
+    /// A new inode number.
+    pub fn new_ino(&self) -> Result<Ino> {
+        let ino = self.next_ino.fetch_add(1, Ordering::Relaxed);
+        if ino > crate::format::pool::INO_MAX {
+            return Err(Errno::NoSpc.into());
+        }
+        Ok(Ino(ino))
+    }
+
+    /// The next inode number that will be handed out.
+    pub fn next_ino(&self) -> u64 {
+        self.next_ino.load(Ordering::Relaxed)
+    }
+
+    /// Replay has seen this inode number: it must not be handed out again.
+    pub fn saw_ino(&self, ino: Ino) {
+        self.next_ino.fetch_max(ino.0.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// The overlay of an unpublished group.
+    pub fn overlay(&self, txg: Txg) -> &Overlay {
+        &self.overlays[slot(txg)]
+    }
+
+    /// Number of inodes, unpublished changes included.
+    pub fn inodes(&self) -> u64 {
+        let delta: i64 = self.inode_delta.iter().map(|d| d.load(Ordering::Relaxed)).sum();
+        self.item.lock().inodes.saturating_add_signed(delta)
+    }
+
+    /// Notes that group `txg` made (`1`) or removed (`-1`) an inode.
+    pub fn count_inode(&self, txg: Txg, delta: i64) {
+        self.inode_delta[slot(txg)].fetch_add(delta, Ordering::Relaxed);
+    }
+
+    /// Puts an inode on the list of those group `txg` changed.
+    pub fn list_dirty(&self, txg: Txg, inode: Arc<Inode>) {
+        self.dirty[slot(txg)].lock().push(inode);
+    }
+
+    /// The inodes that group `txg` changed; called by its writer.
+    pub fn take_dirty(&self, txg: Txg) -> Vec<Arc<Inode>> {
+        core::mem::take(&mut *self.dirty[slot(txg)].lock())
+    }
+
+    /// Whether group `txg` changed anything here.
+    pub fn changed_in(&self, txg: Txg) -> bool {
+        !self.dirty[slot(txg)].lock().is_empty() || !self.overlay(txg).is_empty()
+    }
+
+    /// Records a change of an item by group `txg`.
+    pub fn set_item(&self, txg: Txg, key: Key, change: overlay::Change) {
+        let grown = self.overlay(txg).set(key, change);
+        self.overlay_bytes[slot(txg)].fetch_add(grown, Ordering::Relaxed);
+        self.store.dirty.adjust(0, grown);
+    }
+
+    /// The item the writer of group `txg` stores: counts brought up to date, root as given.
+    pub fn item_for(&self, txg: Txg, tree: &Tree, data: DataDelta) -> SubvolItem {
+        let mut item = self.item.lock();
+        let inodes = self.inode_delta[slot(txg)].swap(0, Ordering::Relaxed);
+        item.inodes = item.inodes.saturating_add_signed(inodes);
+        item.stored_bytes = item.stored_bytes.saturating_add_signed(data.stored);
+        item.promised_bytes = item.promised_bytes.saturating_add_signed(data.promised);
+        item.logical_bytes = item.logical_bytes.saturating_add_signed(data.logical);
+        item.next_ino = self.next_ino();
+        item.set_root(tree.root.as_ref());
+        *item
+    }
+
+    /// Group `txg` is published with this tree: readers see it from now on.
+    pub fn published(&self, txg: Txg, tree: Tree) -> Arc<View> {
+        let view = Arc::new(View { txg, tree });
+        let old = core::mem::replace(&mut *self.view.write(), view);
+        self.overlay(txg).clear();
+        let freed = self.overlay_bytes[slot(txg)].swap(0, Ordering::Relaxed);
+        self.store.dirty.adjust(freed, 0);
+        old
+    }
+
+    /// The inode with that number.
+    ///
+    /// # Errors
+    /// ESTALE when there is none; errors of the device or the tree.
+    pub fn inode(&self, ino: Ino) -> Result<Arc<Inode>> {
+        loop {
+            if let Some(inode) = self.table.get(ino) {
+                return Ok(inode);
+            }
+            let view = self.view();
+            let item = self.load_inode(&view, ino)?.ok_or(Error::Posix(Errno::Stale))?;
+            // What we read is still true if nothing was published meanwhile: a change since would
+            // be dirty, and so in the table.
+            let current = || Arc::ptr_eq(&view, &self.view.read());
+            let inode = Inode::new(ino, State::clean(item));
+            if let Some(inode) = self.table.insert_if_absent(inode, current) {
+                return Ok(inode);
+            }
+        }
+    }
+
+    /// The fields of an inode that is not in memory, from the tree.
+    fn load_inode(&self, view: &View, ino: Ino) -> Result<Option<InodeItem>> {
+        let key = Key::new(ino.0, kind::INODE, 0);
+        let Some(value) = view.tree.lookup(&*self.store, &key)? else { return Ok(None) };
+        let item = InodeItem::decode(&value).map_err(|bad| bad.in_item(self.id, ino.0))?;
+        Ok(Some(item))
+    }
+}
+
+/// By how much a group changed the sums of a subvolume's data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DataDelta {
+    /// Bytes allocated on disk.
+    pub stored: i64,
+    /// Bytes promised.
+    pub promised: i64,
+    /// Bytes before compression.
+    pub logical: i64,
+}
+
+impl DataDelta {
+    /// Adds another delta.
+    pub fn add(&mut self, other: DataDelta) {
+        self.stored += other.stored;
+        self.promised += other.promised;
+        self.logical += other.logical;
+    }
+}

@@ -1,0 +1,133 @@
+//! Reading items through the layers: overlays over the published tree.
+
+use crate::btree::Value;
+use crate::format::key::Key;
+use crate::subvol::overlay::Change;
+use crate::subvol::store::Result;
+use crate::subvol::Subvol;
+use crate::units::Txg;
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use core::ops::Deref;
+
+/// Changes taken from an overlay at once.
+const BATCH: usize = 256;
+
+/// An item's value, from an overlay or from a node.
+pub enum ItemValue {
+    /// From an overlay.
+    Changed(Arc<[u8]>),
+    /// From the tree.
+    Stored(Value),
+}
+
+impl Deref for ItemValue {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            ItemValue::Changed(bytes) => bytes,
+            ItemValue::Stored(value) => value,
+        }
+    }
+}
+
+impl Subvol {
+    /// Groups that may have unpublished changes, oldest first. One that was published just now may
+    /// be among them; its overlay says the same as the tree.
+    fn unpublished(&self) -> impl DoubleEndedIterator<Item = Txg> {
+        let open = self.store.groups.open();
+        (open.0.saturating_sub(2)..=open.0).map(Txg)
+    }
+
+    /// The item's current value.
+    ///
+    /// # Errors
+    /// Errors of the device or the tree.
+    pub fn get_item(&self, key: &Key) -> Result<Option<ItemValue>> {
+        for txg in self.unpublished().rev() {
+            if let Some(change) = self.overlay(txg).get(key) {
+                return Ok(change.map(ItemValue::Changed));
+            }
+        }
+        // The view is taken after the overlays were looked at: see the module's theory.
+        let view = self.view();
+        Ok(view.tree.lookup(&*self.store, key)?.map(ItemValue::Stored))
+    }
+
+    /// Calls `each` for every current item from `from` to `to`, both of one object, ascending, until
+    /// it returns false.
+    ///
+    /// # Errors
+    /// Errors of the device or the tree, and those of `each`.
+    pub fn scan(
+        &self,
+        from: Key,
+        to: Key,
+        each: &mut dyn FnMut(Key, &[u8]) -> Result<bool>,
+    ) -> Result<()> {
+        let mut from = from;
+        loop {
+            let (changes, horizon) = self.changes(from, to);
+            if !self.scan_batch(from, horizon, changes, each)? || horizon >= to {
+                return Ok(());
+            }
+            let Some(next) = horizon.successor() else { return Ok(()) };
+            from = next;
+        }
+    }
+
+    /// Changes from `from` on, newest winning, and the last key up to which they are complete.
+    fn changes(&self, from: Key, to: Key) -> (BTreeMap<Key, Change>, Key) {
+        let mut merged = BTreeMap::new();
+        let mut horizon = to;
+        for txg in self.unpublished() {
+            let batch = self.overlay(txg).range(from, to, BATCH);
+            if batch.len() == BATCH {
+                horizon = horizon.min(batch[BATCH - 1].0);
+            }
+            merged.extend(batch);
+        }
+        (merged, horizon)
+    }
+
+    fn scan_batch(
+        &self,
+        from: Key,
+        to: Key,
+        changes: BTreeMap<Key, Change>,
+        each: &mut dyn FnMut(Key, &[u8]) -> Result<bool>,
+    ) -> Result<bool> {
+        let view = self.view();
+        let mut cursor = view.tree.cursor();
+        cursor.seek(&*self.store, &from)?;
+        let mut stored = cursor.next(&*self.store)?.filter(|(key, _)| *key <= to);
+        let mut changed = changes.into_iter().take_while(|(key, _)| *key <= to).peekable();
+        loop {
+            let next_stored = stored.as_ref().map(|(key, _)| *key);
+            let next_changed = changed.peek().map(|(key, _)| *key);
+            let take_stored = match (next_stored, next_changed) {
+                (None, None) => return Ok(true),
+                (Some(_), None) => true,
+                (None, Some(_)) => false,
+                (Some(a), Some(b)) => a < b,
+            };
+            if take_stored {
+                let (key, value) = stored.take().expect("peeked at just now");
+                if !each(key, &value)? {
+                    return Ok(false);
+                }
+                stored = cursor.next(&*self.store)?.filter(|(key, _)| *key <= to);
+                continue;
+            }
+            let (key, change) = changed.next().expect("peeked at just now");
+            if next_stored == Some(key) {
+                stored = cursor.next(&*self.store)?.filter(|(key, _)| *key <= to);
+            }
+            if let Some(value) = change {
+                if !each(key, &value)? {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+}

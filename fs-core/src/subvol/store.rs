@@ -1,0 +1,252 @@
+//! What every subvolume stands on: the pool, its space, cached nodes, and the group's loose ends.
+//!
+//! One [`Store`] a pool, shared by all subvolumes and by the engine. It reads nodes through the
+//! cache and collects, per group, the runs that became garbage and the references that were added, for
+//! the writer of the group to turn into edits of the reference and space trees.
+
+use crate::btree::cache::NodeCache;
+use crate::btree::{Node, NodeSource, Tree};
+use crate::error::Error;
+use crate::format::key::{kind, Key};
+use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
+use crate::format::space::Run;
+use crate::platform::{Platform, Timestamp};
+use crate::pool::Pool;
+use crate::space::{BitmapSource, Space};
+use crate::subvol::intents::Intents;
+use crate::sync::{Mutex, RwLock};
+use crate::txg::{slot, Dirty, Groups, SLOTS};
+use crate::units::{Logical, TreeId, Txg};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+/// Shorthand.
+pub type Result<T, E = Error> = core::result::Result<T, E>;
+
+/// How new data is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DataSettings {
+    /// Compression of new data.
+    pub compression: CompressionKind,
+    /// Its level.
+    pub level: i32,
+    /// Checksum of new data.
+    pub checksum: ChecksumKind,
+}
+
+/// What one group owes to the trees of the pool.
+#[derive(Default)]
+pub struct GroupDebts {
+    /// Runs that lost a reference.
+    pub garbage: Vec<Run>,
+    /// Runs that gained a reference beyond the first.
+    pub shared: Vec<Run>,
+}
+
+/// What all subvolumes of a pool share.
+pub struct Store {
+    /// Time, threads, codecs.
+    pub platform: Platform,
+    /// Verified I/O.
+    pub pool: Arc<Pool>,
+    /// Allocation and reservations.
+    pub space: Arc<Space>,
+    /// Tree nodes in memory.
+    pub cache: NodeCache,
+    /// Transaction groups.
+    pub groups: Groups,
+    /// Memory held by changes.
+    pub dirty: Dirty,
+    /// Changes in the order they happened, for the intent log.
+    pub intents: Intents,
+    /// Key of name hashes.
+    pub hash_secret: [u8; 16],
+    /// Bytes of a tree node.
+    pub node_bytes: usize,
+    space_view: RwLock<Arc<View>>,
+    debts: [Mutex<GroupDebts>; SLOTS],
+    settings: [AtomicU8; 3],
+    failed: AtomicBool,
+    read_only: AtomicBool,
+}
+
+/// A published tree that somebody reads. As long as it is held, nothing it reaches is reused.
+pub struct View {
+    /// Group that published it.
+    pub txg: Txg,
+    /// The tree.
+    pub tree: Tree,
+}
+
+/// Parts of a new [`Store`].
+pub struct StoreParts {
+    /// Time, threads, codecs.
+    pub platform: Platform,
+    /// Verified I/O.
+    pub pool: Arc<Pool>,
+    /// Allocation.
+    pub space: Arc<Space>,
+    /// Newest published group.
+    pub published: Txg,
+    /// Key of name hashes.
+    pub hash_secret: [u8; 16],
+    /// Bytes of a tree node.
+    pub node_bytes: usize,
+    /// Published root of the space tree.
+    pub space_tree: Tree,
+    /// Bytes of nodes to keep in memory.
+    pub cache_bytes: usize,
+    /// Bytes of changes to hold in memory at most.
+    pub dirty_bytes: u64,
+    /// How new data is stored.
+    pub settings: DataSettings,
+    /// Whether changes are refused.
+    pub read_only: bool,
+}
+
+impl Store {
+    /// A store over those parts.
+    pub fn new(parts: StoreParts) -> Store {
+        let store = Store {
+            platform: parts.platform,
+            pool: parts.pool,
+            space: parts.space,
+            cache: NodeCache::new(parts.cache_bytes),
+            groups: Groups::new(parts.published),
+            dirty: Dirty::new(parts.dirty_bytes),
+            intents: Intents::default(),
+            hash_secret: parts.hash_secret,
+            node_bytes: parts.node_bytes,
+            space_view: RwLock::new(Arc::new(View {
+                txg: parts.published,
+                tree: parts.space_tree,
+            })),
+            debts: core::array::from_fn(|_| Mutex::new(GroupDebts::default())),
+            settings: [const { AtomicU8::new(0) }; 3],
+            failed: AtomicBool::new(false),
+            read_only: AtomicBool::new(parts.read_only),
+        };
+        store.set_settings(parts.settings);
+        store
+    }
+
+    /// The published space tree.
+    pub fn space_view(&self) -> Arc<View> {
+        self.space_view.read().clone()
+    }
+
+    /// Group `txg` is published with this space tree. Returns the view before.
+    pub fn swap_space_view(&self, txg: Txg, tree: Tree) -> Arc<View> {
+        core::mem::replace(&mut *self.space_view.write(), Arc::new(View { txg, tree }))
+    }
+
+    /// How new data is stored, unless the subvolume or file says otherwise.
+    pub fn settings(&self) -> DataSettings {
+        let [compression, level, checksum] =
+            [0, 1, 2].map(|i: usize| self.settings[i].load(Ordering::Relaxed));
+        DataSettings {
+            compression: CompressionKind::from_raw(compression).unwrap_or(CompressionKind::None),
+            level: i32::from(level as i8),
+            checksum: ChecksumKind::from_raw(checksum).unwrap_or(ChecksumKind::Crc32c),
+        }
+    }
+
+    /// Changes how new data is stored.
+    pub fn set_settings(&self, settings: DataSettings) {
+        self.settings[0].store(settings.compression as u8, Ordering::Relaxed);
+        self.settings[1].store(settings.level as i8 as u8, Ordering::Relaxed);
+        self.settings[2].store(settings.checksum as u8, Ordering::Relaxed);
+    }
+
+    /// Wall time.
+    pub fn now(&self) -> Timestamp {
+        self.platform.clock.now()
+    }
+
+    /// Notes runs that lost a reference in group `txg`.
+    pub fn add_garbage(&self, txg: Txg, mut runs: Vec<Run>) {
+        if !runs.is_empty() {
+            self.debts[slot(txg)].lock().garbage.append(&mut runs);
+        }
+    }
+
+    /// Notes runs that gained a reference in group `txg`.
+    pub fn add_shared(&self, txg: Txg, mut runs: Vec<Run>) {
+        if !runs.is_empty() {
+            self.debts[slot(txg)].lock().shared.append(&mut runs);
+        }
+    }
+
+    /// What group `txg` owes; called by its writer, when nobody adds any more.
+    pub fn take_debts(&self, txg: Txg) -> GroupDebts {
+        core::mem::take(&mut *self.debts[slot(txg)].lock())
+    }
+
+    /// Fails when the pool takes no changes.
+    pub fn writable(&self) -> Result<()> {
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::Failed);
+        }
+        if self.read_only.load(Ordering::Acquire) {
+            return Err(Error::ReadOnly);
+        }
+        Ok(())
+    }
+
+    /// Whether publishing stopped for good.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Stops publishing for good. Returns whether this call was the first.
+    pub fn fail(&self) -> bool {
+        let first = !self.failed.swap(true, Ordering::AcqRel);
+        self.groups.notify();
+        first
+    }
+
+    /// Whether changes are refused by choice.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Refuses changes from now on, or takes them again.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Release);
+    }
+}
+
+impl NodeSource for Store {
+    fn node_bytes(&self) -> usize {
+        self.node_bytes
+    }
+
+    fn pool_id(&self) -> [u8; 16] {
+        self.pool.pool_id()
+    }
+
+    fn load(&self, tree: TreeId, ptr: &BlockPtr) -> Result<Arc<Node>> {
+        if let Some(node) = self.cache.get(ptr) {
+            return Ok(node);
+        }
+        let buf = self.pool.read_block(ptr)?;
+        let node = Arc::new(Node::decode(
+            buf.into_slice(),
+            ptr,
+            tree,
+            &self.pool.pool_id(),
+            self.node_bytes,
+        )?);
+        self.cache.insert(node.clone());
+        Ok(node)
+    }
+}
+
+impl BitmapSource for Store {
+    fn bitmap(&self, region: Logical) -> Result<Option<Vec<u8>>> {
+        let view = self.space_view();
+        let key = Key::new(region.0, kind::SPACE_BITMAP, 0);
+        Ok(view.tree.lookup(self, &key)?.map(|value| value.to_vec()))
+    }
+}
