@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 fn main() -> ExitCode {
-    let open = |_: &std::path::Path, options: &fs_fuse::options::Options| {
+    let open = |_: &std::path::Path, options: &fs_fuse::options::Options, _| {
         let volume = Arc::new(Memory::new(options.read_only));
         Ok(Opened { volume, release_claim: Box::new(|| {}) })
     };

@@ -82,8 +82,8 @@ impl Exit {
     }
 }
 
-/// Opens what is to be mounted.
-pub type Opener<'a> = &'a dyn Fn(&Path, &Options) -> Result<Opened, String>;
+/// Opens what is to be mounted: source, options, and whether the process is in the background.
+pub type Opener<'a> = &'a dyn Fn(&Path, &Options, bool) -> Result<Opened, String>;
 
 /// Runs the program with the arguments after its name, `open` giving what to mount; returns the
 /// exit code.
@@ -280,7 +280,7 @@ fn serve(
     let opened = if invocation.noop {
         Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}) }
     } else {
-        open(source, &invocation.options).map_err(Exit::failed)?
+        open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
     };
     let server = Arc::new(Server::new(opened.volume));
     let plan = Plan { source, target: &invocation.target, options: &invocation.options };

@@ -1,0 +1,186 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// Look at cairn pools and administer them.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "cairn", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show what a pool is: name, id, devices, settings
+    Info(OfPool),
+    /// Show where the space of a pool is
+    Df(Df),
+    /// Make everything that is complete now durable
+    Sync(Sync),
+    /// Look at what is stored on a pool that is not mounted
+    #[command(subcommand)]
+    Inspect(Inspect),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages of all commands
+    #[command(hide = true)]
+    Man {
+        /// Where to
+        directory: PathBuf,
+    },
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct OfPool {
+    /// Mount point, device or image file; all devices of a pool with several
+    #[arg(value_name = "POOL", required = true)]
+    pub(crate) pool: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Df {
+    /// Mount point, device or image file [default: all mounted pools]
+    #[arg(value_name = "POOL")]
+    pub(crate) pool: Vec<PathBuf>,
+    /// Print exact numbers of bytes
+    #[arg(short = 'p', long)]
+    pub(crate) exact: bool,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Sync {
+    /// Mount points
+    #[arg(value_name = "MOUNT_POINT", required = true)]
+    pub(crate) mounts: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Inspect {
+    /// Labels and superblocks of a device, good and bad
+    Superblock {
+        /// Device or image file
+        device: PathBuf,
+        /// Show every superblock of the rings, not only the newest
+        #[arg(short, long)]
+        all: bool,
+        /// Print JSON
+        #[arg(short, long)]
+        json: bool,
+    },
+    /// Items or nodes of a tree
+    Tree {
+        #[command(flatten)]
+        of: InSubvol,
+        /// Which: pool, chunk, space, refs, dead, or subvol
+        #[arg(long, default_value = "subvol")]
+        tree: TreeName,
+        /// Show nodes instead of items
+        #[arg(long)]
+        nodes: bool,
+        /// Begin at this object (inode number, address or id)
+        #[arg(long, value_name = "OBJECT", default_value_t = 0)]
+        from: u64,
+        /// Show at most so many
+        #[arg(short = 'c', long, value_name = "NUMBER")]
+        count: Option<usize>,
+    },
+    /// Every item of an inode
+    Inode {
+        #[command(flatten)]
+        of: InSubvol,
+        /// Inode number, or path from the root of the subvolume
+        inode: String,
+    },
+    /// A file and where its data is
+    File {
+        #[command(flatten)]
+        of: InSubvol,
+        /// Path from the root of the subvolume, or inode number
+        file: String,
+    },
+    /// Every block that vouches for a file, from the superblock down, each verified
+    Chain {
+        #[command(flatten)]
+        of: InSubvol,
+        /// Path from the root of the subvolume, or inode number
+        file: String,
+    },
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct InSubvol {
+    /// Device or image file
+    pub(crate) device: PathBuf,
+    /// Number of the subvolume [default: the one that is mounted by default]
+    #[arg(short, long, value_name = "ID")]
+    pub(crate) subvol: Option<u64>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum TreeName {
+    Pool,
+    Chunk,
+    Space,
+    Refs,
+    Dead,
+    Subvol,
+}
+
+/// Whether `cairn` was called as `mount.fuse` calls the program of a `fuse.cairn` mount: source,
+/// directory, options.
+pub(crate) fn looks_like_mount(given: &[OsString]) -> bool {
+    let [_, source, directory, rest @ ..] = given else { return false };
+    let is_verb = |name: &OsString| {
+        use clap::CommandFactory;
+        let name = name.to_str().unwrap_or("");
+        name.starts_with('-')
+            || name == "help"
+            || Arguments::command().get_subcommands().any(|verb| verb.get_name() == name)
+    };
+    !is_verb(source) && (rest.iter().any(|a| a == "-o") || Path::new(directory).is_dir())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn only_a_source_and_a_directory_look_like_a_mount() {
+        let call = |words: &[&str]| {
+            let given: Vec<OsString> = words.iter().map(OsString::from).collect();
+            looks_like_mount(&given)
+        };
+        assert!(call(&["cairn", "/dev/vdb", "/mnt", "-o", "ro"]));
+        assert!(call(&["cairn", "tank", "/"]));
+        assert!(!call(&["cairn", "df", "/"]));
+        assert!(!call(&["cairn", "--help", "/"]));
+        assert!(!call(&["cairn", "snap", "tank@today"]));
+        assert!(!call(&["cairn", "df"]));
+    }
+}

@@ -1,0 +1,185 @@
+//! `cairn info`.
+
+use crate::arguments::OfPool;
+use crate::target::{ask, ask_failed, open_to_look, Target};
+use crate::view::View;
+use crate::{output, Done, Failure};
+use cairn_host::admin::{DeviceInfo, PoolInfo, Reply, Request};
+use cairn_host::parse::{format_size, format_uuid};
+use cairn_host::{probe, stored, FileDevice};
+use fs_core::format::key::{kind, Key};
+use fs_core::format::pool::property;
+use fs_core::format::superblock::Superblock;
+use fs_core::format::FORMAT_VERSION;
+use fs_core::platform::Device;
+use fs_core::units::TreeId;
+use std::sync::Arc;
+
+pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
+    let (info, done) = match Target::find(&arguments.pool)? {
+        Target::Mounted(mount) => match ask(&mount, Request::Info) {
+            Ok(Reply::Info(info)) => (info, Done::Whole),
+            Ok(_) => return Err(Failure::new("the daemon answered another question")),
+            Err(error) => return Err(ask_failed(&mount, &error)),
+        },
+        Target::Devices(paths) => of_devices(&open_to_look(&paths)?)?,
+    };
+    if arguments.json {
+        output::json(&info);
+    } else {
+        print!("{}", table(&info));
+    }
+    Ok(done)
+}
+
+/// What labels and superblocks say, and the trees where they can be read.
+fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> {
+    let mut info = PoolInfo { format_version: FORMAT_VERSION, ..PoolInfo::default() };
+    let mut newest: Option<Superblock> = None;
+    for device in devices {
+        let areas = stored::read_areas(&**device);
+        let label = stored::best_label(&areas)
+            .ok_or_else(|| Failure::new(format_args!("{}: not a cairn pool", device.name())))?;
+        info.name = probe::label_name(label).unwrap_or_default();
+        info.id = format_uuid(&label.pool_id);
+        info.devices.push(DeviceInfo {
+            index: label.device_index,
+            name: device.name().to_string(),
+            id: format_uuid(&label.device_id),
+            bytes: label.device_bytes,
+            ..DeviceInfo::default()
+        });
+        let found = stored::newest_superblock(&areas).cloned();
+        newest = newest.into_iter().chain(found).max_by_key(|superblock| superblock.txg);
+    }
+    let superblock =
+        newest.ok_or_else(|| Failure::new("the label is there, but no superblock is valid"))?;
+    fill_from_superblock(&mut info, &superblock);
+    match View::open(devices.to_vec()).and_then(|view| fill_from_trees(&mut info, &view)) {
+        Ok(()) => Ok((info, Done::Whole)),
+        Err(error) => {
+            eprintln!("cairn: the trees of the pool cannot be read: {error}");
+            Ok((info, Done::Partly))
+        }
+    }
+}
+
+fn fill_from_superblock(info: &mut PoolInfo, superblock: &Superblock) {
+    info.features = superblock.features;
+    info.txg = superblock.txg.0;
+    info.written = superblock.written;
+    info.clean = superblock.clean;
+    info.read_only = superblock.unknown_ro_compat() != 0;
+    info.node_bytes = superblock.node_bytes;
+    info.chunk_bytes = superblock.chunk_bytes;
+    info.data_profile = superblock.data_profile.name().into();
+    info.metadata_profile = superblock.metadata_profile.name().into();
+    info.device_count = superblock.device_count;
+}
+
+fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Result<()> {
+    let chunks = view.pool.chunks();
+    for device in &mut info.devices {
+        let of_device = |stripe: &&fs_core::format::chunk::Stripe| stripe.device == device.index;
+        let allocated = chunks
+            .iter()
+            .map(|chunk| chunk.length * chunk.stripes.iter().filter(of_device).count() as u64)
+            .sum();
+        device.allocated = Some(allocated);
+        let member = view.pool.members().iter().find(|member| member.index() == device.index);
+        if let Some(errors) = member.map(|member| member.errors()) {
+            device.read_errors = errors.read;
+            device.write_errors = errors.write;
+            device.checksum_errors = errors.checksum;
+        }
+    }
+    let tree = view.tree(TreeId::POOL)?;
+    let setting = |number| tree.lookup(view, &Key::new(0, kind::PROPERTY, number));
+    if let Some(value) = setting(property::COMPRESSION)? {
+        info.compression = compression_name(&value);
+    }
+    if let Some(value) = setting(property::CHECKSUM)? {
+        let names = ["", "none", "crc32c", "blake3"];
+        let name = value.first().and_then(|kind| names.get(usize::from(*kind)));
+        info.checksum = (*name.unwrap_or(&"")).into();
+    }
+    Ok(())
+}
+
+/// A COMPRESSION property in words; empty when it is none that this build knows.
+fn compression_name(value: &[u8]) -> String {
+    match value {
+        [1, ..] => "none".into(),
+        [2, 0] | [2] => "zstd".into(),
+        [2, level] => format!("zstd:{}", i8::from_le_bytes([*level])),
+        _ => String::new(),
+    }
+}
+
+fn table(info: &PoolInfo) -> String {
+    let mut text = String::new();
+    let mut row = |name: &str, value: &str| {
+        if !value.is_empty() {
+            text.push_str(&format!("{:<14}{}\n", format!("{name}:"), output::printable(value)));
+        }
+    };
+    row("Pool", if info.name.is_empty() { "(no name)" } else { &info.name });
+    row("UUID", &info.id);
+    row("Format", &info.format_version.to_string());
+    row("Group", &info.txg.to_string());
+    let state = match (info.clean, info.read_only) {
+        (_, true) => "read-only",
+        (true, _) => "clean",
+        (false, _) => "in use, or not unmounted",
+    };
+    row("State", state);
+    row("Profiles", &format!("data {}, metadata {}", info.data_profile, info.metadata_profile));
+    row("Node size", &format_size(info.node_bytes.into()));
+    row("Chunk size", &format_size(info.chunk_bytes));
+    row("Checksum", &info.checksum);
+    row("Compression", &info.compression);
+    for device in &info.devices {
+        let mut value = format!("{}, {}", device.name, format_size(device.bytes));
+        if let Some(allocated) = device.allocated {
+            value.push_str(&format!(", {} allocated", format_size(allocated)));
+        }
+        let counters = [
+            (device.read_errors, "read"),
+            (device.write_errors, "write"),
+            (device.checksum_errors, "checksum"),
+        ];
+        for (count, what) in counters.into_iter().filter(|(count, _)| *count > 0) {
+            value.push_str(&format!(", {count} {what} errors"));
+        }
+        row("Device", &value);
+    }
+    let missing = usize::from(info.device_count).saturating_sub(info.devices.len());
+    if missing > 0 {
+        row("Missing", &format!("{missing} of {} devices", info.device_count));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn compression_is_named_by_kind_and_level() {
+        assert_eq!(compression_name(&[1, 0]), "none");
+        assert_eq!(compression_name(&[2, 0]), "zstd");
+        assert_eq!(compression_name(&[2, 0xfb]), "zstd:-5");
+        assert_eq!(compression_name(&[9, 0]), "");
+        assert_eq!(compression_name(&[]), "");
+    }
+
+    #[test]
+    fn the_table_shows_errors_and_missing_devices_only_when_there_are_any() {
+        let mut info = PoolInfo { device_count: 1, ..PoolInfo::default() };
+        info.devices.push(DeviceInfo { name: "/dev/x".into(), ..DeviceInfo::default() });
+        assert!(!table(&info).contains("errors") && !table(&info).contains("Missing"));
+        (info.devices[0].checksum_errors, info.device_count) = (3, 2);
+        assert!(table(&info).contains("/dev/x, 0 B, 3 checksum errors\n"));
+        assert!(table(&info).contains("Missing:      1 of 2 devices\n"));
+    }
+}

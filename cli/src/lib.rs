@@ -1,0 +1,88 @@
+//! `cairn`: looks at pools and administers them.
+//!
+//! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon is
+//! asked; of one that is not mounted the device is read, never written. Standard output carries data
+//! only, as text for people or as JSON.
+//!
+//! | exit code | meaning |
+//! | --- | --- |
+//! | 0 | done |
+//! | 1 | failed |
+//! | 2 | wrong arguments |
+//! | 4 | part of the answer could not be had |
+
+mod arguments;
+mod df;
+mod documents;
+mod info;
+mod inspect;
+mod output;
+mod sync;
+mod target;
+mod view;
+
+pub use arguments::Arguments;
+pub use documents::{write_completions, write_manual};
+
+use arguments::Command;
+use clap::{CommandFactory, Parser};
+use std::fmt;
+use std::process::ExitCode;
+
+/// The command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
+/// Why a command failed, as a sentence.
+#[derive(Debug)]
+pub struct Failure(String);
+
+impl Failure {
+    fn new(sentence: impl fmt::Display) -> Failure {
+        Failure(sentence.to_string())
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How a command that did not fail ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Done {
+    /// With all that was asked for.
+    Whole,
+    /// With something missing; what, was said on standard error.
+    Partly,
+}
+
+/// Runs the command with the arguments of the process.
+pub fn main() -> ExitCode {
+    let given: Vec<_> = std::env::args_os().collect();
+    if arguments::looks_like_mount(&given) {
+        eprintln!("cairn: to mount a pool, use mount.cairn, or mount -t cairn SOURCE DIRECTORY");
+        return ExitCode::FAILURE;
+    }
+    match run(Arguments::parse_from(given).command) {
+        Ok(Done::Whole) => ExitCode::SUCCESS,
+        Ok(Done::Partly) => ExitCode::from(4),
+        Err(failure) => {
+            eprintln!("cairn: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<Done, Failure> {
+    match command {
+        Command::Info(arguments) => info::run(&arguments),
+        Command::Df(arguments) => df::run(&arguments),
+        Command::Sync(arguments) => sync::run(&arguments),
+        Command::Inspect(command) => inspect::run(&command),
+        Command::Completions { shell } => documents::print_completions(shell),
+        Command::Man { directory } => documents::run_manual(&directory),
+    }
+}

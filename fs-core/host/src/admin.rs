@@ -1,0 +1,445 @@
+//! The admin protocol: how a command asks the daemon of a mounted pool.
+//!
+//! The daemon listens on a Unix socket named after the device number that files of its mount show
+//! (`st_dev`), which the mount table tells to everyone: `/run/cairn/MAJOR-MINOR.sock` when the
+//! daemon is root's, `$XDG_RUNTIME_DIR/cairn/...` otherwise. One connection carries any number of
+//! exchanges, each one [`Request`] and one [`Reply`]:
+//!
+//! ```text
+//! length (u32, little-endian) | protocol version (u16) | message (bincode, standard configuration)
+//! ```
+//!
+//! Requests only look, or ask for what sync(2) lets anyone ask, so the socket is open to all users;
+//! a request that changes a pool will have to check the caller's credentials.
+//!
+//! The encoding is for talk between programs of one installation. What reaches a disk is declared
+//! in `fs_core::format`.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Version of the protocol; both sides must have the same.
+pub const VERSION: u16 = 1;
+/// Longest message, in bytes.
+const MESSAGE_BYTES_MAX: u32 = 1 << 20;
+/// How long one side waits for the other to go on in the middle of a message.
+const STALLED: Duration = Duration::from_secs(5);
+/// How long a client waits for a reply: a sync may have much to write.
+const REPLY_PATIENCE: Duration = Duration::from_secs(600);
+/// Connections served at once.
+const CONNECTIONS_MAX: usize = 16;
+
+/// What a command may ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// What the pool is. Answered by [`Reply::Info`].
+    Info,
+    /// Where its space is. Answered by [`Reply::Df`].
+    Df,
+    /// Make everything durable that is complete now. Answered by [`Reply::Synced`].
+    Sync,
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// To [`Request::Info`].
+    Info(PoolInfo),
+    /// To [`Request::Df`].
+    Df(SpaceInfo),
+    /// To [`Request::Sync`]: all durable.
+    Synced,
+    /// To any request: one sentence that says why not.
+    Failed(String),
+}
+
+/// What a pool is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolInfo {
+    /// Name of the pool; empty when it has none.
+    pub name: String,
+    /// Id of the pool, as `blkid` writes ids.
+    pub id: String,
+    /// Version of the format.
+    pub format_version: u32,
+    /// Feature bits: compat, ro-compat, incompat.
+    pub features: [u64; 3],
+    /// Newest published transaction group.
+    pub txg: u64,
+    /// When it was published, seconds since 1970.
+    pub written: i64,
+    /// Whether the pool was closed with nothing left to do. Always false while it is mounted.
+    pub clean: bool,
+    /// Whether changes are refused.
+    pub read_only: bool,
+    /// Bytes of a tree node.
+    pub node_bytes: u32,
+    /// Bytes of a new chunk.
+    pub chunk_bytes: u64,
+    /// Profile of new data chunks.
+    pub data_profile: String,
+    /// Profile of new metadata chunks.
+    pub metadata_profile: String,
+    /// Compression of new data, such as `zstd:3`; empty when not known.
+    pub compression: String,
+    /// Checksum of new data; empty when not known.
+    pub checksum: String,
+    /// Number of devices the pool is made of.
+    pub device_count: u16,
+    /// Those that are present.
+    pub devices: Vec<DeviceInfo>,
+}
+
+/// A device of a pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Index in the pool.
+    pub index: u16,
+    /// Path or other name.
+    pub name: String,
+    /// Id of the device.
+    pub id: String,
+    /// Usable bytes.
+    pub bytes: u64,
+    /// Bytes taken by chunks, if known.
+    pub allocated: Option<u64>,
+    /// Read errors.
+    pub read_errors: u64,
+    /// Write errors.
+    pub write_errors: u64,
+    /// Checksum errors.
+    pub checksum_errors: u64,
+}
+
+/// Where the space of a pool is. All in bytes; of what is stored in copies, one copy is counted,
+/// except in `device_*` and `unallocated`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceInfo {
+    /// Bytes of all devices.
+    pub device_bytes: u64,
+    /// Bytes of devices that chunks take, copies counted.
+    pub device_allocated: u64,
+    /// Bytes of devices that no chunk takes.
+    pub unallocated: u64,
+    /// Data chunks.
+    pub data: Usage,
+    /// Metadata chunks.
+    pub metadata: Usage,
+    /// System chunks.
+    pub system: Usage,
+    /// What only deletes, commits and administration may use.
+    pub reserve: u64,
+    /// Freed, but not to be used again yet.
+    pub pending_free: u64,
+    /// What a writer can still store; `None` when only a mounted pool could tell.
+    pub available: Option<u64>,
+    /// Data on disk, after compression; `None` when not known.
+    pub stored_bytes: Option<u64>,
+    /// The same data before compression.
+    pub logical_bytes: Option<u64>,
+}
+
+/// Chunks of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Bytes of the chunks.
+    pub total: u64,
+    /// Bytes of them in use.
+    pub used: u64,
+}
+
+impl SpaceInfo {
+    /// Bytes before compression for each byte stored; `None` when there is nothing to compare.
+    pub fn compression_ratio(&self) -> Option<f64> {
+        match (self.logical_bytes, self.stored_bytes) {
+            (Some(logical), Some(stored)) if stored > 0 => Some(logical as f64 / stored as f64),
+            _ => None,
+        }
+    }
+}
+
+/// Why an exchange failed.
+#[derive(Debug)]
+pub enum AdminError {
+    /// No daemon listens for this mount.
+    NoDaemon,
+    /// The daemon speaks another version.
+    Version(u16),
+    /// Not a message of this protocol.
+    Garbled,
+    /// The daemon says why it refuses.
+    Refused(String),
+    /// The system says why.
+    Io(io::Error),
+}
+
+impl fmt::Display for AdminError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            AdminError::NoDaemon => write!(f, "no cairn daemon answers for this mount"),
+            AdminError::Version(found) => write!(
+                f,
+                "the daemon speaks version {found} of the admin protocol, this command {VERSION}; \
+                 use the cairn that mounted the pool"
+            ),
+            AdminError::Garbled => write!(f, "the daemon's answer makes no sense"),
+            AdminError::Refused(why) => write!(f, "{why}"),
+            AdminError::Io(error) => write!(f, "cannot talk to the daemon: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for AdminError {}
+
+impl From<io::Error> for AdminError {
+    fn from(error: io::Error) -> AdminError {
+        AdminError::Io(error)
+    }
+}
+
+/// Directory of sockets of root's daemons.
+const SYSTEM_DIRECTORY: &str = "/run/cairn";
+
+/// Where daemons may listen, those of the system first: an ordinary user's daemon cannot pass for
+/// root's.
+fn directories() -> Vec<PathBuf> {
+    let own = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| PathBuf::from(dir).join("cairn"));
+    std::iter::once(PathBuf::from(SYSTEM_DIRECTORY)).chain(own).collect()
+}
+
+fn socket_name(device: u64) -> String {
+    format!("{}-{}.sock", rustix::fs::major(device), rustix::fs::minor(device))
+}
+
+/// Asks the daemon of the mount with device number `device`. Blocks until it answers.
+///
+/// # Errors
+/// [`AdminError::NoDaemon`] when nobody listens, [`AdminError::Refused`] with the daemon's reason,
+/// and what else can go wrong between two processes.
+pub fn ask(device: u64, request: Request) -> Result<Reply, AdminError> {
+    ask_in(&directories(), device, request)
+}
+
+fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Reply, AdminError> {
+    let name = socket_name(device);
+    let mut stream = directories
+        .iter()
+        .find_map(|directory| UnixStream::connect(directory.join(&name)).ok())
+        .ok_or(AdminError::NoDaemon)?;
+    stream.set_write_timeout(Some(STALLED))?;
+    stream.set_read_timeout(Some(REPLY_PATIENCE))?;
+    send(&mut stream, &request)?;
+    match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
+        Reply::Failed(why) => Err(AdminError::Refused(why)),
+        reply => Ok(reply),
+    }
+}
+
+fn send<T: Serialize>(stream: &mut impl Write, message: &T) -> Result<(), AdminError> {
+    let body = bincode::serde::encode_to_vec(message, bincode::config::standard())
+        .map_err(|_| AdminError::Garbled)?;
+    let length = u32::try_from(body.len()).ok().filter(|n| *n <= MESSAGE_BYTES_MAX);
+    let mut frame = length.ok_or(AdminError::Garbled)?.to_le_bytes().to_vec();
+    frame.extend_from_slice(&VERSION.to_le_bytes());
+    frame.extend_from_slice(&body);
+    Ok(stream.write_all(&frame)?)
+}
+
+/// The next message, or `None` when the other side has closed.
+fn receive<T: for<'a> Deserialize<'a>>(stream: &mut impl Read) -> Result<Option<T>, AdminError> {
+    let mut head = [0; 6];
+    if stream.read(&mut head[..1])? == 0 {
+        return Ok(None);
+    }
+    stream.read_exact(&mut head[1..])?;
+    let [l0, l1, l2, l3, v0, v1] = head;
+    let version = u16::from_le_bytes([v0, v1]);
+    if version != VERSION {
+        return Err(AdminError::Version(version));
+    }
+    let length = u32::from_le_bytes([l0, l1, l2, l3]);
+    if length > MESSAGE_BYTES_MAX {
+        return Err(AdminError::Garbled);
+    }
+    let mut body = vec![0; length as usize];
+    stream.read_exact(&mut body)?;
+    // The limit also bounds what the decoder allocates for lengths inside the message.
+    let limits = bincode::config::standard().with_limit::<{ MESSAGE_BYTES_MAX as usize }>();
+    match bincode::serde::decode_from_slice(&body, limits) {
+        Ok((message, used)) if used == body.len() => Ok(Some(message)),
+        _ => Err(AdminError::Garbled),
+    }
+}
+
+/// Answers requests; called from several threads.
+pub type Handler = dyn Fn(Request) -> Reply + Send + Sync;
+
+/// The daemon's end. Removes the socket when dropped.
+pub struct Server {
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens for the mount with device number `device` and answers with `handler`, on threads of
+    /// its own, until the process ends or the server is dropped.
+    ///
+    /// # Errors
+    /// What the system says; a daemon can do its work without a server.
+    pub fn start(device: u64, handler: Arc<Handler>) -> io::Result<Server> {
+        let system = rustix::process::geteuid().is_root();
+        let directory = directories()
+            .into_iter()
+            .nth(usize::from(!system))
+            .ok_or_else(|| io::Error::other("XDG_RUNTIME_DIR is not set"))?;
+        Server::start_in(&directory, device, handler)
+    }
+
+    fn start_in(directory: &Path, device: u64, handler: Arc<Handler>) -> io::Result<Server> {
+        fs::create_dir_all(directory)?;
+        let path = directory.join(socket_name(device));
+        // Device numbers are used again; what is there belongs to a mount that is gone.
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        let server = Server { path };
+        fs::set_permissions(&server.path, fs::Permissions::from_mode(0o666))?;
+        let name = "cairn-admin".to_string();
+        std::thread::Builder::new().name(name).spawn(move || accept(&listener, &handler))?;
+        Ok(server)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // The thread stays in accept, on a socket without a name, until the process ends; a daemon
+        // drops its server when it is about to.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        let Ok(stream) = stream else {
+            // Out of descriptors, most likely: others must close theirs first.
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        };
+        if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+            continue;
+        }
+        open.fetch_add(1, Ordering::Relaxed);
+        let (handler, count) = (handler.clone(), open.clone());
+        let thread = std::thread::Builder::new().name("cairn-admin".into()).spawn(move || {
+            // Whoever breaks the protocol is hung up on.
+            let _ = serve(stream, &*handler);
+            count.fetch_sub(1, Ordering::Relaxed);
+        });
+        if thread.is_err() {
+            open.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn serve(mut stream: UnixStream, handler: &Handler) -> Result<(), AdminError> {
+    stream.set_read_timeout(Some(STALLED))?;
+    stream.set_write_timeout(Some(STALLED))?;
+    while let Some(request) = receive(&mut stream)? {
+        send(&mut stream, &handler(request))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(request: Request) -> Reply {
+        match request {
+            Request::Info => Reply::Info(PoolInfo {
+                name: "tank".into(),
+                devices: vec![DeviceInfo { bytes: 1 << 40, ..DeviceInfo::default() }],
+                ..PoolInfo::default()
+            }),
+            Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
+            Request::Sync => Reply::Failed("the pool is read-only".into()),
+        }
+    }
+
+    fn server() -> (tempfile::TempDir, Server) {
+        let dir = tempfile::tempdir().unwrap();
+        let server = Server::start_in(dir.path(), 0x2a, Arc::new(answer)).unwrap();
+        (dir, server)
+    }
+
+    #[test]
+    fn a_client_gets_the_answer_the_handler_gives() {
+        let (dir, _server) = server();
+        let ask = |request| ask_in(&[dir.path().into()], 0x2a, request);
+        assert_eq!(ask(Request::Info).unwrap(), answer(Request::Info));
+        assert_eq!(ask(Request::Df).unwrap(), answer(Request::Df));
+        assert_eq!(ask(Request::Sync).unwrap_err().to_string(), "the pool is read-only");
+    }
+
+    #[test]
+    fn without_a_daemon_the_client_is_told_so() {
+        let (dir, server) = server();
+        let ask = |device| ask_in(&[dir.path().into()], device, Request::Info);
+        assert!(matches!(ask(0x2b), Err(AdminError::NoDaemon)));
+        drop(server);
+        assert!(matches!(ask(0x2a), Err(AdminError::NoDaemon)));
+    }
+
+    #[test]
+    fn a_client_that_talks_nonsense_is_hung_up_on_and_others_are_served() {
+        let (dir, server) = server();
+        for junk in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[1, 0, 0, 0, 1, 0, 0xee]] {
+            let mut stream = UnixStream::connect(&server.path).unwrap();
+            stream.write_all(junk).unwrap();
+            let mut rest = Vec::new();
+            // The server may close with bytes unread, which resets the connection.
+            let _ = stream.read_to_end(&mut rest);
+            assert!(rest.is_empty());
+        }
+        assert!(ask_in(&[dir.path().into()], 0x2a, Request::Df).is_ok());
+    }
+
+    #[test]
+    fn a_message_with_a_foreign_version_length_or_tail_is_refused() {
+        let mut good = Vec::new();
+        send(&mut good, &Request::Sync).unwrap();
+        assert!(matches!(receive::<Request>(&mut &good[..]), Ok(Some(Request::Sync))));
+        let changed = |at: usize, byte: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = byte;
+            bytes.push(0);
+            receive::<Request>(&mut &bytes[..])
+        };
+        assert!(matches!(changed(4, 9), Err(AdminError::Version(9))));
+        assert!(matches!(changed(3, 1), Err(AdminError::Garbled)));
+        assert!(matches!(changed(0, 2), Err(AdminError::Garbled)));
+        assert!(matches!(changed(6, 77), Err(AdminError::Garbled)));
+        for end in 1..good.len() {
+            assert!(receive::<Request>(&mut &good[..end]).is_err(), "{end} bytes");
+        }
+    }
+
+    #[test]
+    fn the_ratio_of_nothing_is_not_known() {
+        let mut space =
+            SpaceInfo { stored_bytes: Some(0), logical_bytes: Some(0), ..<_>::default() };
+        assert_eq!(space.compression_ratio(), None);
+        (space.stored_bytes, space.logical_bytes) = (Some(100), Some(250));
+        assert_eq!(space.compression_ratio(), Some(2.5));
+    }
+}

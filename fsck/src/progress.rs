@@ -1,0 +1,101 @@
+//! Progress: a bar on a terminal, or lines for the program that called.
+
+use crate::core_api::CheckProgress;
+use crate::Arguments;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fs::File;
+use std::io::Write;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// Time between two lines.
+const LINES_EVERY: Duration = Duration::from_millis(100);
+
+pub(crate) struct Progress {
+    bar: ProgressBar,
+    lines: Option<Lines>,
+}
+
+struct Lines {
+    device: String,
+    to: Mutex<(File, Option<Instant>)>,
+}
+
+impl Progress {
+    pub(crate) fn new(arguments: &Arguments, device: &str) -> Progress {
+        let lines = arguments.progress.filter(|fd| *fd > 0).and_then(|fd| Lines::to(fd, device));
+        let bar = if lines.is_some() || arguments.json {
+            ProgressBar::hidden()
+        } else {
+            // Hidden unless standard error is a terminal.
+            ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr())
+        };
+        if let Ok(style) = ProgressStyle::with_template("pass {prefix} {wide_bar} {percent}% {eta}")
+        {
+            bar.set_style(style);
+        }
+        Progress { bar, lines }
+    }
+
+    pub(crate) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Lines {
+    fn to(fd: i32, device: &str) -> Option<Lines> {
+        // By its name in /proc, so that a wrong number is an error and not somebody else's file.
+        let file = File::options().write(true).open(format!("/proc/self/fd/{fd}"));
+        match file {
+            Ok(file) => Some(Lines { device: device.into(), to: Mutex::new((file, None)) }),
+            Err(error) => {
+                eprintln!("fsck.cairn: no progress on descriptor {fd}: {error}");
+                None
+            }
+        }
+    }
+
+    fn line(&self, pass: u32, done: u64, total: u64) {
+        let Ok(mut to) = self.to.lock() else { return };
+        let (file, last) = &mut *to;
+        if done < total && last.is_some_and(|last| last.elapsed() < LINES_EVERY) {
+            return;
+        }
+        *last = Some(Instant::now());
+        // Nobody may be reading any more; the check goes on.
+        let _ = writeln!(file, "{pass} {done} {total} {}", self.device);
+    }
+}
+
+impl CheckProgress for Progress {
+    fn progress(&self, pass: u32, done: u64, total: u64) {
+        if let Some(lines) = &self.lines {
+            lines.line(pass, done, total);
+        }
+        self.bar.set_prefix(pass.to_string());
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn lines_carry_pass_done_total_and_device() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fd = file.as_file().as_raw_fd();
+        let arguments = Arguments { progress: Some(fd), ..Arguments::default() };
+        let progress = Progress::new(&arguments, "/dev/x");
+        progress.progress(1, 0, 10);
+        progress.progress(1, 5, 10);
+        progress.progress(1, 10, 10);
+        // The line in the middle came too soon after the first.
+        assert_eq!(
+            std::fs::read_to_string(file.path()).unwrap(),
+            "1 0 10 /dev/x\n1 10 10 /dev/x\n"
+        );
+    }
+}

@@ -1,0 +1,270 @@
+//! The command line.
+
+use crate::core_api::FormatOptions;
+use cairn_host::parse::{parse_size, parse_uuid, BadSize};
+use clap::{ArgAction, Parser, ValueEnum};
+use fs_core::format::chunk::Profile;
+use fs_core::format::node::NODE_BYTES_ALLOWED;
+use fs_core::format::ptr::{ChecksumKind, CompressionKind};
+use std::path::PathBuf;
+
+/// Make a cairn pool on block devices or image files.
+///
+/// A target that is not there yet is made as a sparse image file when --size is given. A device that
+/// is mounted or otherwise in use is refused always, one that holds another filesystem or a partition
+/// table unless --force is given.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "mkfs.cairn", version, max_term_width = 100)]
+pub struct Arguments {
+    /// Block device or image file
+    #[arg(value_name = "TARGET", required = true)]
+    pub targets: Vec<PathBuf>,
+
+    /// Size of the image file to make or resize, such as 64M or 10G
+    #[arg(short = 'b', long, value_name = "SIZE", value_parser = size)]
+    pub size: Option<u64>,
+
+    /// Name of the pool, up to 63 bytes
+    #[arg(short = 'L', long, value_name = "NAME", default_value = "", hide_default_value = true,
+          value_parser = label)]
+    pub label: String,
+
+    /// Id of the pool [default: random]
+    #[arg(short = 'U', long, value_name = "UUID", value_parser = uuid)]
+    pub uuid: Option<[u8; 16]>,
+
+    /// Overwrite what is on the target
+    #[arg(short, long)]
+    pub force: bool,
+
+    /// Check everything and show the result, but write nothing
+    #[arg(short = 'n', long)]
+    pub dry_run: bool,
+
+    /// Compression of new files: none, zstd or zstd:LEVEL
+    #[arg(long, value_name = "KIND", default_value = "zstd", value_parser = compression)]
+    pub compress: Compression,
+
+    /// Checksum of file data
+    #[arg(long, value_name = "KIND", default_value = "crc32c")]
+    pub checksum: Checksum,
+
+    /// How file data lies on the devices
+    #[arg(
+        short = 'd',
+        long,
+        value_name = "PROFILE",
+        default_value = "single",
+        visible_alias = "data-profile"
+    )]
+    pub profile: Copies,
+
+    /// How metadata lies on the devices
+    #[arg(short = 'm', long, value_name = "PROFILE", default_value = "dup")]
+    pub metadata_profile: Copies,
+
+    /// Bytes of a tree node: 16K, 32K or 64K
+    #[arg(long, value_name = "SIZE", default_value = "16K", value_parser = node_size)]
+    pub node_size: u32,
+
+    /// Do not discard the device first
+    #[arg(short = 'K', long)]
+    pub no_discard: bool,
+
+    /// Owner of the root directory [default: the user who runs the command]
+    #[arg(long, value_name = "UID[:GID]", value_parser = owner)]
+    pub root_owner: Option<Owner>,
+
+    /// Make the same image each time: ids follow from TEXT, times are SOURCE_DATE_EPOCH or 1970
+    #[arg(long, value_name = "TEXT")]
+    pub seed: Option<String>,
+
+    /// Print the result as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Print nothing but errors
+    #[arg(short, long, conflicts_with_all = ["verbose", "json"])]
+    pub quiet: bool,
+
+    /// Print more; tell what is being done
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Seconds to wait for a device that is being released
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub wait: u64,
+}
+
+/// Compression of new files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compression {
+    /// How.
+    pub kind: CompressionKind,
+    /// How hard; zero is the default level.
+    pub level: i8,
+}
+
+/// Owner of the root directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// User.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+}
+
+/// Checksums of file data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Checksum {
+    Crc32c,
+    Blake3,
+    None,
+}
+
+/// Profiles this version can make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Copies {
+    /// One copy
+    Single,
+    /// Two copies on one device
+    Dup,
+}
+
+impl From<Checksum> for ChecksumKind {
+    fn from(choice: Checksum) -> ChecksumKind {
+        match choice {
+            Checksum::Crc32c => ChecksumKind::Crc32c,
+            Checksum::Blake3 => ChecksumKind::Blake3,
+            Checksum::None => ChecksumKind::None,
+        }
+    }
+}
+
+impl From<Copies> for Profile {
+    fn from(choice: Copies) -> Profile {
+        match choice {
+            Copies::Single => Profile::Single,
+            Copies::Dup => Profile::Dup,
+        }
+    }
+}
+
+impl Arguments {
+    /// What the core is asked for.
+    pub(crate) fn format_options(&self) -> FormatOptions {
+        let owner = self.root_owner.unwrap_or_else(|| Owner {
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        });
+        FormatOptions {
+            name: self.label.clone(),
+            pool_id: self.uuid,
+            node_bytes: self.node_size,
+            data_profile: self.profile.into(),
+            metadata_profile: self.metadata_profile.into(),
+            chunk_bytes: None,
+            compression: self.compress.kind,
+            compression_level: self.compress.level,
+            checksum: self.checksum.into(),
+            root_mode: 0o755,
+            root_uid: owner.uid,
+            root_gid: owner.gid,
+        }
+    }
+}
+
+fn size(text: &str) -> Result<u64, BadSize> {
+    parse_size(text)
+}
+
+fn uuid(text: &str) -> Result<[u8; 16], String> {
+    let id = parse_uuid(text)?;
+    match id {
+        [0, ..] if id == [0; 16] => Err("the nil UUID names nothing".into()),
+        id => Ok(id),
+    }
+}
+
+fn label(text: &str) -> Result<String, String> {
+    match text {
+        _ if text.len() > 63 => Err(format!("{} bytes are more than 63", text.len())),
+        _ if text.chars().any(char::is_control) => Err("control characters are not allowed".into()),
+        _ => Ok(text.into()),
+    }
+}
+
+/// Levels libzstd knows, as far as the format has room for them.
+const LEVELS: std::ops::RangeInclusive<i8> = -100..=22;
+
+fn compression(text: &str) -> Result<Compression, String> {
+    let (name, level) = match text.split_once(':') {
+        Some((name, level)) => (name, Some(level)),
+        None => (text, None),
+    };
+    match (name, level) {
+        ("none", None) => Ok(Compression { kind: CompressionKind::None, level: 0 }),
+        ("zstd", None) => Ok(Compression { kind: CompressionKind::Zstd, level: 0 }),
+        ("zstd", Some(level)) => {
+            let level = level.parse().ok().filter(|level| LEVELS.contains(level));
+            let level = level.ok_or("the level must be from 1 to 22, or negative for speed")?;
+            Ok(Compression { kind: CompressionKind::Zstd, level })
+        }
+        _ => Err("one of none, zstd, zstd:LEVEL is wanted".into()),
+    }
+}
+
+fn node_size(text: &str) -> Result<u32, String> {
+    let bytes = parse_size(text).map_err(|e| e.to_string())?;
+    NODE_BYTES_ALLOWED
+        .into_iter()
+        .find(|allowed| u64::from(*allowed) == bytes)
+        .ok_or_else(|| "one of 16K, 32K, 64K is wanted".into())
+}
+
+fn owner(text: &str) -> Result<Owner, String> {
+    let (uid, gid) = text.split_once(':').unwrap_or((text, text));
+    let number = |part: &str| {
+        let id = part.parse().ok().filter(|id| *id != u32::MAX);
+        id.ok_or_else(|| format!("'{part}' is not a user or group number"))
+    };
+    Ok(Owner { uid: number(uid)?, gid: number(gid)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn compression_is_written_as_a_kind_and_a_level() {
+        let zstd = |level| Ok(Compression { kind: CompressionKind::Zstd, level });
+        assert_eq!(compression("zstd"), zstd(0));
+        assert_eq!(compression("zstd:19"), zstd(19));
+        assert_eq!(compression("zstd:-5"), zstd(-5));
+        for bad in ["", "lz4", "zstd:", "zstd:23", "zstd:x", "none:3", "zstd:-101", "zstd:999"] {
+            assert!(compression(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_owner_without_a_group_has_the_group_of_the_same_number() {
+        assert_eq!(owner("1000"), Ok(Owner { uid: 1000, gid: 1000 }));
+        assert_eq!(owner("0:5"), Ok(Owner { uid: 0, gid: 5 }));
+        for bad in ["", ":", "1:", "-1", "4294967295", "root"] {
+            assert!(owner(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn labels_that_do_not_fit_or_print_are_refused() {
+        assert!(label(&"x".repeat(63)).is_ok());
+        assert!(label(&"x".repeat(64)).is_err());
+        assert!(label("a\nb").is_err());
+    }
+}

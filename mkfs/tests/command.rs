@@ -1,0 +1,137 @@
+//! The command as its callers see it: refusals, exit codes, what it leaves behind.
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+fn mkfs() -> Command {
+    let mut command = Command::cargo_bin("mkfs-cairn").unwrap();
+    command.env_remove("SOURCE_DATE_EPOCH");
+    command
+}
+
+struct Image {
+    dir: tempfile::TempDir,
+}
+
+impl Image {
+    fn none() -> Image {
+        Image { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn of(bytes: u64) -> Image {
+        let image = Image::none();
+        File::create(image.path()).unwrap().set_len(bytes).unwrap();
+        image
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+}
+
+#[test]
+fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
+    for (arguments, said) in [
+        (&[][..], "TARGET"),
+        (&["--node-size", "8K", "x"], "16K, 32K, 64K"),
+        (&["--size", "big", "x"], "is not a size"),
+        (&["-U", "12", "x"], "is not a UUID"),
+        (&["-U", "00000000-0000-0000-0000-000000000000", "x"], "nil UUID"),
+        (&["--compress", "lz4", "x"], "zstd:LEVEL"),
+        (&["--profile", "mirror", "x"], "single, dup"),
+        (&["-L", &"n".repeat(64), "x"], "more than 63"),
+        (&["-q", "-v", "x"], "cannot be used with"),
+    ] {
+        mkfs().args(arguments).assert().code(2).stderr(contains(said));
+    }
+}
+
+#[test]
+fn a_target_that_is_missing_needs_a_size() {
+    let image = Image::none();
+    mkfs().arg(image.path()).assert().code(1).stderr(contains("does not exist; give --size"));
+    assert!(!image.path().exists());
+}
+
+#[test]
+fn too_small_a_target_is_refused_with_the_minimum_and_nothing_is_made() {
+    let image = Image::none();
+    let too_small = || contains("too small").and(contains("needs at least")).and(contains("MiB"));
+    mkfs().args(["--size", "1M"]).arg(image.path()).assert().code(1).stderr(too_small());
+    assert!(!image.path().exists());
+    let image = Image::of(64 << 10);
+    mkfs().arg(image.path()).assert().code(1).stderr(too_small());
+    assert!(fs::read(image.path()).unwrap().iter().all(|b| *b == 0));
+}
+
+#[test]
+fn another_filesystem_is_named_and_left_alone() {
+    let image = Image::of(64 << 20);
+    let file = File::options().write(true).open(image.path()).unwrap();
+    file.write_all_at(b"_BHRfS_M", 0x10040).unwrap();
+    let before = fs::read(image.path()).unwrap();
+    mkfs()
+        .arg(image.path())
+        .assert()
+        .code(1)
+        .stderr(contains("holds btrfs").and(contains("--force")));
+    assert!(fs::read(image.path()).unwrap() == before);
+}
+
+#[test]
+fn an_image_of_another_size_is_left_alone() {
+    let image = Image::of(64 << 20);
+    mkfs()
+        .args(["--size", "128M"])
+        .arg(image.path())
+        .assert()
+        .code(1)
+        .stderr(contains("exists with 64.0 MiB"));
+    assert_eq!(fs::metadata(image.path()).unwrap().len(), 64 << 20);
+}
+
+#[test]
+fn an_image_that_someone_uses_is_refused() {
+    let image = Image::of(64 << 20);
+    let options = cairn_host::OpenOptions::new(cairn_host::Access::ReadWrite);
+    let wait = cairn_host::Wait::none();
+    let _user = cairn_host::FileDevice::open(&image.path(), options, &wait).unwrap();
+    mkfs()
+        .args(["--wait", "0"])
+        .arg(image.path())
+        .assert()
+        .code(1)
+        .stderr(contains("is in use by process"));
+}
+
+#[test]
+fn what_is_no_device_is_refused() {
+    mkfs().arg("/dev/null").assert().code(1).stderr(contains("neither a block device"));
+}
+
+#[test]
+fn a_target_given_twice_is_refused() {
+    let image = Image::of(64 << 20);
+    let other_name = image.dir.path().join(".").join("image");
+    mkfs().arg(image.path()).arg(other_name).assert().code(1).stderr(contains("given twice"));
+}
+
+#[test]
+fn a_date_that_is_no_number_is_refused() {
+    let image = Image::of(64 << 20);
+    mkfs()
+        .env("SOURCE_DATE_EPOCH", "yesterday")
+        .arg(image.path())
+        .assert()
+        .code(1)
+        .stderr(contains("SOURCE_DATE_EPOCH"));
+}
+
+#[test]
+fn the_version_goes_to_standard_output() {
+    mkfs().arg("-V").assert().success().stdout(contains("mkfs.cairn 0."));
+}
