@@ -172,8 +172,8 @@ mod tests {
         };
         let text = table(&Row::new("/mnt", space), false);
         assert!(text.starts_with("/mnt               size      used\n"), "{text}");
-        assert!(text.contains("  data           1.00 GiB  1.00 MiB\n"), "{text}");
-        assert!(text.contains("  compression       1.50x\n"), "{text}");
+        assert!(text.contains("  data         1.00 GiB  1.00 MiB\n"), "{text}");
+        assert!(text.contains("  compression     1.50x\n"), "{text}");
         assert!(!text.contains("available") && !text.contains("reserve"));
     }
 }

@@ -192,7 +192,11 @@ impl fmt::Display for Error {
             Error::Memory => write!(f, "out of memory"),
             Error::NoSpace => write!(f, "no space left in the pool"),
             Error::ReadOnly => write!(f, "the pool is open read-only"),
-            Error::Failed => write!(f, "the pool stopped accepting changes after an error; see the log"),
+            Error::Failed => write!(
+                f,
+                "the pool stopped accepting changes after an error; \
+                 see the log"
+            ),
             Error::Device { device, at, cause } => {
                 write!(f, "device {device} failed at byte {at}: {cause:?}")
             }
@@ -207,23 +211,31 @@ impl fmt::Display for Error {
             }
             Error::Unmapped { addr } => write!(f, "logical address {addr} is in no chunk"),
             Error::NotCairn => write!(f, "not a cairn pool (no label found at either end)"),
-            Error::NoSuperblock => write!(
-                f,
-                "the pool's label is there but none of its superblocks is valid"
-            ),
+            Error::NoSuperblock => {
+                write!(f, "the pool's label is there but none of its superblocks is valid")
+            }
             Error::Truncated { expected, found } => write!(
                 f,
-                "the device has {found} bytes but the pool was made for {expected}; it has been cut off"
+                "the device has {found} bytes but the pool was made for {expected}; \
+                 it has been cut off"
             ),
             Error::Version { found } => {
                 write!(f, "format version {found} is not one this build can read")
             }
             Error::Features { class, unknown } => match class {
                 FeatureClass::Incompat => {
-                    write!(f, "the pool uses features this build does not know (incompat {unknown:#x}); use a newer cairn")
+                    write!(
+                        f,
+                        "the pool uses features this build does not know (incompat \
+                         {unknown:#x}); use a newer cairn"
+                    )
                 }
                 FeatureClass::RoCompat => {
-                    write!(f, "the pool uses features this build can only read (ro-compat {unknown:#x}); mount it read-only or use a newer cairn")
+                    write!(
+                        f,
+                        "the pool uses features this build can only read (ro-compat \
+                         {unknown:#x}); mount it read-only or use a newer cairn"
+                    )
                 }
             },
             Error::MissingDevice { device } => write!(f, "device {device} of the pool is missing"),
@@ -293,7 +305,8 @@ impl fmt::Display for Incident {
         match self {
             Incident::Healed { addr, device, at, rewritten } => write!(
                 f,
-                "bad copy of block {addr} on device {device} at byte {at}: served from another copy{}",
+                "bad copy of block {addr} on device {device} at byte {at}: served from another \
+                 copy{}",
                 if *rewritten { " and repaired" } else { "; the bad copy could not be rewritten" }
             ),
             Incident::Lost { addr, bytes, error } => {
@@ -301,11 +314,13 @@ impl fmt::Display for Incident {
             }
             Incident::FileDamaged { tree, ino, path, offset, error } => write!(
                 f,
-                "file {path} (inode {ino}, subvolume {tree}) cannot be read at byte {offset}: {error}"
+                "file {path} (inode {ino}, subvolume {tree}) cannot be read at byte \
+                 {offset}: {error}"
             ),
             Incident::WentReadOnly { txg, error } => write!(
                 f,
-                "transaction group {txg} could not be written ({error}); the pool is now read-only and keeps the last good state"
+                "transaction group {txg} could not be written ({error}); the pool is now \
+                 read-only and keeps the last good state"
             ),
             Incident::Replayed { records } => {
                 write!(f, "replayed {records} records of the intent log after an unclean shutdown")

@@ -30,6 +30,7 @@ pub use lock_api;
 
 pub mod btree;
 pub mod buf;
+pub mod check;
 pub mod codec;
 pub mod device;
 pub mod engine;

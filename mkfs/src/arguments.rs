@@ -1,8 +1,8 @@
 //! The command line.
 
-use crate::core_api::FormatOptions;
 use cairn_host::parse::{parse_size, parse_uuid, BadSize};
 use clap::{ArgAction, Parser, ValueEnum};
+use fs_core::engine::FormatOptions;
 use fs_core::format::chunk::Profile;
 use fs_core::format::node::NODE_BYTES_ALLOWED;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};

@@ -6,7 +6,6 @@
 //! `--dry-run` does.
 
 mod arguments;
-mod core_api;
 mod rehearsal;
 mod summary;
 mod targets;
@@ -15,7 +14,7 @@ pub use arguments::Arguments;
 
 use cairn_host::{host_platform, parse, FixedClock, LogReport, LogTarget, SeededEntropy};
 use clap::{CommandFactory, Parser};
-use core_api::{format, FormatOptions};
+use fs_core::engine::{format, FormatOptions};
 use fs_core::platform::{DeviceRef, Platform, Timestamp};
 use std::fmt;
 use std::process::ExitCode;

@@ -1,9 +1,9 @@
 //! What was made, for people and for programs.
 
-use crate::core_api::FormatOptions;
 use crate::{Arguments, Failure};
 use cairn_host::parse::{format_size, format_uuid};
 use cairn_host::stored;
+use fs_core::engine::FormatOptions;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::platform::DeviceRef;
 use serde::Serialize;

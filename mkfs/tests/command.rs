@@ -135,3 +135,51 @@ fn a_date_that_is_no_number_is_refused() {
 fn the_version_goes_to_standard_output() {
     mkfs().arg("-V").assert().success().stdout(contains("mkfs.cairn 0."));
 }
+
+#[test]
+fn a_pool_is_made_and_not_made_again_without_force() {
+    let image = Image::none();
+    let made = contains("tank").and(contains("64.0 MiB")).and(contains("dup"));
+    mkfs().args(["-b", "64M", "-L", "tank"]).arg(image.path()).assert().success().stdout(made);
+    let before = fs::read(image.path()).unwrap();
+    assert_eq!(before.len(), 64 << 20);
+    mkfs()
+        .arg(image.path())
+        .assert()
+        .code(1)
+        .stderr(contains("holds a cairn pool labelled 'tank'").and(contains("--force")));
+    assert!(fs::read(image.path()).unwrap() == before);
+    mkfs().args(["-f", "-q"]).arg(image.path()).assert().success().stdout("");
+    assert!(fs::read(image.path()).unwrap() != before);
+}
+
+#[test]
+fn a_seed_makes_the_same_image_again() {
+    let make = |seed: &str| {
+        let image = Image::none();
+        mkfs().args(["-q", "-b", "32M", "--seed", seed]).arg(image.path()).assert().success();
+        fs::read(image.path()).unwrap()
+    };
+    let first = make("one");
+    assert!(first == make("one"));
+    assert!(first != make("two"));
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_made_and_makes_nothing() {
+    let image = Image::none();
+    let output = mkfs()
+        .args(["-n", "--json", "-b", "64M", "-U", "6f1c5a1e-0000-4000-8000-0123456789ab"])
+        .arg(image.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["id"], "6f1c5a1e-0000-4000-8000-0123456789ab");
+    assert_eq!(json["devices"][0]["bytes"], 64 << 20);
+    assert_eq!(json["dry_run"], true);
+    assert!(!image.path().exists());
+    let image = Image::of(64 << 20);
+    mkfs().arg("-n").arg(image.path()).assert().success().stdout(contains("nothing was written"));
+    assert!(fs::read(image.path()).unwrap().iter().all(|b| *b == 0));
+}

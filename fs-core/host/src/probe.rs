@@ -62,7 +62,7 @@ pub fn cairn_label(device: &dyn Device) -> Option<Signature> {
     let areas = crate::stored::read_areas(device);
     let label = crate::stored::best_label(&areas)?;
     Some(Signature {
-        kind: "cairn pool".into(),
+        kind: "a cairn pool".into(),
         label: label_name(label),
         id: Some(crate::parse::format_uuid(&label.pool_id)),
     })

@@ -54,7 +54,7 @@ impl Tree {
             return Ok(*self);
         }
         let batch = Batch { sink, tree: self.id, edits };
-        let root = self.load_root(sink)?;
+        let root = self.load_root(sink.as_source())?;
         let Some(top) = batch.rebuild(root.as_ref())? else { return Ok(*self) };
         let root = match top {
             Top::Nodes(nodes) => batch.grow(nodes)?,
@@ -179,7 +179,7 @@ impl Batch<'_> {
             for parent in &parents {
                 self.prefetch(parent);
                 for touch in &parent.touched {
-                    let child = parent.place.load_child(self.sink, touch.slot)?;
+                    let child = parent.place.load_child(self.sink.as_source(), touch.slot)?;
                     next.push(self.divide(child, touch.edits.clone()));
                 }
             }
@@ -280,7 +280,7 @@ impl Batch<'_> {
     fn collapse(&self, mut ptr: BlockPtr) -> Result<BlockPtr> {
         while ptr.level > 0 {
             let tree = Tree { id: self.tree, root: Some(ptr) };
-            match tree.load_root(self.sink)? {
+            match tree.load_root(self.sink.as_source())? {
                 Some(root) if root.node.count() == 1 => {
                     self.sink.free(self.tree, &ptr);
                     ptr = root.node.child(0);
@@ -307,7 +307,7 @@ impl<'a, 'w> Row<'a, 'w> {
 
     fn rebuild_leaf(&mut self, touch: &Touch) -> Result<()> {
         let batch = self.writer.batch;
-        let place = self.parent.load_child(batch.sink, touch.slot)?;
+        let place = self.parent.load_child(batch.sink.as_source(), touch.slot)?;
         if !batch.changes_leaf(Some(&place.node), touch.edits.clone()) {
             return Ok(());
         }
@@ -352,7 +352,8 @@ impl<'a, 'w> Row<'a, 'w> {
     /// While the run is sparse, adds the unchanged nodes on its right that stand before `limit`.
     fn take_in_right(&mut self, run: &mut Run, limit: usize) -> Result<()> {
         while run.is_sparse(self.writer.capacity) && run.slots.end < limit {
-            let place = self.parent.load_child(self.writer.batch.sink, run.slots.end)?;
+            let place =
+                self.parent.load_child(self.writer.batch.sink.as_source(), run.slots.end)?;
             run.push_whole(self.writer.batch, &place.node)?;
             run.slots.end += 1;
         }
@@ -363,7 +364,8 @@ impl<'a, 'w> Row<'a, 'w> {
     fn take_in_left(&mut self, run: &mut Run) -> Result<()> {
         let limit = self.changes.last().map_or(0, |change| change.slots.end);
         while run.is_sparse(self.writer.capacity) && run.slots.start > limit {
-            let place = self.parent.load_child(self.writer.batch.sink, run.slots.start - 1)?;
+            let place =
+                self.parent.load_child(self.writer.batch.sink.as_source(), run.slots.start - 1)?;
             run.push_whole(self.writer.batch, &place.node)?;
             run.items.rotate_right(place.node.count());
             run.slots.start -= 1;

@@ -77,6 +77,9 @@ pub trait NodeSource: Send + Sync {
 
 /// How a batch writes the nodes of one transaction group.
 pub trait NodeSink: NodeSource {
+    /// The sink as what it reads from. Rust 1.85 does not do this conversion by itself.
+    fn as_source(&self) -> &dyn NodeSource;
+
     /// The group.
     fn txg(&self) -> Txg;
 

@@ -100,6 +100,9 @@ impl NodeSource for Store {
 }
 
 impl NodeSink for Store {
+    fn as_source(&self) -> &dyn NodeSource {
+        self
+    }
     fn txg(&self) -> Txg {
         Txg(*self.txg.lock())
     }

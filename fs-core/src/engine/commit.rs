@@ -16,8 +16,7 @@ use crate::subvol::inode::Inode;
 use crate::subvol::store::{GroupDebts, Result};
 use crate::subvol::store::View;
 use crate::subvol::{DataDelta, Subvol};
-use crate::txg::slot;
-use crate::units::{sector_round, TreeId, Txg};
+use crate::units::{TreeId, Txg};
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -127,7 +126,7 @@ impl Engine {
             pool_edits.push((key, Edit::Put(item.to_bytes().to_vec())));
             written.push(part);
         }
-        pool_edits.sort_by_key(|(key, _)| *key);
+        pool_edits.sort_unstable_by_key(|(key, _)| *key);
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
@@ -145,7 +144,11 @@ impl Engine {
                 tasks.extend(data::tasks(subvol, inode, &inode.state.read(), txg, false));
             }
         }
-        data::write_tasks(&self.store, &tasks)
+        data::write_tasks(&self.store, &tasks)?;
+        for run in self.store.take_spare(txg) {
+            self.store.space.free(run, txg);
+        }
+        Ok(())
     }
 
     fn write_pool_trees(
@@ -166,18 +169,20 @@ impl Engine {
         }
         let pool = old.pool.apply(sink, pool_edits)?;
         if let Some(residue) = &old.residue {
-            store.space.free(run_of(residue), txg);
+            store.space.free(residue_run(residue, store.node_bytes), txg);
         }
 
         self.log.begin(store, txg);
+        // What operations reserved has been spent, but for what they overestimated.
+        drop(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
         store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
         let space_tree = store.space_view().tree;
         let need = self.space_tree_bytes(&space_tree, txg);
         store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
-        store.space.seal_chunks(txg);
-        let chunk_edits = to_edits(store.pool.take_chunk_edits(txg));
+        let chunk_edits = store.space.seal_chunks(txg, || store.pool.take_chunk_edits(txg));
+        let chunk_edits = to_edits(chunk_edits);
         let chunk = old.chunk.apply(sink, &chunk_edits)?;
         let mut dead_nodes = sink.take_freed();
         for run in &dead_nodes {
@@ -208,9 +213,10 @@ impl Engine {
 
     fn write_residue(&self, sink: &GroupSink<'_>, txg: Txg) -> Result<(BlockPtr, Residue)> {
         let space = &self.store.space;
-        // The block's own run is part of what it says: room for two more items.
+        // The block's own run is part of what it says: room for two more items. Metadata is
+        // allocated in whole nodes, so that holes fit nodes.
         let bytes = space.residue(txg).encoded_bytes() as u64 + 64;
-        let want = sector_round(bytes);
+        let want = bytes.next_multiple_of(self.store.node_bytes as u64);
         let run = space.allocate(ChunkKind::Metadata, want, want, txg, &*self.store)?;
         let residue = space.residue(txg);
         let encoded = residue.encode(txg.0);
@@ -280,8 +286,6 @@ impl Engine {
         store.intents.published(txg);
         self.log.published(store, txg);
         self.settle_promises();
-        let kept = core::mem::take(&mut *self.reserved[slot(txg)].lock());
-        drop(kept);
         store.groups.publish(txg);
         self.release_views(committer);
     }
@@ -316,8 +320,9 @@ const CHUNK_TREE_BYTES: u64 = 8 * 65536;
 /// Bytes set aside for the residue block.
 const RESIDUE_BYTES: u64 = 256 << 10;
 
-fn run_of(ptr: &BlockPtr) -> Run {
-    Run { addr: ptr.addr, bytes: ptr.allocated() }
+/// The run of a residue block: whole nodes, though its pointer says fewer bytes.
+fn residue_run(ptr: &BlockPtr, node_bytes: usize) -> Run {
+    Run { addr: ptr.addr, bytes: ptr.allocated().next_multiple_of(node_bytes as u64) }
 }
 
 fn to_edits(items: Vec<(Key, Option<Vec<u8>>)>) -> Vec<(Key, Edit)> {
@@ -331,7 +336,7 @@ fn to_edits(items: Vec<(Key, Option<Vec<u8>>)>) -> Vec<(Key, Edit)> {
 /// Sets aside what group `txg` made of each inode it changed.
 fn capture(subvol: &Subvol, txg: Txg) -> Vec<Arc<Inode>> {
     let mut dirty = subvol.take_dirty(txg);
-    dirty.sort_by_key(|inode| inode.ino);
+    dirty.sort_unstable_by_key(|inode| inode.ino);
     for inode in &dirty {
         inode.state.write().capture(txg);
     }
@@ -362,7 +367,7 @@ fn write_subvol(
         delta.add(resolved.delta);
         inodes.push((inode, resolved.stored_bytes, resolved.promised_bytes));
     }
-    edits.sort_by_key(|(key, _)| *key);
+    edits.sort_unstable_by_key(|(key, _)| *key);
     let tree = view.tree.apply(sink, &edits)?;
     Ok((WrittenSubvol { subvol, tree, inodes }, delta))
 }

@@ -221,6 +221,11 @@ fn prepare(store: &Store, settings: &DataSettings, window: &Window) -> Result<Pr
             return Ok(Prepared::Packed { data: buf.into_slice(), stored, checksum });
         }
     }
+    Ok(prepare_plain(store, settings, window))
+}
+
+fn prepare_plain(store: &Store, settings: &DataSettings, window: &Window) -> Prepared {
+    let codecs = &*store.platform.codecs;
     let width = settings.checksum.bytes();
     let mut checksums = Vec::with_capacity((window.len / SECTOR_BYTES) as usize * width);
     for slice in &window.slices {
@@ -229,7 +234,7 @@ fn prepare(store: &Store, settings: &DataSettings, window: &Window) -> Result<Pr
             checksums.extend_from_slice(&sum[..width]);
         }
     }
-    Ok(Prepared::Plain { checksums })
+    Prepared::Plain { checksums }
 }
 
 fn gather(slices: &[Slice], len: usize) -> Result<Buf> {
@@ -253,33 +258,31 @@ fn total_bytes(windows: &[Window], prepared: &[Prepared]) -> u64 {
         .sum()
 }
 
-/// Hands out addresses for a batch, following each other as far as free space allows.
+/// Hands out addresses for a batch, following each other as far as free space allows. What is left
+/// of a run that was too short for a blob is kept for the rest of the group.
 struct Taker<'a> {
     store: &'a Store,
     txg: Txg,
-    run: Option<Run>,
+    spare: Vec<Run>,
     /// Bytes of the batch that have no address yet.
     wanted: u64,
 }
 
 impl<'a> Taker<'a> {
     fn new(store: &'a Store, txg: Txg, wanted: u64) -> Taker<'a> {
-        Taker { store, txg, run: None, wanted }
+        Taker { store, txg, spare: store.take_spare(txg), wanted }
     }
 
     /// Up to `bytes`, at least one sector; all of them when `whole`.
     fn take(&mut self, bytes: u64, whole: bool) -> Result<Run> {
-        let enough = |run: &Run| !whole || run.bytes >= bytes;
-        let run = match self.run.take_if(|run| enough(run)) {
-            Some(run) => run,
-            None => {
-                self.give_back();
-                self.allocate(bytes, whole)?
-            }
+        let fits = |run: &Run| !whole || run.bytes >= bytes;
+        let run = match self.spare.iter().position(fits) {
+            Some(index) => self.spare.swap_remove(index),
+            None => self.allocate(bytes, whole)?,
         };
         let used = Run { addr: run.addr, bytes: bytes.min(run.bytes) };
         if used.bytes < run.bytes {
-            self.run = Some(Run { addr: used.end(), bytes: run.bytes - used.bytes });
+            self.spare.push(Run { addr: used.end(), bytes: run.bytes - used.bytes });
         }
         self.wanted = self.wanted.saturating_sub(used.bytes);
         Ok(used)
@@ -290,24 +293,20 @@ impl<'a> Taker<'a> {
         let want = self.wanted.max(bytes);
         let good = if whole { bytes } else { want.min(256 << 10) };
         let least = if whole { bytes } else { SECTOR_BYTES };
-        match store.space.allocate(ChunkKind::Data, want, good, self.txg, store) {
-            Err(Error::NoSpace) if least < good => {
-                store.space.allocate(ChunkKind::Data, want, least, self.txg, store)
-            }
+        let take = |least| store.space.allocate(ChunkKind::Data, want, least, self.txg, store);
+        let run = match take(good) {
+            Err(Error::NoSpace) if least < good => take(least),
             other => other,
-        }
-    }
-
-    fn give_back(&mut self) {
-        if let Some(run) = self.run.take() {
-            self.store.add_garbage(self.txg, alloc::vec![run]);
-        }
+        }?;
+        // At once: whether a further chunk may be made depends on what is still reserved.
+        store.spend(self.txg, run.bytes, 0);
+        Ok(run)
     }
 }
 
 impl Drop for Taker<'_> {
     fn drop(&mut self) {
-        self.give_back();
+        self.store.keep_spare(self.txg, core::mem::take(&mut self.spare));
     }
 }
 
@@ -324,7 +323,14 @@ fn place(
     let settings = tasks[window.task].settings;
     match ready {
         Prepared::Packed { data, stored, checksum } => {
-            let run = taker.take(data.len() as u64, true)?;
+            let run = match taker.take(data.len() as u64, true) {
+                // Room is there, but in pieces: sectors fit anywhere.
+                Err(Error::NoSpace) => {
+                    let plain = prepare_plain(taker.store, &settings, window);
+                    return place(taker, tasks, index, window, &plain, writes, extents);
+                }
+                run => run?,
+            };
             writes.push(RunWrite { addr: run.addr, bufs: alloc::vec![data.clone()] });
             let blob = Blob {
                 addr: run.addr,

@@ -41,7 +41,6 @@ use crate::space::{Class, Reservation};
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::Subvol;
 use crate::sync::{Mutex, RwLock};
-use crate::txg::{slot, SLOTS};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
@@ -83,7 +82,6 @@ pub struct Engine {
     committer: Mutex<commit::Committer>,
     log: log::Log,
     reclaim: Mutex<VecDeque<(TreeId, Ino)>>,
-    reserved: [Mutex<Vec<Reservation>>; SLOTS],
     /// Room that fallocate promised.
     promised: Mutex<Option<Reservation>>,
     /// Uptime at which the open group gets old.
@@ -213,11 +211,7 @@ impl Engine {
 
     /// Keeps an operation's reservation until the group it entered is published.
     pub fn keep(&self, txg: Txg, reservation: Reservation) {
-        let mut kept = self.reserved[slot(txg)].lock();
-        match kept.iter_mut().find(|all| all.class() == reservation.class()) {
-            Some(all) => all.join(reservation),
-            None => kept.push(reservation),
-        }
+        self.store.keep(txg, reservation);
     }
 
     /// Keeps as much room reserved as files have been promised by the published group.

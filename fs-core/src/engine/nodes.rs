@@ -66,6 +66,10 @@ impl NodeSource for GroupSink<'_> {
 }
 
 impl NodeSink for GroupSink<'_> {
+    fn as_source(&self) -> &dyn NodeSource {
+        self
+    }
+
     fn txg(&self) -> Txg {
         self.txg
     }
@@ -80,6 +84,7 @@ impl NodeSink for GroupSink<'_> {
         while places.len() < count {
             let want = (count - places.len()) as u64 * node;
             let run = self.store.space.allocate(kind, want, node, self.txg, self.store)?;
+            self.store.spend(self.txg, 0, run.bytes);
             let whole = run.bytes / node;
             places.extend((0..whole).map(|index| Logical(run.addr.0 + index * node)));
             let rest = run.bytes % node;

@@ -166,7 +166,6 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         committer: Mutex::new(Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::new(VecDeque::new()),
-        reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
         promised: Mutex::new(None),
         commit_due_ns: AtomicU64::new(platform.clock.uptime_ns().saturating_add(commit_ns)),
         commit_ns,
@@ -229,7 +228,7 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
         used.insert(key.offset, summary.used_sectors);
     }
     for chunk in store.pool.chunks() {
-        let sectors = used.get(&chunk.logical.0).copied().unwrap_or(0);
+        let sectors = used.get(&chunk.logical.0).copied();
         store.space.add_chunk(&chunk, sectors)?;
     }
     if let Some(ptr) = &superblock.residue {

@@ -124,7 +124,7 @@ fn a_full_pool_says_so_and_lets_files_be_removed() {
         }
         assert!(at < 64 << 20);
     };
-    assert_eq!(error.errno(), Errno::NoSpc);
+    assert_eq!(error.errno(), Errno::NoSpc, "{:?}", test.incidents.take());
     assert!(at > 6 << 20, "only {at} bytes fit");
     fs.sync().unwrap();
     fs.forget(file, 1);

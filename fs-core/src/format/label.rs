@@ -9,9 +9,11 @@
 //! first 4 KiB, and from 64 KiB on the ring of superblocks (`superblock`). Both areas hold the same.
 //! The first 4 KiB of the device are zero, so that nothing else is recognised there.
 
-use super::{rule, BadBytes, DiskField, FORMAT_VERSION};
+use super::{rule, BadBytes, DiskField, Skipped, FORMAT_VERSION};
 use crate::disk_struct;
 use crate::units::{align_down, Physical, SECTOR_BYTES};
+use alloc::vec;
+use alloc::vec::Vec;
 
 /// Offset of the first label area.
 pub const LABEL_AREA_0: u64 = 64 << 10;
@@ -69,7 +71,7 @@ disk_struct! {
         /// Counts rewrites; of two valid labels the greater is right.
         0x088 sequence: u64,
         /// Reserved.
-        0x090 reserved: [u8; 3920],
+        0x090 reserved: Skipped<3920>,
         /// BLAKE3-256 of all bytes before this field.
         0xfe0 checksum: [u8; 32],
     }
@@ -100,15 +102,16 @@ impl Label {
     fn check(&self) -> Result<(), BadBytes> {
         rule(u64::from(self.sector_bytes) == SECTOR_BYTES, "label with another sector size")?;
         rule(
-            self.reserved0 == [0; 6] && self.reserved == [0; 3920],
+            self.reserved0 == [0; 6] && self.reserved.is_zero(),
             "reserved field of a label is not zero",
         )?;
         rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")
     }
 
     /// The label as bytes, its checksum computed.
-    pub fn encode(&self) -> [u8; Label::BYTES] {
-        let mut bytes = self.to_bytes();
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![0; Label::BYTES];
+        self.put(&mut bytes);
         let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
         bytes[0xfe0..].copy_from_slice(&checksum);
         bytes

@@ -68,6 +68,57 @@ impl<const N: usize> DiskField for [u8; N] {
     }
 }
 
+/// Bytes of a structure that its Rust value does not hold, so that the value stays small enough for
+/// a kernel stack. They are written as zeros; of what was read, only whether all were zero is kept.
+///
+/// For long reserved fields, and for fields whose content is read in place ([`place_of`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Skipped<const N: usize> {
+    is_zero: bool,
+}
+
+impl<const N: usize> Skipped<N> {
+    /// The field as it is written.
+    pub const ZEROS: Skipped<N> = Skipped { is_zero: true };
+
+    /// Whether all bytes that were read are zero.
+    pub fn is_zero(self) -> bool {
+        self.is_zero
+    }
+}
+
+impl<const N: usize> DiskField for Skipped<N> {
+    const BYTES: usize = N;
+    const NAME: &'static str = "bytes";
+    fn get(bytes: &[u8]) -> Self {
+        Skipped { is_zero: bytes.iter().all(|byte| *byte == 0) }
+    }
+    fn put(&self, bytes: &mut [u8]) {
+        bytes.fill(0);
+    }
+}
+
+/// Where the field of that name is in a structure; for constants, since a wrong name panics.
+pub(crate) const fn place_of(fields: &[FieldDoc], name: &str) -> core::ops::Range<usize> {
+    let mut index = 0;
+    while index < fields.len() {
+        let field = &fields[index];
+        if is_same(field.name.as_bytes(), name.as_bytes()) {
+            return field.offset..field.offset + field.bytes;
+        }
+        index += 1;
+    }
+    panic!("no field of that name")
+}
+
+const fn is_same(a: &[u8], b: &[u8]) -> bool {
+    let mut index = 0;
+    while index < a.len() && index < b.len() && a[index] == b[index] {
+        index += 1;
+    }
+    index == a.len() && index == b.len()
+}
+
 /// One row of a structure's table in the specification.
 #[derive(Clone, Copy, Debug)]
 pub struct FieldDoc {

@@ -1,8 +1,8 @@
 //! Tree nodes: layout, building and validation.
 //!
 //! ```text
-//! leaf:      header | item heads, ascending keys ->   zeros   <- values, that of the first item
-//! last interior:  header | entries: key, block pointer, ascending ->  zeros
+//! leaf:      header | item heads, ascending keys ->   zeros   <- values, the first item's last
+//! interior:  header | entries: key, block pointer, ascending ->  zeros
 //! ```
 //!
 //! The layout is canonical: the first item's value ends at the end of the node, the value of item

@@ -1,7 +1,7 @@
 //! Items of the pool tree.
 
 use super::ptr::{encode_optional, BlockPtr};
-use super::{rule, BadBytes, DiskField};
+use super::{rule, BadBytes, DiskField, Skipped};
 use crate::disk_struct;
 use crate::units::Txg;
 
@@ -39,7 +39,7 @@ disk_struct! {
         /// Group of the newest snapshot; 0 when there is none.
         0xa0 snapshot_txg: u64,
         /// Reserved for names, times, quotas and the content hash.
-        0xa8 reserved: [u8; 344],
+        0xa8 reserved: Skipped<344>,
     }
 }
 
@@ -57,7 +57,7 @@ impl SubvolItem {
         rule(bytes.len() == SubvolItem::BYTES, "subvolume item of the wrong length")?;
         let item = <SubvolItem as DiskField>::get(bytes);
         rule(
-            item.reserved0 == [0; 5] && item.flags == 0 && item.reserved == [0; 344],
+            item.reserved0 == [0; 5] && item.flags == 0 && item.reserved.is_zero(),
             "reserved field of a subvolume is not zero",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;

@@ -6,11 +6,13 @@
 
 use super::chunk::{Chunk, ChunkHeader, StripeItem};
 use super::ptr::{encode_optional, BlockPtr};
-use super::{features, rule, BadBytes, DiskField, FORMAT_VERSION};
+use super::{features, place_of, rule, BadBytes, DiskField, Skipped, FORMAT_VERSION};
 use crate::disk_struct;
 use crate::error::{Error, FeatureClass};
 use crate::units::{Logical, Txg, SECTOR_BYTES};
+use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 /// Magic of a superblock.
 pub const SUPERBLOCK_MAGIC: [u8; 8] = *b"cairn\xf5\x0fS";
@@ -85,15 +87,18 @@ disk_struct! {
         /// Bytes in use by metadata and system chunks, one copy counted, for information.
         0x248 metadata_used: u64,
         /// Reserved.
-        0x250 reserved1: [u8; 432],
+        0x250 reserved1: Skipped<432>,
         /// Embedded system chunks: for each its logical address and its CHUNK value.
-        0x400 system: [u8; 2048],
+        0x400 system: Skipped<2048>,
         /// Reserved.
-        0xc00 reserved2: [u8; 992],
+        0xc00 reserved2: Skipped<992>,
         /// BLAKE3-256 of all bytes before this field.
         0xfe0 checksum: [u8; 32],
     }
 }
+
+/// Where the embedded system chunks are.
+const SYSTEM: Range<usize> = place_of(SuperblockRaw::FIELDS, "system");
 
 /// Where the intent log goes on after the published group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,7 +191,7 @@ impl Superblock {
         if unknown != 0 {
             return Err(Error::Features { class: FeatureClass::Incompat, unknown });
         }
-        Superblock::from_raw(&raw).map_err(|bad| bad.at(Logical(0)))
+        Superblock::from_raw(&raw, &bytes[SYSTEM]).map_err(|bad| bad.at(Logical(0)))
     }
 
     /// Unknown ro-compat bits: writing is forbidden when there are any.
@@ -194,11 +199,11 @@ impl Superblock {
         self.features[1] & !features::RO_COMPAT_KNOWN
     }
 
-    fn from_raw(raw: &SuperblockRaw) -> Result<Superblock, BadBytes> {
+    fn from_raw(raw: &SuperblockRaw, system: &[u8]) -> Result<Superblock, BadBytes> {
         let txg = Txg(raw.txg);
         rule(raw.txg != 0, "superblock of group zero")?;
         rule(
-            raw.reserved0 == 0 && raw.reserved1 == [0; 432] && raw.reserved2 == [0; 992],
+            raw.reserved0 == 0 && raw.reserved1.is_zero() && raw.reserved2.is_zero(),
             "reserved field of a superblock is not zero",
         )?;
         rule(matches!(raw.node_bytes, 16384 | 32768 | 65536), "node size out of range")?;
@@ -263,13 +268,14 @@ impl Superblock {
             log,
             data_used: raw.data_used,
             metadata_used: raw.metadata_used,
-            system_chunks: decode_system(&raw.system, raw.system_chunks)?,
+            system_chunks: decode_system(system, raw.system_chunks)?,
         })
     }
 
     /// The superblock as bytes, its checksum computed.
-    pub fn encode(&self) -> [u8; SuperblockRaw::BYTES] {
-        let mut raw = <SuperblockRaw as DiskField>::get(&[0; SuperblockRaw::BYTES]);
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![0; SuperblockRaw::BYTES];
+        let mut raw = <SuperblockRaw as DiskField>::get(&bytes);
         raw.magic = SUPERBLOCK_MAGIC;
         raw.version = FORMAT_VERSION;
         raw.node_bytes = self.node_bytes;
@@ -307,24 +313,28 @@ impl Superblock {
             self.system_chunks.len()
         );
         raw.system_chunks = self.system_chunks.len() as u8;
-        let mut at = 0;
-        for chunk in &self.system_chunks {
-            raw.system[at..at + 8].copy_from_slice(&chunk.logical.0.to_le_bytes());
-            let value = chunk.encode();
-            raw.system[at + 8..at + 8 + value.len()].copy_from_slice(&value);
-            at += 8 + value.len();
-        }
-        let mut bytes = raw.to_bytes();
+        raw.put(&mut bytes);
+        encode_system(&self.system_chunks, &mut bytes[SYSTEM]);
         let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
         bytes[0xfe0..].copy_from_slice(&checksum);
         bytes
     }
 }
 
-fn decode_system(bytes: &[u8; 2048], count: u8) -> Result<Vec<Chunk>, BadBytes> {
+fn encode_system(chunks: &[Chunk], bytes: &mut [u8]) {
+    let mut at = 0;
+    for chunk in chunks {
+        bytes[at..at + 8].copy_from_slice(&chunk.logical.0.to_le_bytes());
+        let value = chunk.encode();
+        bytes[at + 8..at + 8 + value.len()].copy_from_slice(&value);
+        at += 8 + value.len();
+    }
+}
+
+fn decode_system(bytes: &[u8], count: u8) -> Result<Vec<Chunk>, BadBytes> {
     rule(count as usize <= SYSTEM_CHUNKS_MAX, "too many system chunks")?;
     let mut chunks = Vec::with_capacity(count as usize);
-    let mut rest: &[u8] = bytes;
+    let mut rest = bytes;
     for _ in 0..count {
         rule(rest.len() >= 8 + ChunkHeader::BYTES, "system chunk cut off")?;
         let (addr, tail) = rest.split_at(8);

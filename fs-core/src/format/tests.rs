@@ -1,7 +1,7 @@
 //! Encoding and decoding are inverse; random bytes never panic.
 
 use super::*;
-use crate::units::{Ino, Logical, TreeId, Txg, SECTOR_BYTES};
+use crate::units::{Ino, Logical, Physical, TreeId, Txg, SECTOR_BYTES};
 use proptest::prelude::*;
 
 proptest! {
@@ -119,5 +119,113 @@ proptest! {
             record.encode_to(&mut again);
             prop_assert_eq!(&again[..], &bytes[..len]);
         }
+    }
+}
+
+fn label() -> label::Label {
+    label::Label {
+        magic: label::LABEL_MAGIC,
+        version: FORMAT_VERSION,
+        sector_bytes: 4096,
+        pool_id: [7; 16],
+        device_id: [8; 16],
+        device_index: 0,
+        reserved0: [0; 6],
+        device_bytes: 64 << 20,
+        name: [b'n'; 64],
+        written: -1,
+        sequence: 3,
+        reserved: Skipped::ZEROS,
+        checksum: [0; 32],
+    }
+}
+
+fn superblock() -> superblock::Superblock {
+    let system = chunk::Chunk {
+        logical: Logical(1 << 20),
+        length: 1 << 20,
+        birth: Txg(1),
+        kind: chunk::ChunkKind::System,
+        profile: chunk::Profile::Single,
+        stripes: alloc::vec![chunk::Stripe { device: 0, physical: Physical(label::DATA_START) }],
+    };
+    superblock::Superblock {
+        txg: Txg(5),
+        written: 1,
+        pool_id: [7; 16],
+        features: [4, 0, 0],
+        hash_secret: [9; 16],
+        node_bytes: 16384,
+        device_count: 1,
+        data_profile: chunk::Profile::Single,
+        metadata_profile: chunk::Profile::Dup,
+        clean: true,
+        next_chunk: Logical(1 << 30),
+        chunk_bytes: 1 << 20,
+        next_subvol: 257,
+        default_subvol: 256,
+        pool_root: None,
+        chunk_root: None,
+        space_root: None,
+        refs_root: None,
+        dead_root: None,
+        residue: None,
+        log: None,
+        data_used: 1,
+        metadata_used: 2,
+        system_chunks: alloc::vec![system],
+    }
+}
+
+fn is_corrupt<T>(result: &Result<T, crate::error::Error>) -> bool {
+    matches!(result, Err(crate::error::Error::Corrupt { .. }))
+}
+
+/// Puts the right checksum after a change, so that a decoder comes to its other checks.
+fn seal(bytes: &mut [u8]) {
+    let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
+    bytes[0xfe0..].copy_from_slice(&checksum);
+}
+
+#[test]
+fn a_label_reads_back_as_it_was_written() {
+    let bytes = label().encode();
+    let mut read = label::Label::decode(&bytes).unwrap();
+    assert_eq!(read.checksum, bytes[0xfe0..]);
+    read.checksum = [0; 32];
+    assert_eq!(read, label());
+}
+
+#[test]
+fn a_superblock_reads_back_as_it_was_written() {
+    let bytes = superblock().encode();
+    assert_eq!(superblock::Superblock::decode(&bytes), Ok(superblock()));
+}
+
+proptest! {
+    #[test]
+    fn a_changed_byte_of_a_label_or_superblock_is_noticed(at in 0usize..4096, flip in 1u8..) {
+        let mut bytes = label().encode();
+        bytes[at] ^= flip;
+        prop_assert!(label::Label::decode(&bytes).is_err());
+        let mut bytes = superblock().encode();
+        bytes[at] ^= flip;
+        prop_assert!(superblock::Superblock::decode(&bytes).is_err());
+    }
+
+    #[test]
+    fn bytes_in_the_reserved_end_are_refused_even_with_a_right_checksum(
+        at in 0xc00usize..0xfe0, value in 1u8..,
+    ) {
+        let mut bytes = label().encode();
+        bytes[at] = value;
+        seal(&mut bytes);
+        let refused = label::Label::decode(&bytes);
+        prop_assert!(is_corrupt(&refused));
+        let mut bytes = superblock().encode();
+        bytes[at] = value;
+        seal(&mut bytes);
+        let refused = superblock::Superblock::decode(&bytes);
+        prop_assert!(is_corrupt(&refused));
     }
 }

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! - Only [`Space::release`] makes a sector reusable: its group is published and no reader holds an
-//!   older root. No exception for what was taken and freed by one group: the intent log may name it.
+//!   older root. No exception for what was taken and freed by one group: the intent log may name
+//!   it.
 //! - So within a group a sector is taken at most once and freed at most once, in this order, and
 //!
 //! ```text
@@ -23,15 +24,15 @@
 //! # The cut
 //!
 //! The space tree is written by the group whose space it describes. [`Space::cut`] draws a line:
-//! *tree(n)*, the tree of group *n*, holds what was taken and freed before it; what comes after (the
-//! nodes of the space tree itself) is the *residue(n)*. With "+" as in (2):
+//! *tree(n)*, the tree of group *n*, holds what was taken and freed before it; what comes after
+//! (the nodes of the space tree itself) is the *residue(n)*. With "+" as in (2):
 //!
 //! ```text
 //! used(n) = tree(n) + residue(n)        tree(n) = tree(n - 1) + residue(n - 1) + before_cut(n)
 //! ```
 //!
-//! Space taken before the cut and freed after it is in the tree and, as freed, in the residue. Space
-//! taken and freed after the cut is in neither; it is pending all the same.
+//! Space taken before the cut and freed after it is in the tree and, as freed, in the residue.
+//! Space taken and freed after the cut is in neither; it is pending all the same.
 //!
 //! # Bitmaps in memory
 //!
@@ -44,48 +45,50 @@
 //!
 //! where *p* is the published group; "unreleased" includes what is being discarded. All three are
 //! unions, so it does not matter in which order they are built up. (What unpublished groups freed
-//! is in the first or the second part.) So a bitmap may be evicted at any time, and rebuilt whenever
-//! the lists are seen together with the tree they belong to. Every event keeps (3) for the bitmaps
-//! that are in memory:
+//! is in the first or the second part.) So a bitmap may be evicted at any time, and rebuilt
+//! whenever the lists are seen together with the tree they belong to. Every event keeps (3) for the
+//! bitmaps that are in memory:
 //!
 //! - *allocate, take*: the sectors enter a group's list and the bitmap in one step under the lock.
 //! - *free*: what is freed is in (3) already, through its first or second part; the bitmap stays.
 //! - *cut*: the group's list is divided in two; both halves count. Nothing changes.
-//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, so it gains *taken(n)* and
-//!   loses *freed(n)*; *taken(n)* leaves the second part, *freed(n)* enters the third. By (2) the
-//!   union is the same: nothing changes.
-//! - *release*: the ranges leave `pending` for `releasing`, both in the third part. After the discard
-//!   each batch leaves `releasing` and is cleared in the bitmaps in one step under the lock. It is
-//!   in no other part: nobody used it since it was freed, and it could not be taken again.
+//! - *published*: the first part changes from *used(n - 1)* to *used(n)*, so it gains *taken(n)*
+//!   and loses *freed(n)*; *taken(n)* leaves the second part, *freed(n)* enters the third. By (2)
+//!   the union is the same: nothing changes.
+//! - *release*: the ranges leave `pending` for `releasing`, both in the third part. After the
+//!   discard each batch leaves `releasing` and is cleared in the bitmaps in one step under the
+//!   lock. It is in no other part: nobody used it since it was freed, and it could not be taken
+//!   again.
 //! - *chunk dropped*: none of its sectors is in (3); it leaves with its bitmaps.
 //!
 //! A load reads the published tree *without* the lock, because that is I/O. It notes the number of
 //! publications before it reads and compares under the lock after: if it is the same, no swap of
 //! roots lies between, so the bitmap read is of the tree to which the lists, now, belong; they are
-//! joined to (3) in that same step. If not, the load is thrown away and repeated. [`Space::published`]
-//! swaps roots and lists in one step under the lock.
+//! joined to (3) in that same step. If not, the load is thrown away and repeated.
+//! [`Space::published`] swaps roots and lists in one step under the lock.
 //!
 //! # Searching
 //!
-//! Next fit with one cursor per kind, so that allocations in a row are contiguous; in chunks that are
-//! nearly full rather than empty, so that empty ones can be dropped. A run never crosses a region
-//! boundary, so the largest is [`REGION_BYTES`]. When no chunk in sight has a run as long as wanted, a
-//! chunk is created if promises allow; else the longest run there is will do. See `chunk`.
+//! Next fit with one cursor per kind, so that allocations in a row are contiguous; in chunks that
+//! are nearly full rather than empty, so that empty ones can be dropped. A run never crosses a
+//! region boundary, so the largest is [`REGION_BYTES`]. When no chunk in sight has a run as long as
+//! wanted, a chunk is created if promises allow; else the longest run there is will do. See
+//! `chunk`.
 //!
 //! # Chunks
 //!
 //! A group may only use chunks that are in its chunk tree. The chunk tree of group *n* is closed by
-//! [`Space::seal_chunks`], after [`Space::drop_empty`] and [`Space::ensure_free`] saw to it that the
-//! rest of its commit needs no further chunk. Chunks are created in the name of the oldest group that
-//! is not sealed, whoever asks.
+//! [`Space::seal_chunks`], after [`Space::drop_empty`] and [`Space::ensure_free`] saw to it that
+//! the rest of its commit needs no further chunk. Chunks are created in the name of the oldest
+//! group that is not sealed, whoever asks.
 //!
 //! # Locking
 //!
-//! One lock, held for a few hundred instructions by most calls and for a batch by `release`. Under it
-//! the [`ChunkSource`] is asked to create and drop chunks and for its unallocated bytes, and the swap
-//! of [`Space::published`] runs; neither may call back. No I/O is done under it: bitmaps are read and
-//! discards sent without it. A second lock makes releases wait for each other, discards included; no
-//! other operation takes it.
+//! One lock, held for a few hundred instructions by most calls and for a batch by `release`. Under
+//! it the [`ChunkSource`] is asked to create and drop chunks and for its unallocated bytes, and the
+//! closures of [`Space::published`] and [`Space::seal_chunks`] run; none may call back. No I/O is
+//! done under it: bitmaps are read and discards sent without it. A second lock makes releases wait
+//! for each other, discards included; no other operation takes it.
 
 mod bits;
 mod check;
@@ -123,10 +126,11 @@ const RELEASE_BATCH: usize = 256;
 /// What the allocator needs of the pool.
 ///
 /// Called with the allocator's lock held, except for `discard`: nothing here may call back, and
-/// only `discard` may do I/O. Any mix of new chunks whose bytes times copies sum up to
-/// `unallocated_bytes` can be created.
+/// only `discard` may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes times copies sum
+/// up to `unallocated_bytes` can be created: promises are made on that.
 pub trait ChunkSource: Send + Sync {
-    /// Makes a chunk whose item group `txg` writes.
+    /// Makes a chunk whose item group `txg` writes: of `chunk_bytes`, or smaller when that is all
+    /// there is.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when the devices have no room for it.
@@ -134,7 +138,8 @@ pub trait ChunkSource: Send + Sync {
     /// Gives a chunk up; group `txg` deletes its item. Nothing in it is in use by any group that a
     /// crash may fall back to.
     fn drop_chunk(&self, logical: Logical, txg: Txg);
-    /// Device bytes that no chunk holds and that chunks can be made of.
+    /// Device bytes that no chunk holds and that chunks of `chunk_bytes` can be made of: of each
+    /// hole as many whole ones as fit.
     fn unallocated_bytes(&self) -> u64;
     /// Bytes of a new chunk.
     fn chunk_bytes(&self) -> u64;
@@ -235,8 +240,8 @@ fn corrupt(what: &'static str, addr: Logical) -> Error {
 }
 
 impl Space {
-    /// An allocator without chunks. A pool that exists is loaded with [`add_chunk`](Self::add_chunk)
-    /// for each chunk, then [`load_residue`](Self::load_residue).
+    /// An allocator without chunks. A pool that exists is loaded with
+    /// [`add_chunk`](Self::add_chunk) for each chunk, then [`load_residue`](Self::load_residue).
     ///
     /// # Panics
     /// When the source's chunks or the metadata unit are not whole sectors.
@@ -257,12 +262,12 @@ impl Space {
     }
 
     /// A chunk of the published chunk tree, with its used sectors from the published space tree's
-    /// summary.
+    /// summary. A chunk without a summary counts as free, and gets one at the next cut.
     ///
     /// # Errors
     /// [`Error::Corrupt`] when the summary counts more than there is, or chunks overlap.
-    pub fn add_chunk(&self, chunk: &Chunk, used_sectors: u64) -> Result<()> {
-        self.state.lock().add_chunk(chunk, used_sectors, true)
+    pub fn add_chunk(&self, chunk: &Chunk, used_sectors: impl Into<Option<u64>>) -> Result<()> {
+        self.state.lock().add_chunk(chunk, used_sectors.into())
     }
 
     /// What the published space tree does not know yet. Call once, after all chunks.
@@ -286,9 +291,9 @@ impl Space {
         self.state.lock().promised.metadata_cap = bytes;
     }
 
-    /// Takes at least `min` and at most `want` bytes, contiguous, within one chunk, for group `txg`.
-    /// For metadata the length is a multiple of `min`. Creates a chunk when none has room. May read
-    /// bitmaps, without a lock.
+    /// Takes at least `min` and at most `want` bytes, contiguous, within one chunk, for group
+    /// `txg`. For metadata the length is a multiple of `min`. Creates a chunk when none has room.
+    /// May read bitmaps, without a lock.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when no run of `min` bytes can be had; what the tree or the pool report.
@@ -411,10 +416,13 @@ impl Space {
     }
 
     /// Closes the chunk tree of group `txg`: from now on the group makes do with the chunks there
-    /// are. Call before the chunk tree is written.
-    pub fn seal_chunks(&self, txg: Txg) {
+    /// are, and new ones are of the next group. `collect` takes the edits of the chunk tree from
+    /// the pool; no chunk is created between the two, so a chunk is in the tree of exactly the
+    /// groups that may use it.
+    pub fn seal_chunks<T>(&self, txg: Txg, collect: impl FnOnce() -> T) -> T {
         let mut state = self.state.lock();
         state.sealed = state.sealed.max(txg);
+        collect()
     }
 
     /// What group `txg` took and freed since its cut, coalesced, each run within one chunk.

@@ -17,9 +17,9 @@
 //! Whole chunks are counted because a chunk serves one kind only. Each step keeps (1): handing out
 //! promised space lowers `D` and `Fd` alike (for a moment only `Fd` is lowered, which makes (1)
 //! stricter than the truth, never laxer); creating a chunk that is needed takes one term down by
-//! what it takes from `U`; space that is released raises `Fd` or `Fm`. The allocator creates a chunk
-//! that is *not* needed (to find a longer run) only when (1) still holds afterwards, and drops an
-//! empty one only when no promise counts on it.
+//! what it takes from `U`; space that is released raises `Fd` or `Fm`. The allocator creates a
+//! chunk that is *not* needed (to find a longer run) only when (1) still holds afterwards, and
+//! drops an empty one only when no promise counts on it.
 //!
 //! The *reserve* is metadata: what deletes, commits and administration need on a full pool is room
 //! for new tree nodes. A normal reservation must leave it alone, so for it (1) is asked with the

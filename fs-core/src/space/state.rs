@@ -134,12 +134,12 @@ impl State {
 
     // Chunks.
 
-    pub fn add_chunk(&mut self, chunk: &Chunk, used: u64, in_tree: bool) -> Result<()> {
-        let sectors = chunk.length >> SECTOR_SHIFT;
+    pub fn add_chunk(&mut self, chunk: &Chunk, summary: Option<u64>) -> Result<()> {
+        let (sectors, used) = (chunk.length >> SECTOR_SHIFT, summary.unwrap_or(0));
         if used > sectors {
             return Err(corrupt("chunk summary counts more than the chunk has", chunk.logical));
         }
-        let space = ChunkSpace::new(chunk, used as u32, in_tree);
+        let space = ChunkSpace::new(chunk, used as u32, summary.is_some());
         let range = space.span();
         let before = self.chunks.range(..Logical(range.end)).next_back();
         if before.is_some_and(|(_, other)| other.span().end > range.start) {
@@ -417,8 +417,12 @@ impl State {
         let mut room = self.room(source);
         let reserve = self.reserve(&room);
         let price = room.chunk_bytes * source.copies(request.kind);
-        let Some(left) = room.unallocated.checked_sub(price) else { return Ok(false) };
-        room.unallocated = left;
+        if room.unallocated < price && !needed {
+            return Ok(false);
+        }
+        // The pool makes a smaller chunk of a last bit. No promise counts on it; but when there is
+        // no other way, it is better than nothing.
+        room.unallocated = room.unallocated.saturating_sub(price);
         let (data, metadata) = (self.promised.data, self.promised.metadata());
         let allowed = match request.kind {
             ChunkKind::System => true,
@@ -441,7 +445,7 @@ impl State {
         // younger ones may use it, and one group's promise cannot be spent by another's chunk.
         match source.create_chunk(request.kind, self.sealed.next()) {
             Ok(chunk) if chunk.kind == request.kind => {
-                self.add_chunk(&chunk, 0, false)?;
+                self.add_chunk(&chunk, None)?;
                 Ok(true)
             }
             Ok(chunk) => Err(corrupt("new chunk of another kind", chunk.logical)),

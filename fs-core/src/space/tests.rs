@@ -1,8 +1,8 @@
 //! The allocator against a model that knows every sector.
 //!
-//! The model is a set of sectors per state; the pool is a list of chunks; the space tree is a map of
-//! items. Random histories of two overlapping groups are run against both, with evictions, crashes
-//! and reopening, and after every step the allocator's own check runs as well.
+//! The model is a set of sectors per state; the pool is a list of chunks; the space tree is a map
+//! of items. Random histories of two overlapping groups are run against both, with evictions,
+//! crashes and reopening, and after every step the allocator's own check runs as well.
 
 use super::runs::RunSet;
 use super::*;
@@ -69,14 +69,16 @@ impl FakePool {
 
 impl ChunkSource for FakePool {
     fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
-        if self.unallocated_bytes() < self.chunk_bytes * self.copies(kind) {
+        let length = (self.unallocated_bytes() / self.copies(kind)).min(self.chunk_bytes);
+        if length < MIB {
             return Err(Error::NoSpace);
         }
+        let length = MIB << (length / MIB).ilog2();
         let mut next = self.next.lock();
         let profile = if self.copies(kind) == 2 { Profile::Dup } else { Profile::Single };
         let chunk = Chunk {
             logical: Logical(*next),
-            length: self.chunk_bytes,
+            length,
             birth: txg,
             kind,
             profile,
@@ -158,9 +160,10 @@ impl BitmapSource for FakeTree {
     }
 }
 
-/// Reads a bitmap only after something else happened.
+/// Has something else happen while the bitmap number `when` is read.
 struct Meanwhile<'a> {
     tree: &'a FakeTree,
+    when: u32,
     event: Mutex<Option<Box<dyn FnOnce() + Send + 'a>>>,
     reads: Mutex<u32>,
 }
@@ -168,11 +171,11 @@ struct Meanwhile<'a> {
 impl BitmapSource for Meanwhile<'_> {
     fn bitmap(&self, region: Logical) -> Result<Option<Vec<u8>>> {
         let before = self.tree.bitmap(region);
-        let event = self.event.lock().take();
-        if let Some(event) = event {
+        *self.reads.lock() += 1;
+        if *self.reads.lock() == self.when {
+            let event = self.event.lock().take().unwrap();
             event();
         }
-        *self.reads.lock() += 1;
         before
     }
 }
@@ -332,7 +335,7 @@ impl World {
         }
         let txg = self.txg(0);
         self.drop_empty_and_seal();
-        self.space.seal_chunks(txg);
+        self.space.seal_chunks(txg, || ());
         let edits = self.space.cut(txg, &*self.tree).unwrap();
         assert!(edits.windows(2).all(|w| w[0].0 < w[1].0), "edits are not sorted");
         let mut items = self.tree.items.lock().clone();
@@ -558,8 +561,9 @@ fn free_and_commit(world: &mut World, pick: usize, count: u64) {
     for _ in 0..count {
         let kinds = world.pool.chunks.lock();
         let kind_at = |sector: u64| {
-            let at = sector * SECTOR_BYTES / MIB;
-            kinds.iter().find(|c| c.chunk.logical.0 / MIB == at).map(|c| c.chunk.kind)
+            let at = sector * SECTOR_BYTES / world.pool.chunk_bytes;
+            let index = |c: &FakeChunk| c.chunk.logical.0 / world.pool.chunk_bytes;
+            kinds.iter().find(|c| index(c) == at).map(|c| c.chunk.kind)
         };
         let all: Vec<u64> =
             world.groups[0].taken.difference(&world.groups[0].freed).copied().collect();
@@ -588,8 +592,10 @@ proptest! {
         slots in 4..40u64,
         history in proptest::collection::vec(promises(), 1..80),
         backwards in any::<bool>(),
+        chunk_mib in prop_oneof![3 => Just(1), 1 => Just(2)],
     ) {
-        let mut world = World::new(MIB, slots * MIB, 64);
+        let chunk_bytes = chunk_mib * MIB;
+        let mut world = World::new(chunk_bytes, slots * chunk_bytes, 64);
         let mut held: Vec<Reservation> = Vec::new();
         for step in history {
             let count = held.len().max(1);
@@ -756,7 +762,7 @@ fn the_residue_nets_out_and_remembers_what_the_tree_does_not() {
     let world = World::new(MIB, 8 * MIB, 64);
     let txg = world.txg(0);
     let before = allocate(&world, ChunkKind::Metadata, NODE);
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     world.space.cut(txg, &*world.tree).unwrap();
     let after = allocate(&world, ChunkKind::Metadata, NODE);
     let both = allocate(&world, ChunkKind::Metadata, NODE);
@@ -783,7 +789,7 @@ fn freeing_before_and_after_the_cut_fails_the_next_cut() {
     world.groups[0].taken.extend(sectors(run));
     world.publish();
     world.space.free(run, world.txg(0));
-    world.space.seal_chunks(world.txg(0));
+    world.space.seal_chunks(world.txg(0), || ());
     world.space.cut(world.txg(0), &*world.tree).unwrap();
     world.space.free(run, world.txg(0));
     let failed = world.space.cut(world.txg(1), &*world.tree);
@@ -840,7 +846,8 @@ fn a_publication_during_a_load_makes_the_load_start_over() {
     let items = world.next_tree.take().unwrap();
     let (space, tree) = (&world.space, &world.tree);
     let event = move || space.published(txg, residue, || *tree.items.lock() = items);
-    let source = Meanwhile { tree, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
+    let source =
+        Meanwhile { tree, when: 1, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
     let other = space.allocate(ChunkKind::Data, MIB / 2, MIB / 2, open, &source).unwrap();
     assert_eq!(other.addr, run.end());
     assert_eq!(*source.reads.lock(), 2);
@@ -876,7 +883,7 @@ fn space_is_discarded_before_it_is_free_and_a_failed_discard_does_not_leak_it() 
 fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_again() {
     let mut world = World::new(MIB, MIB, 64);
     world.space.set_discard(true);
-    let run = allocate(&world, ChunkKind::Data, MIB);
+    let run = allocate(&world, ChunkKind::Data, MIB / 2);
     world.groups[0].taken.extend(sectors(run));
     world.publish();
     world.space.free(run, world.txg(0));
@@ -885,32 +892,43 @@ fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_a
     let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
     *world.pool.event.lock() = Some(Box::new(move || {
         space.trim();
+        space.check(&*tree).unwrap();
+        let rest = space.allocate(ChunkKind::Data, MIB, NODE, txg, &*tree).unwrap();
+        assert_eq!(rest, Run { addr: run.end(), bytes: MIB / 2 });
         let early = space.allocate(ChunkKind::Data, NODE, NODE, txg, &*tree);
         assert_eq!(early, Err(Error::NoSpace));
     }));
     world.release(0);
     assert_eq!(*world.pool.discarded.lock(), [run]);
-    assert_eq!(allocate(&world, ChunkKind::Data, MIB), run);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB / 2), run);
 }
 
 #[test]
 fn a_chunk_made_for_the_open_group_serves_the_one_being_written() {
     let mut world = World::new(MIB, 4 * MIB, 64);
-    // Room for one data chunk, and the reserve's.
+    // Room for one data chunk, and one of metadata.
     let filler = allocate(&world, ChunkKind::Data, MIB);
     world.groups[0].taken.extend(sectors(filler));
+    let mut nodes = world.space.reserve(0, NODE, Class::Delete).unwrap();
     let mut older = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
     let mut younger = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
     assert_eq!(world.space.available_data(), 0);
     spend_data(&mut world, &mut younger, 128, 1);
     spend_data(&mut world, &mut older, 128, 0);
-    assert_eq!((older.data(), younger.data()), (0, 0));
+    spend_metadata(&mut world, &mut nodes, 0);
+    assert_eq!((older.data(), younger.data(), nodes.metadata()), (0, 0, 0));
 }
 
 /// Data chunks of which only the first holds anything, at a time when nothing is unallocated.
 fn emptied(chunks: usize) -> (World, Vec<Run>) {
-    let mut world = World::new(MIB, chunks as u64 * MIB, 64);
-    let runs: Vec<Run> = (0..chunks).map(|_| allocate(&world, ChunkKind::Data, MIB)).collect();
+    emptied_of(chunks, MIB)
+}
+
+fn emptied_of(chunks: usize, chunk_bytes: u64) -> (World, Vec<Run>) {
+    let mut world = World::new(chunk_bytes, chunks as u64 * chunk_bytes, 64);
+    let bytes = chunk_bytes.min(REGION_BYTES);
+    let count = chunks as u64 * chunk_bytes / bytes;
+    let runs: Vec<Run> = (0..count).map(|_| allocate(&world, ChunkKind::Data, bytes)).collect();
     for run in &runs {
         world.groups[0].taken.extend(sectors(*run));
     }
@@ -948,6 +966,20 @@ fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
     let gone = world.space.drop_empty(world.txg(0), &*world.tree).unwrap();
     assert_eq!(gone, [runs[1].addr]);
     drop(promise);
+}
+
+#[test]
+fn a_chunk_that_is_used_while_its_bitmaps_are_read_is_not_dropped() {
+    let (world, runs) = emptied_of(2, 2 * REGION_BYTES);
+    world.space.trim();
+    let (space, tree, txg) = (&world.space, &world.tree, world.txg(0));
+    // The first region of the second chunk was seen empty; now it is not.
+    let event = move || space.take(runs[2], txg, &**tree).unwrap();
+    let source =
+        Meanwhile { tree, when: 2, event: Mutex::new(Some(Box::new(event))), reads: Mutex::new(0) };
+    assert_eq!(space.drop_empty(txg, &source).unwrap(), []);
+    assert_eq!(*source.reads.lock(), 2);
+    space.check(&**tree).unwrap();
 }
 
 #[test]
@@ -997,7 +1029,7 @@ fn a_group_that_is_sealed_gets_no_chunk_and_none_of_younger_groups() {
     let world = World::new(MIB, 8 * MIB, 64);
     let txg = world.txg(0);
     world.space.ensure_free(ChunkKind::Metadata, 3 * NODE, txg, &*world.tree).unwrap();
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     let data = world.space.allocate(ChunkKind::Data, NODE, NODE, txg, &*world.tree);
     assert_eq!(data, Err(Error::NoSpace));
     let next = world.space.allocate(ChunkKind::Data, NODE, NODE, world.txg(1), &*world.tree);
@@ -1037,10 +1069,19 @@ fn ensured_metadata_is_there_although_space_is_fragmented() {
     world.release(0);
     let txg = world.txg(0);
     world.space.ensure_free(ChunkKind::Metadata, 8 * NODE, txg, &*world.tree).unwrap();
-    world.space.seal_chunks(txg);
+    world.space.seal_chunks(txg, || ());
     for _ in 0..8 {
         allocate(&world, ChunkKind::Metadata, NODE);
     }
+}
+
+#[test]
+fn a_last_bit_that_is_smaller_than_a_chunk_is_used_when_nothing_else_is_left() {
+    // The fake pool makes chunks of what is left.
+    let world = World::new(4 * MIB, 5 * MIB, 64);
+    assert_eq!(world.space.available_data(), 0, "the reserve's chunk does not fit");
+    assert_eq!(allocate(&world, ChunkKind::Data, 4 * MIB).bytes, 4 * MIB);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB).bytes, MIB);
 }
 
 #[test]
@@ -1248,7 +1289,8 @@ proptest! {
             slice.fill(used);
             prop_assert_eq!(bits.is_free(range.clone()), !used);
             if !used {
-                let before = model[..range.start as usize].iter().rev().take_while(|b| !**b).count();
+                let left = model[..range.start as usize].iter().rev();
+                let before = left.take_while(|b| !**b).count();
                 let after = model[range.end as usize..].iter().take_while(|b| !**b).count();
                 let around = (before + after) as u32 + range.end - range.start;
                 prop_assert_eq!(bits.free_around(range), around);

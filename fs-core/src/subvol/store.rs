@@ -12,7 +12,7 @@ use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
 use crate::format::space::Run;
 use crate::platform::{Platform, Timestamp};
 use crate::pool::Pool;
-use crate::space::{BitmapSource, Space};
+use crate::space::{BitmapSource, Reservation, Space};
 use crate::subvol::intents::Intents;
 use crate::sync::{Mutex, RwLock};
 use crate::txg::{slot, Dirty, Groups, SLOTS};
@@ -66,6 +66,10 @@ pub struct Store {
     pub node_bytes: usize,
     space_view: RwLock<Arc<View>>,
     debts: [Mutex<GroupDebts>; SLOTS],
+    /// Reservations of the operations of each group, one for each class.
+    reserved: [Mutex<Vec<Reservation>>; SLOTS],
+    /// Runs taken by each group that nothing was written to yet.
+    spare: [Mutex<Vec<Run>>; SLOTS],
     settings: [AtomicU8; 3],
     failed: AtomicBool,
     read_only: AtomicBool,
@@ -123,6 +127,8 @@ impl Store {
                 tree: parts.space_tree,
             })),
             debts: core::array::from_fn(|_| Mutex::new(GroupDebts::default())),
+            reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
+            spare: core::array::from_fn(|_| Mutex::new(Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             failed: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),
@@ -181,6 +187,41 @@ impl Store {
     /// What group `txg` owes; called by its writer, when nobody adds any more.
     pub fn take_debts(&self, txg: Txg) -> GroupDebts {
         core::mem::take(&mut *self.debts[slot(txg)].lock())
+    }
+
+    /// Keeps an operation's reservation until the group it entered is published.
+    pub fn keep(&self, txg: Txg, reservation: Reservation) {
+        let mut kept = self.reserved[slot(txg)].lock();
+        match kept.iter_mut().find(|all| all.class() == reservation.class()) {
+            Some(all) => all.join(reservation),
+            None => kept.push(reservation),
+        }
+    }
+
+    /// So many bytes of data and metadata of group `txg` have got their space: they need not be
+    /// reserved any more.
+    pub fn spend(&self, txg: Txg, mut data: u64, mut metadata: u64) {
+        for all in self.reserved[slot(txg)].lock().iter_mut() {
+            let part = (data.min(all.data()), metadata.min(all.metadata()));
+            all.shrink(part.0, part.1);
+            data -= part.0;
+            metadata -= part.1;
+        }
+    }
+
+    /// What the operations of group `txg` reserved and did not spend.
+    pub fn take_reserved(&self, txg: Txg) -> Vec<Reservation> {
+        core::mem::take(&mut *self.reserved[slot(txg)].lock())
+    }
+
+    /// Keeps runs that group `txg` took for data and did not use yet.
+    pub fn keep_spare(&self, txg: Txg, mut runs: Vec<Run>) {
+        self.spare[slot(txg)].lock().append(&mut runs);
+    }
+
+    /// Runs that group `txg` took for data and did not use yet.
+    pub fn take_spare(&self, txg: Txg) -> Vec<Run> {
+        core::mem::take(&mut *self.spare[slot(txg)].lock())
     }
 
     /// Fails when the pool takes no changes.

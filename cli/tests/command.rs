@@ -1,0 +1,238 @@
+//! The command on a pool with something in it.
+
+use assert_cmd::Command;
+use cairn_host::{Access, FileDevice, OpenOptions, Wait};
+use clap::Parser;
+use fs_core::engine;
+use fs_core::format::inode::mode;
+use fs_core::platform::DeviceRef;
+use fs_core::units::Ino;
+use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume, WriteFlags};
+use predicates::prelude::*;
+use predicates::str::contains;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+fn cairn() -> Command {
+    Command::cargo_bin("cairn").unwrap()
+}
+
+/// A pool named `tank` with a file of plain and of compressed extents; made once.
+fn content() -> &'static [u8] {
+    static CONTENT: OnceLock<Vec<u8>> = OnceLock::new();
+    CONTENT.get_or_init(|| {
+        let image = Image { dir: tempfile::tempdir().unwrap() };
+        let path = image.path();
+        let arguments = ["mkfs", "--seed", "1", "-b", "64M", "-L", "tank", path.to_str().unwrap()];
+        cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+        fill(&image);
+        fs::read(path).unwrap()
+    })
+}
+
+fn fill(image: &Image) {
+    let options = OpenOptions::new(Access::ReadWrite);
+    let device = FileDevice::open(&image.path(), options, &Wait::none()).unwrap();
+    let devices = vec![Arc::new(device) as DeviceRef];
+    let platform = cairn_host::host_platform();
+    let options = engine::OpenOptions::default();
+    let volume = Volume::open(devices, platform, &options, AccessTime::Never).unwrap();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let dir = volume.mkdir(volume.root(), b"dir", mode::DIRECTORY | 0o755, &caller).unwrap().ino;
+    let make = |name: &[u8]| -> Ino {
+        volume.mknod(dir, name, mode::REGULAR | 0o644, 0, &caller).unwrap().ino
+    };
+    let mut noise = vec![0; 64 << 10];
+    cairn_host::HostEntropy.fill_noise(&mut noise);
+    volume.write(make(b"noise"), 0, &noise, WriteFlags::default()).unwrap();
+    volume.write(make(b"text"), 0, &[b'x'; 128 << 10], WriteFlags::default()).unwrap();
+    volume.close().unwrap();
+}
+
+trait Noise {
+    fn fill_noise(&self, bytes: &mut [u8]);
+}
+
+impl Noise for cairn_host::HostEntropy {
+    fn fill_noise(&self, bytes: &mut [u8]) {
+        fs_core::platform::Entropy::fill(self, bytes);
+    }
+}
+
+struct Image {
+    dir: tempfile::TempDir,
+}
+
+impl Image {
+    fn of_pool() -> Image {
+        let image = Image { dir: tempfile::tempdir().unwrap() };
+        fs::write(image.path(), content()).unwrap();
+        image
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    fn damage(&self, at: u64, bytes: usize) {
+        let file = File::options().write(true).open(self.path()).unwrap();
+        file.write_all_at(&vec![0x5a; bytes], at).unwrap();
+    }
+
+    fn json(&self, words: &[&str], after: &[&str], code: i32) -> Value {
+        let output =
+            cairn().args(words).arg(self.path()).args(after).arg("--json").output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+#[test]
+fn info_shows_name_settings_and_devices() {
+    let info = Image::of_pool().json(&["info"], &[], 0);
+    assert_eq!(info["name"], "tank");
+    assert_eq!(info["clean"], true);
+    assert_eq!(info["checksum"], "crc32c");
+    assert_eq!(info["compression"], "zstd");
+    assert_eq!(info["devices"][0]["bytes"], 64 << 20);
+    assert!(info["devices"][0]["allocated"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn df_adds_up() {
+    let rows = Image::of_pool().json(&["df"], &[], 0);
+    let number = |name: &str| rows[0][name].as_u64().unwrap();
+    let used = |kind: &str| rows[0][kind]["used"].as_u64().unwrap();
+    assert!(used("data") >= 64 << 10, "{rows:#}");
+    assert!(used("metadata") >= 3 * 16384, "{rows:#}");
+    assert!(number("device_allocated") + number("unallocated") <= number("device_bytes"));
+    assert_eq!(number("logical_bytes"), 192 << 10);
+    assert!(rows[0]["compression_ratio"].as_f64().unwrap() > 2.0, "{rows:#}");
+}
+
+#[test]
+fn a_file_is_found_by_path_and_by_number_and_shows_where_its_data_is() {
+    let image = Image::of_pool();
+    let noise = image.json(&["inspect", "file"], &["/dir/noise"], 0);
+    assert_eq!(noise["attributes"]["size"], 64 << 10);
+    let plain: Vec<&Value> = noise["extents"].as_array().unwrap().iter().collect();
+    assert!(plain.iter().all(|extent| extent["kind"] == "plain"), "{noise:#}");
+    let number = noise["inode"].to_string();
+    assert_eq!(image.json(&["inspect", "file"], &[&number], 0), noise);
+    let text = image.json(&["inspect", "file"], &["dir/text"], 0);
+    assert_eq!(text["extents"][0]["kind"], "packed");
+    let places = text["extents"][0]["places"].as_array().unwrap();
+    assert!(places[0].as_str().unwrap().contains("/image@"));
+}
+
+#[test]
+fn what_is_not_there_is_said_in_one_sentence() {
+    let image = Image::of_pool();
+    for (verb, name) in [("file", "/dir/nothing"), ("inode", "999999"), ("chain", "/no/where")] {
+        cairn()
+            .args(["inspect", verb])
+            .arg(image.path())
+            .arg(name)
+            .assert()
+            .code(1)
+            .stdout("")
+            .stderr(contains("there is no such").and(contains("\n").count(1)));
+    }
+}
+
+#[test]
+fn trees_list_their_items_in_order_and_at_most_as_many_as_wanted() {
+    let image = Image::of_pool();
+    let items = image.json(&["inspect", "tree"], &["--from", "1", "--count", "4"], 0);
+    let list = items["list"].as_array().unwrap();
+    assert_eq!(list.len(), 4);
+    let kinds: Vec<&str> = list.iter().map(|item| item["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds[..3], ["INODE", "DIR_HASH", "DIR_ENTRY"]);
+    assert_eq!(list[2]["value"]["name"], "dir");
+    for tree in ["pool", "chunk", "space"] {
+        let nodes = image.json(&["inspect", "tree"], &["--tree", tree, "--nodes"], 0);
+        assert_eq!(nodes["tree"], tree);
+        assert!(nodes["list"][0].get("broken").is_none(), "{nodes:#}");
+    }
+}
+
+#[test]
+fn the_chain_leads_from_the_superblock_to_the_inode_and_shows_where_it_breaks() {
+    let image = Image::of_pool();
+    let chain = image.json(&["inspect", "chain"], &["/dir/text"], 0);
+    let steps = chain.as_array().unwrap();
+    assert_eq!(steps[0]["block"], "superblock");
+    assert_eq!(steps.last().unwrap()["kind"], "INODE");
+    let leaf = &steps[steps.len() - 2];
+    assert_eq!(leaf["state"], "verified");
+    for place in leaf["places"].as_array().unwrap() {
+        let (_, at) = place.as_str().unwrap().rsplit_once('@').unwrap();
+        image.damage(at.parse().unwrap(), 100);
+    }
+    let inode = steps.last().unwrap()["object"].to_string();
+    cairn()
+        .args(["inspect", "chain"])
+        .arg(image.path())
+        .arg(inode)
+        .assert()
+        .code(1)
+        .stderr(contains("do not match their checksum"));
+    let nodes = image.json(&["inspect", "tree"], &["--nodes"], 4);
+    assert!(nodes["list"].to_string().contains("broken"), "{nodes:#}");
+}
+
+#[test]
+fn superblocks_are_shown_although_one_area_is_damaged() {
+    let image = Image::of_pool();
+    let whole = image.json(&["inspect", "superblock", "--all"], &[], 0);
+    assert_eq!(whole["areas"].as_array().unwrap().len(), 2);
+    image.damage(64 << 10, 128 << 10);
+    let half = image.json(&["inspect", "superblock"], &[], 4);
+    assert_eq!(half["newest"], whole["newest"]);
+    assert!(half["areas"][0]["label"]["invalid"].is_string());
+    let end = (64 << 20) - (128 << 10);
+    image.damage(end, 128 << 10);
+    cairn().args(["inspect", "superblock"]).arg(image.path()).assert().code(1);
+    cairn().arg("info").arg(image.path()).assert().code(1).stderr(contains("not a cairn pool"));
+}
+
+#[test]
+fn looking_changes_nothing() {
+    let image = Image::of_pool();
+    for words in [&["info"][..], &["df"], &["inspect", "tree"], &["inspect", "superblock"]] {
+        cairn().args(words).arg(image.path()).assert().success();
+    }
+    assert!(fs::read(image.path()).unwrap() == content());
+}
+
+#[test]
+fn directories_that_are_no_cairn_mounts_are_refused() {
+    cairn().args(["df", "/proc"]).assert().code(1).stderr(contains("type proc, not cairn"));
+    let dir = tempfile::tempdir().unwrap();
+    cairn().arg("info").arg(dir.path()).assert().code(1).stderr(contains("is not a mount point"));
+    cairn().arg("sync").arg(dir.path()).assert().code(1).stderr(contains("is not a mount point"));
+}
+
+#[test]
+fn a_call_in_the_manner_of_mount_is_pointed_to_the_helper() {
+    cairn().args(["tank", "/", "-o", "ro"]).assert().code(1).stderr(contains("use mount.cairn"));
+    cairn().args(["snapp"]).assert().code(2);
+}
+
+#[test]
+fn manuals_and_completions_cover_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    cairn().arg("man").arg(dir.path()).assert().success();
+    for page in ["cairn.8", "cairn-inspect-tree.8", "mkfs.cairn.8", "fsck.cairn.8"] {
+        let text = fs::read_to_string(dir.path().join(page)).unwrap();
+        assert!(text.contains(".SH SYNOPSIS"), "{page}");
+    }
+    assert!(!dir.path().join("cairn-man.8").exists());
+    for shell in ["bash", "fish", "zsh"] {
+        let all = contains("mkfs.cairn").and(contains("fsck.cairn")).and(contains("inspect"));
+        cairn().args(["completions", shell]).assert().success().stdout(all);
+    }
+}

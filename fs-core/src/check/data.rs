@@ -1,0 +1,206 @@
+//! File data against its checksums, every copy.
+//!
+//! Runs are gathered and read together, in order of their place on the device; what was read is
+//! verified by all workers. A transfer that fails is repeated sector by sector, so that one bad
+//! sector costs one sector.
+
+use super::blocks::{copies, read_copy};
+use super::findings::rules;
+use super::{push, Checker, Pass, Spot};
+use crate::buf::Buf;
+use crate::codec;
+use crate::error::Error;
+use crate::format::extent::Blob;
+use crate::format::ptr::ChecksumKind;
+use crate::format::space::Run;
+use crate::platform::{Codecs, ReadOp, Result};
+use crate::pool::Pool;
+use crate::sync::Mutex;
+use crate::units::{Physical, SECTOR_BYTES};
+use alloc::format;
+use alloc::vec::Vec;
+
+const SECTOR: usize = SECTOR_BYTES as usize;
+/// Bytes gathered before they are read.
+const BATCH_BYTES: u64 = 8 << 20;
+
+/// What vouches for data.
+pub(super) enum Proof {
+    /// A checksum for each sector.
+    Sectors { kind: ChecksumKind, sums: Vec<u8> },
+    /// One for the blob, which must expand.
+    Blob(Blob),
+}
+
+/// Data to verify.
+pub(super) struct Job {
+    /// The file.
+    pub spot: Spot,
+    /// Where in the file.
+    pub at: u64,
+    pub run: Run,
+    pub proof: Proof,
+}
+
+/// Data that waits to be verified.
+#[derive(Default)]
+pub(super) struct DataQueue {
+    jobs: Vec<Job>,
+    bytes: u64,
+}
+
+/// One copy of one job's data.
+struct Copy {
+    job: usize,
+    device: u16,
+    at: Physical,
+    /// Bad sectors, or all of them (one number) for a bad blob.
+    bad: Vec<usize>,
+}
+
+/// Adds data to verify; verifies what has gathered when it is much.
+///
+/// # Errors
+/// [`Error::Memory`] and the like.
+pub(super) fn queue(checker: &mut Checker<'_>, job: Job) -> Result<()> {
+    checker.queue.bytes += job.run.bytes;
+    push(&mut checker.queue.jobs, job)?;
+    if checker.queue.bytes >= BATCH_BYTES {
+        flush(checker)?;
+    }
+    Ok(())
+}
+
+/// Verifies everything that waits.
+///
+/// # Errors
+/// [`Error::Memory`] and the like.
+pub(super) fn flush(checker: &mut Checker<'_>) -> Result<()> {
+    let DataQueue { jobs, bytes } = core::mem::take(&mut checker.queue);
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    let copies = verify(checker.pool, &jobs)?;
+    let mut rest = copies.as_slice();
+    while let Some(first) = rest.first() {
+        let count = rest.iter().take_while(|copy| copy.job == first.job).count();
+        let (of_job, others) = rest.split_at(count);
+        report(checker, &jobs[first.job], of_job);
+        rest = others;
+    }
+    checker.stats.data_bytes += bytes;
+    checker.step(Pass::Trees, bytes)
+}
+
+/// Reads and verifies all copies; they come back by job.
+fn verify(pool: &Pool, jobs: &[Job]) -> Result<Vec<Copy>> {
+    let mut all: Vec<Copy> = Vec::new();
+    for (job, what) in jobs.iter().enumerate() {
+        for (device, at) in copies(pool, what.run.addr, what.run.bytes)? {
+            push(&mut all, Copy { job, device, at, bad: Vec::new() })?;
+        }
+    }
+    all.sort_unstable_by_key(|copy| (copy.device, copy.at));
+    let mut done: Vec<Copy> = Vec::new();
+    while !all.is_empty() {
+        let device = all[0].device;
+        let count = all.iter().take_while(|copy| copy.device == device).count();
+        let rest = all.split_off(count);
+        done.extend(verify_on(pool, jobs, device, all)?);
+        all = rest;
+    }
+    done.sort_unstable_by_key(|copy| (copy.job, copy.device, copy.at));
+    Ok(done)
+}
+
+/// Reads copies that are on one device together, then verifies them.
+fn verify_on(pool: &Pool, jobs: &[Job], device: u16, copies: Vec<Copy>) -> Result<Vec<Copy>> {
+    let member = pool.members().get(usize::from(device)).ok_or(Error::MissingDevice { device })?;
+    let mut batch = Vec::new();
+    for copy in &copies {
+        let buf = Buf::zeroed(jobs[copy.job].run.bytes as usize)?;
+        push(&mut batch, ReadOp { at: copy.at, buf, result: Ok(()) })?;
+    }
+    member.read(&mut batch);
+    // Each slot is taken by one worker; the lock only makes that visible to the compiler.
+    let slots: Vec<Mutex<(Copy, ReadOp, Result<()>)>> =
+        copies.into_iter().zip(batch).map(|(c, op)| Mutex::new((c, op, Ok(())))).collect();
+    pool.platform().workers.parallel_for(slots.len(), &|index| {
+        let (copy, op, result) = &mut *slots[index].lock();
+        *result = judge(pool, &jobs[copy.job], copy, op);
+    });
+    let finished = slots.into_iter().map(|slot| {
+        let (copy, _, result) = slot.into_inner();
+        result.map(|()| copy)
+    });
+    finished.collect()
+}
+
+/// Notes which sectors of a copy are bad.
+fn judge(pool: &Pool, job: &Job, copy: &mut Copy, op: &mut ReadOp) -> Result<()> {
+    let codecs = &*pool.platform().codecs;
+    let unreadable = match op.result {
+        Ok(()) => Vec::new(),
+        Err(_) => read_singly(pool, job, copy, &mut op.buf)?,
+    };
+    copy.bad = match &job.proof {
+        Proof::Sectors { kind, sums } => codec::bad_sectors(codecs, *kind, &op.buf, sums).collect(),
+        Proof::Blob(_) if !unreadable.is_empty() => alloc::vec![0],
+        Proof::Blob(blob) if is_good(codecs, blob, &op.buf)? => Vec::new(),
+        Proof::Blob(_) => alloc::vec![0],
+    };
+    if matches!(job.proof, Proof::Sectors { .. }) {
+        copy.bad.extend(unreadable);
+        copy.bad.sort_unstable();
+        copy.bad.dedup();
+    }
+    Ok(())
+}
+
+fn is_good(codecs: &dyn Codecs, blob: &Blob, bytes: &[u8]) -> Result<bool> {
+    let stored = &bytes[..blob.stored as usize];
+    if !codec::matches(codecs, blob.checksum_kind, stored, &blob.checksum) {
+        return Ok(false);
+    }
+    match codec::expand(codecs, blob.compression, stored, blob.logical, blob.addr) {
+        Ok(_) => Ok(true),
+        Err(Error::Memory) => Err(Error::Memory),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Reads a copy sector by sector; returns the sectors that cannot be read.
+fn read_singly(pool: &Pool, job: &Job, copy: &Copy, buf: &mut Buf) -> Result<Vec<usize>> {
+    let mut unreadable = Vec::new();
+    for index in 0..job.run.bytes as usize / SECTOR {
+        let at = Physical(copy.at.0 + (index * SECTOR) as u64);
+        match read_copy(pool, copy.device, at, SECTOR_BYTES) {
+            Ok(sector) => buf[index * SECTOR..][..SECTOR].copy_from_slice(&sector),
+            Err(Error::Memory) => return Err(Error::Memory),
+            Err(_) => push(&mut unreadable, index)?,
+        }
+    }
+    Ok(unreadable)
+}
+
+/// Reports what is lost in all copies of a job, or else copies that are bad.
+fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) {
+    let Some(first) = copies.first() else { return };
+    let is_lost = |sector: &&usize| copies.iter().all(|c| c.bad.binary_search(sector).is_ok());
+    let lost: Vec<usize> = first.bad.iter().filter(is_lost).copied().collect();
+    let spot = job.spot.clone().at(job.run.addr);
+    if let Some(sector) = lost.first() {
+        let (count, what) = match job.proof {
+            Proof::Sectors { .. } => (lost.len() * SECTOR, "bytes"),
+            Proof::Blob(blob) => (blob.logical as usize, "compressed bytes"),
+        };
+        let offset = job.at.saturating_add((sector * SECTOR) as u64);
+        let detail = format!("{count} {what} from byte {offset} on");
+        checker.findings.add(&rules::DATA, spot, detail);
+        return;
+    }
+    for copy in copies.iter().filter(|copy| !copy.bad.is_empty()) {
+        let detail = format!("on device {} at byte {}", copy.device, copy.at);
+        checker.findings.add(&rules::DATA_COPY, spot.clone(), detail);
+    }
+}

@@ -1,0 +1,42 @@
+//! Labels, and the copies of the superblock.
+
+use super::findings::{rules, Findings};
+use super::Spot;
+use crate::device::Member;
+use crate::error::Error;
+use crate::format::label::{label_areas, ring_slot};
+use crate::format::superblock::Superblock;
+use crate::platform::Result;
+use crate::pool::Pool;
+use crate::units::{Physical, SECTOR_BYTES};
+use alloc::format;
+
+/// Reports damaged labels, and copies of the superblock that are not what the chosen one is.
+pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Findings) {
+    for label in pool.damaged_labels() {
+        let end = if label.area == 0 { "start" } else { "end" };
+        let detail = format!("device {}, label at the {end}: {}", label.device, label.error);
+        findings.add(&rules::LABEL, Spot::NONE, detail);
+    }
+    for member in pool.members() {
+        let Some(areas) = label_areas(member.identity().bytes) else { continue };
+        for area in areas {
+            let at = ring_slot(area, superblock.txg.0);
+            if let Err(error) = check_copy(member, at, superblock) {
+                let index = member.index();
+                let detail = format!("device {index} at byte {at}: {error}");
+                findings.add(&rules::SUPERBLOCK_COPY, Spot::NONE, detail);
+            }
+        }
+    }
+}
+
+// Decoding takes sectors on the stack: keep them out of the caller's frame.
+#[inline(never)]
+fn check_copy(member: &Member, at: Physical, superblock: &Superblock) -> Result<()> {
+    let buf = member.read_at(at, SECTOR_BYTES as usize)?;
+    match Superblock::decode(&buf)? == *superblock {
+        true => Ok(()),
+        false => Err(Error::NoSuperblock),
+    }
+}

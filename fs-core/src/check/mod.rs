@@ -1,0 +1,336 @@
+//! The checker: everything the pool says of itself, recomputed from its trees and compared.
+//!
+//! It opens the newest published group read-only and follows every pointer there is:
+//!
+//! ```text
+//! labels, superblocks -> chunk tree -> pool tree -> subvolumes -> extents
+//!                                  \-> reference tree, space tree, residue, log
+//! ```
+//!
+//! | file | compares |
+//! | --- | --- |
+//! | `blocks` | every copy of every metadata block with its checksum |
+//! | `labels` | labels and superblock copies |
+//! | `chunks` | the chunk tree with devices and superblock |
+//! | `files` | inodes, one object of a subvolume after the other |
+//! | `dirs` | entries, hashes and counts of a directory |
+//! | `extents`, `xattrs` | content of a file |
+//! | `links` | names with inodes, both ways; directories with the root |
+//! | `data` | file data with its checksums, every copy |
+//! | `refs` | references that were met with those that are counted |
+//! | `space`, `usage` | sectors that were met with bitmaps, residue and summaries |
+//! | `findings` | the rules, each with a permanent id |
+//!
+//! What could not be read hides what is below it. So comparisons that need everything (links,
+//! references, leaks) are left out, with a finding that says so, once a tree is incomplete; what
+//! can be said of what is there is still said.
+//!
+//! Memory: one bit for each sector, and about 100 bytes for each inode of the largest subvolume.
+//! Nothing recurses; lengths and counts from the device are checked before they are used.
+
+mod blocks;
+mod chunks;
+mod data;
+mod dirs;
+mod extents;
+mod files;
+pub mod findings;
+#[cfg(test)]
+mod forge;
+mod labels;
+mod links;
+mod paths;
+mod refs;
+mod space;
+mod subvols;
+#[cfg(test)]
+mod tests;
+mod usage;
+mod xattrs;
+
+pub use findings::{Finding, Rule, Severity, Spot};
+
+use crate::btree::{Tree, Walk};
+use crate::error::{Errno, Error};
+use crate::format::chunk::ChunkKind;
+use crate::format::key::Key;
+use crate::format::ptr::BlockPtr;
+use crate::format::space::Run;
+use crate::format::superblock::Superblock;
+use crate::platform::{DeviceRef, Platform, Result};
+use crate::pool::{Pool, PoolOptions};
+use crate::units::{Logical, TreeId, Txg};
+use alloc::format;
+use alloc::vec::Vec;
+use blocks::Blocks;
+use data::DataQueue;
+use findings::{rules, Findings};
+use usage::{Marked, Usage};
+
+/// What to check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// Read all file data and verify its checksums.
+    pub data: bool,
+    /// Check the pool as of this group instead of the newest.
+    pub max_txg: Option<Txg>,
+}
+
+impl Default for CheckOptions {
+    fn default() -> CheckOptions {
+        CheckOptions { data: true, max_txg: None }
+    }
+}
+
+/// What the check is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Chunks, subvolumes, files and their data.
+    Trees,
+    /// Names against inodes.
+    Names,
+    /// References and space.
+    Space,
+}
+
+/// Told how far the check is.
+pub trait CheckProgress {
+    /// `done` of about `total` bytes of the pass have been read. Returns whether to go on.
+    fn progress(&self, pass: Pass, done: u64, total: u64) -> bool;
+}
+
+/// Nobody wants to know.
+pub struct Quiet;
+
+impl CheckProgress for Quiet {
+    fn progress(&self, _pass: Pass, _done: u64, _total: u64) -> bool {
+        true
+    }
+}
+
+/// How much was checked.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckStats {
+    /// The group that was checked.
+    pub txg: Txg,
+    /// Whether the pool had been closed in an orderly way.
+    pub clean: bool,
+    /// Tree nodes read.
+    pub nodes: u64,
+    /// Tree items looked at.
+    pub items: u64,
+    /// Subvolumes.
+    pub subvols: u64,
+    /// Inodes.
+    pub inodes: u64,
+    /// Names.
+    pub names: u64,
+    /// Extents with data on the devices.
+    pub extents: u64,
+    /// Bytes of file data read and verified, one copy counted.
+    pub data_bytes: u64,
+    /// Bytes in use on the devices, one copy counted.
+    pub used_bytes: u64,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// What is wrong; at most a hundred findings of each rule.
+    pub findings: Vec<Finding>,
+    /// How many findings of each rule there were, by id.
+    pub counts: Vec<(&'static str, u64)>,
+    /// How much was checked.
+    pub stats: CheckStats,
+}
+
+impl CheckReport {
+    /// Whether nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.findings.is_empty()
+    }
+
+    /// The worst that is wrong.
+    pub fn worst(&self) -> Option<Severity> {
+        self.findings.iter().map(|finding| finding.severity).max()
+    }
+}
+
+/// Checks the pool on `devices`. Writes nothing.
+///
+/// # Errors
+/// When there is no pool to check: what [`Pool::open`] gives; [`Error::Memory`]; EINTR when
+/// `progress` says to stop. Damage is not an error but a finding.
+pub fn check(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &CheckOptions,
+    progress: &dyn CheckProgress,
+) -> Result<CheckReport> {
+    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg };
+    let (pool, superblock) = Pool::open(devices, platform, &pool_options)?;
+    let mut findings = Findings::default();
+    labels::check(&pool, &superblock, &mut findings);
+    let blocks = Blocks::new(&pool);
+    let chunks = chunks::load(&blocks, &superblock, &mut findings)?;
+    let mut checker = Checker {
+        pool: &pool,
+        blocks: &blocks,
+        superblock: &superblock,
+        options,
+        progress,
+        findings,
+        usage: Usage::new(&chunks)?,
+        extra: Vec::new(),
+        incomplete: false,
+        queue: DataQueue::default(),
+        stats: CheckStats::default(),
+        total_bytes: superblock.metadata_used.saturating_add(superblock.data_used),
+        done_bytes: 0,
+    };
+    checker.run()?;
+    paths::add(&blocks, &superblock, checker.findings.kept_mut())?;
+    let mut stats = checker.stats;
+    (stats.txg, stats.clean) = (superblock.txg, superblock.clean);
+    let (findings, counts) = checker.findings.finish();
+    Ok(CheckReport { findings, counts, stats })
+}
+
+/// What is done with an item: its key, its value, the group of its leaf.
+type EachItem<'e, 'a> = dyn FnMut(&mut Checker<'a>, Key, &[u8], Txg) -> Result<()> + 'e;
+
+/// A check under way.
+struct Checker<'a> {
+    pool: &'a Pool,
+    blocks: &'a Blocks<'a>,
+    superblock: &'a Superblock,
+    options: &'a CheckOptions,
+    progress: &'a dyn CheckProgress,
+    findings: Findings,
+    usage: Usage,
+    /// Runs of data that were met once more after the first time.
+    extra: Vec<Run>,
+    /// Some block could not be had: what is below it was not met.
+    incomplete: bool,
+    queue: DataQueue,
+    stats: CheckStats,
+    total_bytes: u64,
+    done_bytes: u64,
+}
+
+impl<'a> Checker<'a> {
+    fn run(&mut self) -> Result<()> {
+        let superblock = self.superblock;
+        self.each_item(&tree(TreeId::CHUNK, superblock.chunk_root), &mut |_, _, _, _| Ok(()))?;
+        subvols::check(self)?;
+        data::flush(self)?;
+        self.step(Pass::Space, 0)?;
+        let dead = tree(TreeId::DEAD, superblock.dead_root);
+        self.each_item(&dead, &mut |checker, key, _, _| {
+            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::DEAD, key.object), "");
+            Ok(())
+        })?;
+        let counted = refs::load(self)?;
+        let mut stored = space::load(self)?;
+        space::mark_log(self, &mut stored)?;
+        if self.incomplete {
+            self.findings.add(&rules::INCOMPLETE, Spot::NONE, "");
+        } else {
+            refs::compare(self, &counted)?;
+        }
+        space::compare(self, &stored)?;
+        self.stats.used_bytes = self.usage.bytes(|_| true);
+        Ok(())
+    }
+
+    /// Tells how far the check is.
+    fn step(&mut self, pass: Pass, bytes: u64) -> Result<()> {
+        self.done_bytes = self.done_bytes.saturating_add(bytes);
+        if !self.progress.progress(pass, self.done_bytes.min(self.total_bytes), self.total_bytes) {
+            return Err(Error::Posix(Errno::Intr));
+        }
+        Ok(())
+    }
+
+    /// Marks the space of a metadata block.
+    fn mark_block(&mut self, spot: Spot, ptr: &BlockPtr, kind: ChunkKind) {
+        let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
+        let mut shared = false;
+        let marked = self.usage.mark(run, kind, &mut |_| shared = true);
+        let rule = match marked {
+            Marked::Fresh => return,
+            Marked::Again => &rules::SPACE_SHARED,
+            Marked::Unmapped => &rules::SPACE_UNMAPPED,
+            Marked::WrongKind => &rules::NODE_PLACE,
+        };
+        self.findings.add(rule, spot, format!("a block of {} bytes", run.bytes));
+    }
+
+    fn report_bad_copies(&mut self, tree: TreeId) {
+        for bad in self.blocks.take_bad() {
+            let detail = format!("on device {} at byte {}: {}", bad.device, bad.at, bad.error);
+            self.findings.add(&rules::BLOCK_COPY, Spot::block(tree, bad.addr), detail);
+        }
+    }
+
+    /// Calls `each` for every item that can be had, with the group of its leaf; marks and verifies
+    /// all nodes. An error of `each` that says the item is damaged becomes a finding.
+    fn each_item(&mut self, tree: &Tree, each: &mut EachItem<'_, 'a>) -> Result<()> {
+        let kind = match tree.id {
+            TreeId::CHUNK => ChunkKind::System,
+            _ => ChunkKind::Metadata,
+        };
+        let blocks = self.blocks;
+        let mut outcome = Ok(());
+        tree.walk(blocks, &mut |visit| {
+            let spot = Spot::block(tree.id, visit.ptr.addr);
+            self.mark_block(spot.clone(), visit.ptr, kind);
+            self.report_bad_copies(tree.id);
+            self.step(Pass::Trees, visit.ptr.allocated())?;
+            let node = match visit.node {
+                Ok(node) => node,
+                Err(error) => {
+                    self.incomplete = true;
+                    self.findings.add_error(&rules::BLOCK, spot, error.clone())?;
+                    return Ok(Walk::Over);
+                }
+            };
+            self.stats.nodes += 1;
+            if node.level() > 0 {
+                return Ok(Walk::Down);
+            }
+            for index in 0..node.count() {
+                let key = node.key(index);
+                self.stats.items += 1;
+                let result = each(self, key, node.value(index), node.birth());
+                if let Err(error) = result {
+                    let spot = Spot::object(tree.id, key.object).at(node.addr());
+                    if let Err(error) = self.findings.add_error(&rules::ITEM, spot, error) {
+                        outcome = Err(error);
+                        return Ok(Walk::Stop);
+                    }
+                }
+            }
+            Ok(Walk::Down)
+        })?;
+        outcome
+    }
+}
+
+/// A tree of the pool.
+fn tree(id: TreeId, root: Option<BlockPtr>) -> Tree {
+    Tree { id, root }
+}
+
+/// Appends without aborting when memory is short.
+fn push<T>(list: &mut Vec<T>, value: T) -> Result<()> {
+    list.try_reserve(1).map_err(|_| Error::Memory)?;
+    list.push(value);
+    Ok(())
+}
+
+/// A run for messages.
+fn show(run: Run) -> alloc::string::String {
+    let Logical(addr) = run.addr;
+    format!("{} bytes at {addr:#x}", run.bytes)
+}

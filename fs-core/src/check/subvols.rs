@@ -1,0 +1,80 @@
+//! The pool tree: subvolumes and properties.
+
+use super::findings::rules;
+use super::{files, push, tree, Checker, Spot};
+use crate::format::key::{kind, Key};
+use crate::format::pool::{property, SubvolItem};
+use crate::format::ptr::BlockPtr;
+use crate::platform::Result;
+use crate::units::{TreeId, Txg};
+use alloc::format;
+use alloc::vec::Vec;
+
+/// A subvolume that can be looked into.
+pub(super) struct Found {
+    pub id: TreeId,
+    pub item: SubvolItem,
+    pub root: Option<BlockPtr>,
+}
+
+/// Checks the pool tree and every subvolume.
+///
+/// # Errors
+/// [`crate::error::Error::Memory`] and the like.
+pub(super) fn check(checker: &mut Checker<'_>) -> Result<()> {
+    let mut found: Vec<Found> = Vec::new();
+    let pool = tree(TreeId::POOL, checker.superblock.pool_root);
+    checker.each_item(&pool, &mut |checker, key, value, birth| {
+        item(checker, &mut found, key, value, birth)
+    })?;
+    let default = TreeId(checker.superblock.default_subvol);
+    let has_default = found.iter().any(|subvol| subvol.id == default);
+    if !has_default && !checker.incomplete {
+        let spot = Spot::object(TreeId::POOL, default.0);
+        checker.findings.add(&rules::SUBVOL_DEFAULT, spot, "");
+    }
+    for subvol in &found {
+        checker.stats.subvols += 1;
+        files::check(checker, subvol)?;
+    }
+    Ok(())
+}
+
+fn item(
+    checker: &mut Checker<'_>,
+    found: &mut Vec<Found>,
+    key: Key,
+    value: &[u8],
+    birth: Txg,
+) -> Result<()> {
+    let spot = Spot::object(TreeId::POOL, key.object);
+    match (key.kind, key.offset) {
+        (kind::SUBVOL, 0) => {
+            let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
+            let item = SubvolItem::decode(value).map_err(bad)?;
+            let root = item.root(birth).map_err(bad)?;
+            let id = TreeId(key.object);
+            if !id.is_subvol() || id.0 >= checker.superblock.next_subvol {
+                checker.findings.add(&rules::SUBVOL_ID, spot, "");
+                return Ok(());
+            }
+            push(found, Found { id, item, root })
+        }
+        (kind::PROPERTY, number) => {
+            let want = match number {
+                property::COMPRESSION => 2,
+                property::CHECKSUM => 1,
+                _ => value.len(),
+            };
+            if value.len() != want {
+                let detail = format!("property {number} has {} bytes", value.len());
+                checker.findings.add(&rules::ITEM, spot, detail);
+            }
+            Ok(())
+        }
+        _ => {
+            checker.findings.add(&rules::ITEM_KIND, spot, format!("{key:?}"));
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,569 @@
+//! A sound pool is clean, and each rule has a pool that breaks it.
+
+use super::findings::rules::{self, TABLE};
+use super::forge::{Built, Forge, Items, SECRET, SUBVOL, TXG};
+use super::*;
+use crate::format::chunk::{DeviceItem, Profile};
+use crate::format::dir::{encode_cookies, name_hash, Entry};
+use crate::format::extent::Extent;
+use crate::format::inode::{mode, LinkItem};
+use crate::format::key::kind;
+use crate::format::label::{label_areas, ring_slot};
+use crate::format::pool::ROOT_INO;
+use crate::format::ptr::CompressionKind;
+use crate::format::space::RefItem;
+use crate::format::superblock::LogStart;
+use crate::format::DiskField;
+use crate::units::{Ino, SECTOR_BYTES};
+use alloc::boxed::Box;
+use alloc::collections::BTreeSet;
+use alloc::vec;
+
+fn check_built(built: &Built) -> CheckReport {
+    let devices = vec![built.device.device()];
+    let options = CheckOptions::default();
+    check(devices, built.platform.platform.clone(), &options, &Quiet).unwrap()
+}
+
+fn ids(report: &CheckReport) -> BTreeSet<&'static str> {
+    report.findings.iter().map(|finding| finding.id).collect()
+}
+
+fn text(report: &CheckReport) -> alloc::string::String {
+    report.findings.iter().map(|finding| format!("{finding}\n")).collect()
+}
+
+/// Something to do to a pool before or after it is written.
+enum Damage {
+    Before(fn(&mut Forge)),
+    After(fn(&Built)),
+    /// After, on a pool with two copies of data.
+    AfterDup(fn(&Built)),
+}
+use Damage::{After, AfterDup, Before};
+
+fn report_of(damage: &Damage) -> CheckReport {
+    let profile = match damage {
+        AfterDup(_) => Profile::Dup,
+        _ => Profile::Single,
+    };
+    let mut forge = Forge::sound(profile);
+    if let Before(change) = damage {
+        change(&mut forge);
+    }
+    let built = forge.build();
+    if let After(change) | AfterDup(change) = damage {
+        change(&built);
+    }
+    check_built(&built)
+}
+
+/// Flips a bit in some copies of a block.
+fn flip(built: &Built, addr: Logical, copies: &[usize]) {
+    let places = built.pool.map(addr, SECTOR_BYTES).unwrap();
+    copies.iter().for_each(|copy| built.device.flip(places[*copy][0].1 .0 + 100));
+}
+
+fn space_key(forge: &Forge, kind: ChunkKind) -> Key {
+    let chunk = forge.chunks.iter().find(|chunk| chunk.kind == kind).unwrap();
+    Key::new(chunk.logical.0, kind::SPACE_BITMAP, 0)
+}
+
+fn each_value<T: DiskField>(items: &mut Items, kind: u8, change: impl Fn(&mut T)) {
+    for (_, value) in items.iter_mut().filter(|(key, _)| key.kind == kind) {
+        let mut item = T::get(value);
+        change(&mut item);
+        item.put(value);
+    }
+}
+
+/// Takes an extent out of a file with its bytes in sums.
+fn drop_extent(forge: &mut Forge, ino: u64, at: u64) {
+    let value = forge.subvol.remove(&Key::new(ino, kind::EXTENT, at)).unwrap();
+    let (extent, _) = Extent::decode(&value, at, TXG).unwrap();
+    forge.item.logical_bytes -= extent.len();
+    if let Extent::Plain { len, .. } = extent {
+        forge.item.stored_bytes -= len;
+        forge.edit(ino, |inode| inode.stored_bytes -= len);
+    }
+}
+
+fn first_plain(forge: &Forge, ino: u64) -> Extent {
+    Extent::decode(&forge.subvol[&Key::new(ino, kind::EXTENT, 0)], 0, TXG).unwrap().0
+}
+
+/// For each rule, a way to break it.
+const DAMAGES: &[(&Rule, Damage)] = &[
+    (&rules::LABEL, After(|built| built.device.flip(label_areas(16 << 20).unwrap()[1].0 + 9))),
+    (
+        &rules::SUPERBLOCK_COPY,
+        After(|built| {
+            let area = label_areas(16 << 20).unwrap()[0];
+            built.device.flip(ring_slot(area, TXG.0).0 + 700);
+        }),
+    ),
+    (
+        &rules::SUPERBLOCK_USAGE,
+        Before(|forge| forge.change_superblock = Box::new(|superblock| superblock.data_used = 0)),
+    ),
+    (&rules::BLOCK, After(|built| flip(built, built.superblock.pool_root.unwrap().addr, &[0, 1]))),
+    (
+        &rules::BLOCK_COPY,
+        After(|built| flip(built, built.superblock.pool_root.unwrap().addr, &[1])),
+    ),
+    (
+        // The chunk tree's root as the root of the reference tree: another kind of chunk, and
+        // another tree.
+        &rules::NODE_PLACE,
+        Before(|forge| {
+            forge.change_superblock = Box::new(|s| s.refs_root = s.chunk_root);
+        }),
+    ),
+    (
+        &rules::ITEM_KIND,
+        Before(|forge| {
+            forge.subvol.insert(Key::new(3, 0x77, 0), vec![1]);
+        }),
+    ),
+    (
+        &rules::ITEM,
+        Before(|forge| {
+            forge.subvol.insert(Key::new(3, kind::LINK, 1), vec![1]);
+        }),
+    ),
+    (
+        &rules::CHUNK_OVERLAP,
+        Before(|forge| {
+            forge.change_chunks = Box::new(|items| {
+                let mut of_kind = items.iter().filter(|(key, _)| key.kind == kind::CHUNK);
+                let (key, value) = of_kind.next_back().unwrap();
+                // One more chunk where the last one is.
+                let key = Key::new(key.object + (1 << 20), kind::CHUNK, 0);
+                let value = value.clone();
+                items.insert(key, value);
+            });
+            forge.change_superblock = Box::new(|superblock| superblock.next_chunk.0 += 1 << 20);
+        }),
+    ),
+    (
+        &rules::CHUNK_NEXT,
+        Before(|forge| {
+            forge.change_superblock = Box::new(|superblock| superblock.next_chunk.0 -= 1 << 20);
+        }),
+    ),
+    (
+        &rules::CHUNK_SYSTEM,
+        Before(|forge| {
+            forge.change_superblock =
+                Box::new(|superblock| superblock.system_chunks[0].birth = Txg(1));
+        }),
+    ),
+    (
+        &rules::DEVICE_ITEM,
+        Before(|forge| {
+            forge.change_chunks = Box::new(|items| {
+                each_value::<DeviceItem>(items, kind::DEVICE, |item| item.id[0] ^= 1);
+            });
+        }),
+    ),
+    (
+        &rules::DEVICE_ALLOCATED,
+        Before(|forge| {
+            forge.change_chunks = Box::new(|items| {
+                each_value::<DeviceItem>(items, kind::DEVICE, |item| item.allocated -= 4096);
+            });
+        }),
+    ),
+    (
+        &rules::SPACE_SHARED,
+        Before(|forge| forge.change_superblock = Box::new(|s| s.dead_root = s.pool_root)),
+    ),
+    (
+        &rules::SPACE_UNMAPPED,
+        Before(|forge| {
+            let Extent::Plain { len, checksum_kind, checksums, .. } = first_plain(forge, 3) else {
+                panic!("plain");
+            };
+            let addr = Logical(1 << 40);
+            let lost = Extent::Plain { addr, len, checksum_kind, checksums };
+            drop_extent(forge, 3, 0);
+            forge.extent(3, 0, &lost);
+        }),
+    ),
+    (
+        &rules::SPACE_IN_USE,
+        Before(|forge| {
+            let key = space_key(forge, ChunkKind::Data);
+            forge.change_space = Box::new(move |items| items.get_mut(&key).unwrap()[0] &= !2);
+        }),
+    ),
+    (
+        &rules::SPACE_LEAK,
+        Before(|forge| {
+            let key = space_key(forge, ChunkKind::Data);
+            forge.change_space = Box::new(move |items| items.get_mut(&key).unwrap()[20] |= 4);
+        }),
+    ),
+    (
+        &rules::SPACE_ITEM,
+        Before(|forge| {
+            forge.change_space = Box::new(|items| {
+                items.insert(Key::new(1 << 40, kind::SPACE_BITMAP, 0), vec![0; 32]);
+            });
+        }),
+    ),
+    (
+        &rules::SPACE_SUMMARY,
+        Before(|forge| {
+            forge.change_space = Box::new(|items| {
+                items.retain(|key, _| key.kind != kind::SPACE_SUMMARY);
+            });
+        }),
+    ),
+    (
+        &rules::SPACE_RESIDUE,
+        Before(|forge| {
+            forge.change_residue = Box::new(|residue| {
+                let run = residue.taken[0];
+                residue.freed.push(Run { addr: run.end(), bytes: SECTOR_BYTES });
+            });
+        }),
+    ),
+    (
+        &rules::REF_COUNT,
+        Before(|forge| each_value::<RefItem>(&mut forge.refs, kind::REF, |item| item.extra = 2)),
+    ),
+    (
+        &rules::REF_OVERLAP,
+        Before(|forge| {
+            let (key, value) = forge.refs.first_key_value().unwrap();
+            let key = Key::new(key.object + SECTOR_BYTES, kind::REF, 0);
+            let value = value.clone();
+            forge.refs.insert(key, value);
+        }),
+    ),
+    (
+        &rules::SUBVOL_ID,
+        Before(|forge| forge.change_superblock = Box::new(|s| s.next_subvol = SUBVOL.0)),
+    ),
+    (
+        &rules::SUBVOL_DEFAULT,
+        Before(|forge| forge.change_superblock = Box::new(|s| s.default_subvol = 999)),
+    ),
+    (&rules::SUBVOL_SUMS, Before(|forge| forge.item.logical_bytes += 1)),
+    (&rules::SUBVOL_NEXT_INO, Before(|forge| forge.item.next_ino = 9)),
+    (
+        &rules::DEAD_LIST,
+        Before(|forge| {
+            forge.dead.insert(Key::new(1, kind::DEAD, 0), vec![1]);
+        }),
+    ),
+    (
+        &rules::INODE_MISSING,
+        Before(|forge| {
+            forge.subvol.remove(&Forge::key(5));
+        }),
+    ),
+    (&rules::INODE_FIELD, Before(|forge| forge.edit(3, |inode| inode.rdev = 7))),
+    (
+        &rules::ROOT_MISSING,
+        Before(|forge| {
+            forge.subvol.remove(&Forge::key(ROOT_INO));
+        }),
+    ),
+    (&rules::LINK_COUNT, Before(|forge| forge.edit(3, |inode| inode.nlink = 3))),
+    (&rules::LINK_ITEMS, Before(|forge| forge.edit(3, |inode| inode.links = 0))),
+    (
+        &rules::LINK_KEY,
+        Before(|forge| {
+            let key = *forge.subvol.keys().find(|key| key.kind == kind::LINK).unwrap();
+            let value = forge.subvol.remove(&key).unwrap();
+            forge.subvol.insert(Key::new(3, kind::LINK, key.offset ^ 1), value);
+        }),
+    ),
+    (
+        &rules::ORPHAN_LISTED,
+        Before(|forge| {
+            forge.subvol.insert(Key::new(0, kind::ORPHAN, 3), vec![]);
+        }),
+    ),
+    (
+        &rules::ORPHAN_UNLISTED,
+        Before(|forge| {
+            forge.subvol.remove(&Key::new(0, kind::ORPHAN, 9));
+        }),
+    ),
+    (
+        &rules::NAME_NO_INODE,
+        Before(|forge| {
+            forge.subvol.remove(&Forge::key(7));
+        }),
+    ),
+    (&rules::NAME_TYPE, Before(|forge| forge.edit(7, |inode| inode.mode = mode::BLOCK))),
+    (
+        &rules::NAME_BACKLINK,
+        Before(|forge| {
+            forge.edit(6, |inode| (inode.parent, inode.parent_cookie) = (0, 0));
+        }),
+    ),
+    (&rules::BACKLINK_NAME, Before(|forge| forge.edit(6, |inode| inode.parent_cookie += 100))),
+    (
+        &rules::NAME_HASH,
+        Before(|forge| {
+            forge.subvol.remove(&Forge::hash_key(ROOT_INO, b"file"));
+        }),
+    ),
+    (
+        &rules::HASH_NAME,
+        Before(|forge| {
+            let key = Forge::hash_key(ROOT_INO, b"ghost");
+            forge.subvol.insert(key, encode_cookies(&[99]));
+        }),
+    ),
+    (
+        &rules::NAME_TWICE,
+        Before(|forge| {
+            forge.name(2, b"inner", 6);
+        }),
+    ),
+    (&rules::NAME_COOKIE, Before(|forge| forge.edit(2, |inode| inode.next_cookie = 4))),
+    (&rules::DIR_COUNT, Before(|forge| forge.edit(2, |inode| inode.entries += 1))),
+    (
+        // A directory whose only name is in itself.
+        &rules::DIR_LOOP,
+        Before(|forge| {
+            forge.inode(20, mode::DIRECTORY);
+            forge.name(20, b"self", 20);
+            forge.edit(20, |inode| inode.nlink = 3);
+        }),
+    ),
+    (
+        &rules::EXTENT_OVERLAP,
+        Before(|forge| {
+            forge.extent(3, SECTOR_BYTES, &Extent::Promised { len: SECTOR_BYTES });
+        }),
+    ),
+    (&rules::EXTENT_SIZE, Before(|forge| forge.edit(3, |inode| inode.size = SECTOR_BYTES))),
+    (&rules::EXTENT_INLINE, Before(|forge| forge.edit(6, |inode| inode.size = 7))),
+    (&rules::EXTENT_SUMS, Before(|forge| forge.edit(5, |inode| inode.stored_bytes += 4096))),
+    (
+        &rules::BLOB_WINDOW,
+        Before(|forge| {
+            let key = Key::new(5, kind::EXTENT, 2 * SECTOR_BYTES);
+            let (extent, _) = Extent::decode(&forge.subvol[&key], key.offset, TXG).unwrap();
+            let Extent::Packed { mut blob, offset, len } = extent else { panic!("packed") };
+            blob.stored -= 1;
+            let other = Extent::Packed { blob, offset, len };
+            forge.subvol.insert(key, other.encode(TXG));
+        }),
+    ),
+    (
+        &rules::DATA,
+        After(|built| {
+            let data = built.pool.chunks().into_iter().find(|c| c.kind == ChunkKind::Data);
+            flip(built, Logical(data.unwrap().logical.0 + SECTOR_BYTES), &[0]);
+        }),
+    ),
+    (
+        &rules::DATA_COPY,
+        AfterDup(|built| {
+            let data = built.pool.chunks().into_iter().find(|c| c.kind == ChunkKind::Data);
+            flip(built, Logical(data.unwrap().logical.0 + SECTOR_BYTES), &[1]);
+        }),
+    ),
+    (&rules::SYMLINK, Before(|forge| forge.edit(4, |inode| inode.size = 5))),
+    (
+        &rules::XATTR_HASH,
+        Before(|forge| {
+            let key = Key::new(3, kind::XATTR, name_hash(&SECRET, b"user.small"));
+            let value = forge.subvol.remove(&key).unwrap();
+            forge.subvol.insert(Key { offset: key.offset ^ 1, ..key }, value);
+        }),
+    ),
+    (&rules::XATTR_HINT, Before(|forge| forge.edit(3, |inode| inode.xattr_hint = 0))),
+    (
+        &rules::XATTR_PARTS,
+        Before(|forge| {
+            forge.subvol.remove(&Key::new(3, kind::XATTR_PART, 1 << 8 | 1));
+        }),
+    ),
+    (
+        &rules::LOG,
+        Before(|forge| {
+            let segment = Run { addr: Logical(1 << 40), bytes: 1 << 20 };
+            let log = LogStart { segment, offset: 0, sequence: 1, chain: [0; 32] };
+            forge.change_superblock = Box::new(move |superblock| superblock.log = Some(log));
+        }),
+    ),
+    (&rules::INCOMPLETE, After(|b| flip(b, b.superblock.space_root.unwrap().addr, &[0, 1]))),
+];
+
+#[test]
+fn nothing_is_wrong_with_a_sound_pool() {
+    for profile in [Profile::Single, Profile::Dup] {
+        let report = check_built(&Forge::sound(profile).build());
+        assert!(report.is_clean(), "{}", text(&report));
+        let stats = report.stats;
+        assert_eq!((stats.subvols, stats.inodes, stats.names), (1, 9, 8));
+        assert!(stats.data_bytes >= 4 * SECTOR_BYTES && stats.nodes >= 5);
+    }
+}
+
+#[test]
+fn every_rule_that_is_broken_is_found() {
+    for (rule, damage) in DAMAGES {
+        let report = report_of(damage);
+        assert!(ids(&report).contains(rule.id), "{}:\n{}", rule.id, text(&report));
+    }
+}
+
+#[test]
+fn every_rule_has_a_pool_that_breaks_it() {
+    let broken: BTreeSet<&str> = DAMAGES.iter().map(|(rule, _)| rule.id).collect();
+    let all: BTreeSet<&str> = TABLE.iter().map(|rule| rule.id).collect();
+    assert_eq!(all.len(), TABLE.len(), "an id is there twice");
+    assert_eq!(broken, all);
+}
+
+#[test]
+fn a_single_wrong_field_is_a_single_finding() {
+    let only = [
+        &rules::SUPERBLOCK_COPY,
+        &rules::BLOCK_COPY,
+        &rules::REF_COUNT,
+        &rules::SUBVOL_SUMS,
+        &rules::LINK_COUNT,
+        &rules::LINK_ITEMS,
+        &rules::DIR_COUNT,
+        &rules::DATA,
+        &rules::DATA_COPY,
+        &rules::SYMLINK,
+        &rules::XATTR_HINT,
+        &rules::EXTENT_SUMS,
+    ];
+    for (rule, damage) in DAMAGES.iter().filter(|(rule, _)| only.contains(rule)) {
+        let report = report_of(damage);
+        assert_eq!(report.findings.len(), 1, "{}:\n{}", rule.id, text(&report));
+    }
+}
+
+#[test]
+fn findings_name_the_path_of_the_file() {
+    let report = report_of(&Before(|forge| forge.edit(8, |inode| inode.rdev = 1)));
+    let paths: Vec<_> = report.findings.iter().map(|f| f.path.as_deref().unwrap()).collect();
+    assert_eq!(paths, [b"/dir/inner"]);
+    let report = report_of(&Before(|forge| forge.edit(9, |inode| inode.rdev = 1)));
+    assert_eq!(report.findings[0].path.as_deref(), Some(&b"#9"[..]));
+}
+
+#[test]
+fn damaged_data_is_named_by_its_place_in_the_file() {
+    let report = report_of(&After(|built| {
+        let data = built.pool.chunks().into_iter().find(|c| c.kind == ChunkKind::Data).unwrap();
+        flip(built, Logical(data.logical.0 + 2 * SECTOR_BYTES), &[0]);
+    }));
+    // The sector belongs to two files; it is read once, for the first.
+    assert_eq!(report.findings.len(), 1, "{}", text(&report));
+    let finding = &report.findings[0];
+    assert_eq!(finding.path.as_deref(), Some(&b"/file"[..]));
+    assert!(finding.message.contains("4096 bytes from byte 8192"), "{}", finding.message);
+}
+
+#[test]
+fn without_data_only_metadata_is_read() {
+    let built = Forge::sound(Profile::Single).build();
+    let data = built.pool.chunks().into_iter().find(|c| c.kind == ChunkKind::Data).unwrap();
+    flip(&built, data.logical, &[0]);
+    let options = CheckOptions { data: false, max_txg: None };
+    let platform = built.platform.platform.clone();
+    let report = check(vec![built.device.device()], platform, &options, &Quiet).unwrap();
+    assert!(report.is_clean());
+    assert_eq!(report.stats.data_bytes, 0);
+}
+
+#[test]
+fn inline_data_that_does_not_expand_is_found() {
+    let report = report_of(&Before(|forge| {
+        drop_extent(forge, 6, 0);
+        let compression = CompressionKind::Zstd;
+        let bytes = b"no frame".to_vec();
+        forge.extent(6, 0, &Extent::Inline { compression, logical: 20, bytes });
+        forge.edit(6, |inode| inode.size = 20);
+    }));
+    assert_eq!(ids(&report), BTreeSet::from([rules::EXTENT_INLINE.id]), "{}", text(&report));
+}
+
+#[test]
+fn two_hard_links_in_one_directory_are_sound() {
+    let mut forge = Forge::sound(Profile::Single);
+    forge.name(ROOT_INO, b"again", 3);
+    let report = check_built(&forge.build());
+    assert!(report.is_clean(), "{}", text(&report));
+}
+
+#[test]
+fn a_name_twice_under_one_link_item_is_found() {
+    let report = report_of(&Before(|forge| {
+        let link = LinkItem { parent: ROOT_INO, cookie: forge.read_inode(3).parent_cookie };
+        let key = Key::new(3, kind::LINK, LinkItem::offset(Ino(ROOT_INO), link.cookie));
+        forge.subvol.insert(key, link.to_bytes().to_vec());
+        forge.edit(3, |inode| inode.links += 1);
+    }));
+    assert_eq!(ids(&report), BTreeSet::from([rules::BACKLINK_NAME.id]), "{}", text(&report));
+}
+
+#[test]
+fn findings_of_one_rule_are_counted_but_not_all_kept() {
+    let report = report_of(&Before(|forge| {
+        for index in 0..300u64 {
+            let name = format!("ghost {index}");
+            let entry = Entry { ino: 5000, file_type: mode::REGULAR, name: name.into_bytes() };
+            let key = Key::new(2, kind::DIR_ENTRY, 1000 + index);
+            forge.subvol.insert(key, entry.encode());
+        }
+    }));
+    let count = |id| report.counts.iter().find(|(other, _)| *other == id).unwrap().1;
+    assert_eq!(count(rules::NAME_NO_INODE.id), 300);
+    let kept = report.findings.iter().filter(|f| f.id == rules::NAME_NO_INODE.id).count();
+    assert_eq!(kept, 100);
+}
+
+#[test]
+fn a_check_that_is_told_to_stop_stops() {
+    struct Impatient;
+    impl CheckProgress for Impatient {
+        fn progress(&self, _: Pass, _: u64, _: u64) -> bool {
+            false
+        }
+    }
+    let built = Forge::sound(Profile::Single).build();
+    let platform = built.platform.platform.clone();
+    let options = CheckOptions::default();
+    let outcome = check(vec![built.device.device()], platform, &options, &Impatient);
+    assert_eq!(outcome, Err(Error::Posix(Errno::Intr)));
+}
+
+#[test]
+fn no_flipped_byte_makes_the_check_panic_or_look_away() {
+    let built = Forge::sound(Profile::Single).build();
+    let content = built.device.image();
+    let (system, metadata) = (&built.superblock.chunk_root, &built.superblock.pool_root);
+    let mut unnoticed = Vec::new();
+    for root in [system, metadata] {
+        let addr = root.unwrap().addr;
+        let places = built.pool.map(addr, 1 << 14).unwrap();
+        for offset in (0..1 << 14).step_by(61) {
+            for place in &places {
+                built.device.flip(place[0].1 .0 + offset);
+            }
+            let devices = vec![built.device.device()];
+            let platform = built.platform.platform.clone();
+            let outcome = check(devices, platform, &CheckOptions::default(), &Quiet);
+            if outcome.is_ok_and(|report| report.worst() != Some(Severity::Loss)) {
+                unnoticed.push((addr, offset));
+            }
+            built.device.poke(0, &content);
+        }
+    }
+    assert_eq!(unnoticed, []);
+}

@@ -1,0 +1,217 @@
+//! `cargo xtask bench`: cairn next to other filesystems, in one run on one machine.
+//!
+//! Every measurement starts from a new filesystem on a loop device with direct I/O, over an image of the
+//! same size in the same directory. Within a round each workload goes through all subjects in turn, so
+//! that what drifts on the machine drifts for all; the median of the rounds is reported, and the ratio
+//! to Btrfs with zstd, the filesystem that promises the same. Caches are dropped before each workload,
+//! and the filesystem is mounted anew where reads are to be cold.
+//!
+//! Two floors stand beside them: the bare device, and a FUSE filesystem without storage, whose cost is
+//! that of the round trips alone. The workloads are this program's own, so that they are the same for
+//! all.
+
+mod plot;
+mod report;
+mod workloads;
+
+use crate::guard;
+use crate::need;
+use crate::run::Cmd;
+use crate::subject::{self, Subject};
+use crate::volume::{Backing, Volume};
+use crate::{checkout, run};
+use anyhow::{bail, Context, Result};
+use report::{Metric, Results};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use workloads::{Place, Scale, Workload, WORKLOADS};
+
+/// The subject that others are compared with.
+pub const REFERENCE: &str = "btrfs";
+
+/// Options of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Small sizes and one round: a few minutes, to see that everything runs.
+    #[arg(long)]
+    quick: bool,
+    /// Rounds; the median is reported.
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Filesystems to measure.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "cairn,btrfs,ext4,fuse2fs,ntfs-3g,noop,device"
+    )]
+    subjects: Vec<String>,
+    /// Only the workloads whose names contain one of these words.
+    filter: Vec<String>,
+}
+
+/// What is measured: a filesystem, or one of the floors.
+enum Contender {
+    /// A filesystem.
+    Mounted(Box<dyn Subject>),
+    /// A FUSE filesystem without storage.
+    NoOp,
+    /// The bare device.
+    Device,
+}
+
+/// Measures, prints, and writes JSON and a plot.
+///
+/// # Errors
+/// When a subject or workload fails.
+pub fn run(options: &Options) -> Result<()> {
+    need::can_mount()?;
+    need::tools(need::MOUNT)?;
+    need::tools(&[("sqlite3", "sqlite3"), ("tar", "tar")])?;
+    let contenders = contenders(&options.subjects)?;
+    let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 3 });
+    let scale = if options.quick { Scale::QUICK } else { Scale::FULL };
+    let mut results = Results::new(contenders.iter().map(|(name, _)| name.clone()).collect());
+    let start = Instant::now();
+    for round in 1..=rounds {
+        for workload in WORKLOADS {
+            let wanted = options.filter.is_empty()
+                || options.filter.iter().any(|word| workload.name.contains(word.as_str()));
+            if wanted {
+                one_workload(workload, &scale, &contenders, round, &mut results);
+            }
+        }
+    }
+    println!("\n{rounds} rounds in {:.0} s\n", start.elapsed().as_secs_f64());
+    print!("{}", report::table(&results, REFERENCE));
+    let dir = checkout::target().join("bench");
+    fs::create_dir_all(&dir)?;
+    let json = dir.join("results.json");
+    fs::write(&json, report::json(&results, rounds, options.quick))?;
+    let svg = dir.join("results.svg");
+    fs::write(&svg, plot::svg(&results, REFERENCE))?;
+    println!("\nwritten: {} and {}", json.display(), svg.display());
+    if results.failures.is_empty() {
+        return Ok(());
+    }
+    bail!("{} measurements failed:\n{}", results.failures.len(), results.failures.join("\n"))
+}
+
+fn contenders(names: &[String]) -> Result<Vec<(String, Contender)>> {
+    if names.iter().any(|name| name == "cairn" || name == "noop") {
+        need::release_build()?;
+    }
+    let mut found = Vec::new();
+    for name in names {
+        let contender = match name.as_str() {
+            "noop" => Contender::NoOp,
+            "device" => Contender::Device,
+            _ => Contender::Mounted(subject::by_name(name)?),
+        };
+        if let Contender::Mounted(subject) = &contender {
+            if let Err(why) = subject.prepare() {
+                println!("{name} is left out: {why:#}");
+                continue;
+            }
+        }
+        found.push((name.clone(), contender));
+    }
+    Ok(found)
+}
+
+/// One workload on every contender it makes sense for. A contender that fails is noted, and the rest
+/// goes on.
+fn one_workload(
+    workload: &Workload,
+    scale: &Scale,
+    contenders: &[(String, Contender)],
+    round: usize,
+    results: &mut Results,
+) {
+    for (name, contender) in contenders {
+        let measured = match contender {
+            Contender::Mounted(subject) => on_a_mount(workload, scale, &**subject),
+            Contender::NoOp if workload.floor_is_fuse => on_no_op(workload, scale),
+            Contender::Device if workload.floor_is_device => on_the_device(workload, scale),
+            Contender::NoOp | Contender::Device => continue,
+        };
+        match measured {
+            Ok(metrics) => {
+                for metric in metrics {
+                    let Metric { name: what, unit, .. } = &metric;
+                    println!("{round} {what:<28} {name:<8} {:>12.1} {unit}", metric.value);
+                    results.add(name, metric);
+                }
+            }
+            Err(why) => {
+                let line = format!("{} on {name}: {why:#}", workload.name);
+                println!("{round} {line}");
+                results.failures.push(run::tail(&line, 3));
+            }
+        }
+    }
+}
+
+fn on_a_mount(workload: &Workload, scale: &Scale, subject: &dyn Subject) -> Result<Vec<Metric>> {
+    let mut volume = Volume::create(subject, Backing::Loop, scale.image_bytes)?;
+    volume.mount()?;
+    let place = Place { path: volume.dir().to_owned(), is_device: false };
+    (workload.prepare)(&place, scale).context("preparation")?;
+    if workload.is_cold {
+        volume.remount()?;
+    }
+    drop_caches()?;
+    let mut metrics = (workload.measure)(&place, scale)?;
+    if subject.is_fuse() {
+        let peak = volume.server().ok().and_then(subject::memory_peak);
+        if let Some(bytes) = peak {
+            let name = format!("memory after {}", workload.name);
+            metrics.push(Metric::memory(name, bytes));
+        }
+    }
+    volume.unmount()?;
+    Ok(metrics)
+}
+
+fn on_no_op(workload: &Workload, scale: &Scale) -> Result<Vec<Metric>> {
+    let (dir, _dir) = guard::mount_point()?;
+    let mount = Cmd::new(checkout::binary("mount.cairn")).args(["--noop", "none"]).arg(&dir);
+    mount.quiet()?;
+    let _mounted = guard::mounted(&dir);
+    let place = Place { path: dir, is_device: false };
+    (workload.prepare)(&place, scale).context("preparation")?;
+    drop_caches()?;
+    (workload.measure)(&place, scale)
+}
+
+fn on_the_device(workload: &Workload, scale: &Scale) -> Result<Vec<Metric>> {
+    let blank = Blank::new(scale.image_bytes)?;
+    let place = Place { path: blank.device.clone(), is_device: true };
+    (workload.prepare)(&place, scale).context("preparation")?;
+    drop_caches()?;
+    (workload.measure)(&place, scale)
+}
+
+/// A loop device without a filesystem.
+struct Blank {
+    // Dropped in this order.
+    _attached: guard::Guard,
+    _scratch: guard::Guard,
+    device: PathBuf,
+}
+
+impl Blank {
+    fn new(bytes: u64) -> Result<Blank> {
+        let (scratch, removal) = guard::temp_dir(&checkout::artefacts("scratch")?, "device")?;
+        let image = scratch.join("image");
+        fs::File::create(&image)?.set_len(bytes)?;
+        let (device, attached) = guard::loop_device(&image, false)?;
+        Ok(Blank { _attached: attached, _scratch: removal, device })
+    }
+}
+
+/// Empties the kernel's caches.
+fn drop_caches() -> Result<()> {
+    rustix::fs::sync();
+    fs::write(Path::new("/proc/sys/vm/drop_caches"), "3").context("cannot drop caches")
+}

@@ -1,0 +1,128 @@
+//! Suites that run on a mounted image, as root.
+//!
+//! | suite | asks |
+//! | --- | --- |
+//! | `pjdfstest` | does each call do what POSIX says? |
+//! | `fsx` | does a file hold what was written, whatever the calls? |
+//! | `direct` | the same when O_DIRECT, mmap and ordinary calls meet on one file |
+//! | `programs` | do programs that people use work? |
+//! | `python` | do Python's own tests of the filesystem fail where they do not elsewhere? |
+//! | `badinput` | what happens with images and devices that are broken, full or busy? |
+//! | `cycles` | may the next command follow an unmount at once? |
+//! | `kill` | is everything that was synced still there when the server is killed? |
+//! | `user` | does an ordinary user get by without root? |
+//!
+//! Each ends with the image unmounted and checked. All but the last four also run on other
+//! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
+
+mod badinput;
+mod cycles;
+mod direct;
+mod fsx;
+mod kill;
+mod pjdfstest;
+mod programs;
+mod python;
+mod user;
+
+pub use programs::copy_sources;
+
+use crate::steps::{passed, Outcome, Steps};
+use crate::subject::{self, Subject};
+use crate::volume::{Backing, Volume};
+use crate::{checkout, demo, need};
+use anyhow::Result;
+use std::path::PathBuf;
+
+/// What every suite is given.
+pub struct Suite<'a> {
+    /// The filesystem to try.
+    pub subject: &'a dyn Subject,
+    /// Whether hours may be spent.
+    pub long: bool,
+    /// Where logs of what was run are kept.
+    pub logs: PathBuf,
+}
+
+impl Suite<'_> {
+    /// A fresh image of a size that fits every suite, mounted.
+    ///
+    /// # Errors
+    /// When it cannot be made or mounted.
+    pub fn volume(&self) -> Result<Volume<'_>> {
+        let mut volume = Volume::create(self.subject, Backing::Loop, 4 << 30)?;
+        volume.mount()?;
+        Ok(volume)
+    }
+
+    /// The log file of that name.
+    pub fn log(&self, name: &str) -> PathBuf {
+        self.logs.join(format!("{name}.log"))
+    }
+}
+
+type Run = fn(&Suite<'_>) -> Result<Outcome>;
+
+/// Suites for any filesystem.
+const GENERAL: &[(&str, Run)] = &[
+    ("pjdfstest", pjdfstest::run),
+    ("pjdfstest-readonly", pjdfstest::run_read_only),
+    ("fsx", fsx::run),
+    ("direct", direct::run),
+    ("programs-build", programs::build),
+    ("programs-git", programs::git),
+    ("programs-sqlite", programs::sqlite),
+    ("programs-rsync", programs::rsync),
+    ("programs-tar", programs::tar),
+    ("python", python::run),
+];
+
+/// Suites that know cairn's commands and format.
+const OWN: &[(&str, Run)] = &[
+    ("badinput-images", badinput::images),
+    ("badinput-devices", badinput::devices),
+    ("cycles", cycles::run),
+    ("kill", kill::run),
+    ("sigterm", kill::terminate),
+    ("user", user::run),
+];
+
+/// Adds the suites to a run.
+///
+/// # Errors
+/// When the subject is unknown.
+pub fn steps(steps: &mut Steps, subject: &str, long: bool) -> Result<()> {
+    let is_cairn = subject == "cairn";
+    let subject = subject::by_name(subject)?;
+    let logs = checkout::artefacts("logs")?;
+    let suite = Suite { subject: &*subject, long, logs };
+    let own: &[(&str, Run)] = if is_cairn { OWN } else { &[] };
+    let suites = GENERAL.iter().chain(own);
+    if is_cairn {
+        let any = steps.wants("demo") || suites.clone().any(|(name, _)| steps.wants(name));
+        if any {
+            steps.always("build-release", || {
+                need::release_build()?;
+                passed()
+            });
+        }
+        steps.step("demo", || on_a_mount(&suite, |_| demo::run("cairn").and_then(|()| passed())));
+    }
+    for (name, run) in suites {
+        steps.step(name, || on_a_mount(&suite, *run));
+    }
+    Ok(())
+}
+
+fn on_a_mount(
+    suite: &Suite<'_>,
+    run: impl FnOnce(&Suite<'_>) -> Result<Outcome>,
+) -> Result<Outcome> {
+    match need::can_mount() {
+        Ok(()) => {
+            need::tools(need::MOUNT)?;
+            run(suite)
+        }
+        Err(why) => Ok(Outcome::Skipped(format!("{why:#}"))),
+    }
+}

@@ -1,0 +1,53 @@
+//! An ordinary user: an image of one's own, made, mounted, used, unmounted, checked, without root.
+
+use super::Suite;
+use crate::guard;
+use crate::run::Cmd;
+use crate::steps::Outcome;
+use crate::{checkout, need};
+use anyhow::{ensure, Result};
+use std::fs;
+use std::time::Duration;
+
+/// Does it all as `nobody`.
+///
+/// # Errors
+/// When a step fails.
+pub fn run(_suite: &Suite<'_>) -> Result<Outcome> {
+    need::tools(&[("setpriv", "util-linux"), ("fusermount3", "fuse3")])?;
+    // The checkout may lie where other users cannot look.
+    let (dir, _dir) = guard::temp_dir(&std::env::temp_dir(), "cairn-user")?;
+    for name in ["mkfs.cairn", "mount.cairn", "fsck.cairn"] {
+        fs::copy(checkout::binary(name), dir.join(name))?;
+    }
+    // `temp_dir` keeps others out.
+    Cmd::new("chmod").arg("-R").arg("a+rX").arg(&dir).quiet()?;
+    let home = dir.join("home");
+    fs::create_dir_all(home.join("mnt"))?;
+    Cmd::new("chown").args(["-R", "65534:65534"]).arg(&home).quiet()?;
+    let script = r#"
+        truncate -s 300M pool.img
+        ../mkfs.cairn -q pool.img
+        ../mount.cairn pool.img mnt
+        trap 'fusermount3 -u mnt || true' EXIT
+        findmnt -no FSTYPE mnt | grep -q '^fuse.cairn$'
+        head -c 5000000 /dev/urandom > mnt/file
+        ln mnt/file mnt/link
+        cp mnt/file copy
+        test "$(stat -c %U mnt/file)" = nobody
+        fusermount3 -u mnt
+        trap - EXIT
+        ../fsck.cairn -f -n pool.img
+        ../mount.cairn pool.img mnt
+        trap 'fusermount3 -u mnt || true' EXIT
+        cmp mnt/link copy
+    "#;
+    // Registered while nothing is mounted yet: should the script die, this takes the mount away.
+    let mounted = guard::mounted(&home.join("mnt"));
+    let shell = Cmd::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    let shell = shell.args(["bash", "-euo", "pipefail", "-c", script]);
+    shell.env("HOME", &home).dir(&home).limit(Duration::from_secs(120)).quiet()?;
+    ensure!(!guard::is_mounted(&home.join("mnt")), "the user's unmount did nothing");
+    mounted.disarm();
+    Ok(Outcome::Passed("made, mounted, unmounted and checked by nobody".into()))
+}
