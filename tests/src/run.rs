@@ -428,9 +428,16 @@ pub fn compare(
     if expected == found {
         return Ok(());
     }
-    // Of several reasons not to rename, the kernel has looked at most before it asks.
-    let is_rename = matches!(op, Op::Rename { .. });
-    if is_rename && expected.result.is_err() && found.result.is_err() {
+    // Of several reasons not to do it, the kernel has looked at most before it asks.
+    let is_checked = matches!(
+        op,
+        Op::Rename { .. }
+            | Op::Link { .. }
+            | Op::Mknod { .. }
+            | Op::Mkdir { .. }
+            | Op::Symlink { .. }
+    );
+    if is_checked && expected.result.is_err() && found.result.is_err() {
         return Ok(());
     }
     Err(format!("expected {}, found {}", brief(expected), brief(found)))

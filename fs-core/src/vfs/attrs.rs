@@ -48,7 +48,9 @@ impl Volume {
         if let Some(project) = set.project {
             item.project = project;
         }
-        if item != state.item {
+        // POSIX wants the change time of what was asked for, even if it was so already.
+        let asked = SetAttr { size: None, kill_priv: false, ..*set } != SetAttr::default();
+        if asked || item != state.item {
             if set.ctime.is_none() {
                 item.set_ctime(self.now());
             }
