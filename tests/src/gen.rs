@@ -541,8 +541,7 @@ impl Generator {
 
     fn bytes(&mut self) -> Data {
         let look = *self.rng.pick(&[Look::Text, Look::Text, Look::Noise, Look::Byte, Look::Zeros]);
-        let len = if self.rng.chance(1, 40) { 0 } else { self.length() as usize };
-        Data { look, seed: self.rng.next_u64(), len }
+        Data { look, seed: self.rng.next_u64(), len: self.length() as usize }
     }
 
     fn set_attr(&mut self) -> SetAttr {
