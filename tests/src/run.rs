@@ -367,8 +367,8 @@ pub fn is_left_open(runner: &Runner, state: &State, op: &Op) -> bool {
     let node = |target: &Target| {
         in_model(runner, state, target).and_then(|ino| state.nodes.get(&ino).cloned())
     };
-    let is_protected = |target| node(target).is_some_and(|n| n.flags & PROTECTED != 0);
-    let is_dead_dir = |target| node(target).is_some_and(|n| n.is_dir() && n.nlink == 0);
+    let is_protected = |target: &Target| node(target).is_some_and(|n| n.flags & PROTECTED != 0);
+    let is_dead_dir = |target: &Target| node(target).is_some_and(|n| n.is_dir() && n.nlink == 0);
     match op {
         // The kernel checks these flags when a file is opened, not when it is written.
         Op::Write { target, kill_priv, .. } => {
