@@ -65,7 +65,7 @@ fn label() -> Label {
         name,
         written: 1,
         sequence: 1,
-        reserved: [0; 3920],
+        reserved: fs_core::format::Skipped::ZEROS,
         checksum: [0; 32],
     }
 }

@@ -423,6 +423,10 @@ impl NodeSource for Forge {
 }
 
 impl NodeSink for Forge {
+    fn as_source(&self) -> &dyn NodeSource {
+        self
+    }
+
     fn txg(&self) -> Txg {
         TXG
     }
