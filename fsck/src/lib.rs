@@ -2,9 +2,10 @@
 //!
 //! Called as fsck(8) calls its helpers. A pool needs no repair after a crash: opening it finds the
 //! last published state and replays the log. So the *preen* at boot (`-a`, `-p`) only looks whether
-//! the pool can be opened, in well below a second; everything else, and `-f` always, is the full check:
-//! every checksum, reference count, allocation, link count and directory is computed anew from the trees
-//! and compared with what is stored. Devices are opened read-only, whatever the arguments say.
+//! the pool can be opened, in well below a second; everything else, and `-f` always, is the full
+//! check: every checksum, reference count, allocation, link count and directory is computed anew
+//! from the trees and compared with what is stored. Devices are opened read-only, whatever the
+//! arguments say.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
