@@ -100,8 +100,11 @@ impl Volume {
             }
             // A name that stood for other content must not, after a crash, stand for a file whose
             // bytes were lost: they go to the log with the new name.
-            if locked.get(source.ino).item.is_file() {
-                self.engine.store.intents.need(self.subvol.id, source.ino);
+            let exchanged = target.as_ref().filter(|_| flags.exchange);
+            for named in [Some(&source), exchanged].into_iter().flatten() {
+                if locked.get(named.ino).item.is_file() {
+                    self.engine.store.intents.need(self.subvol.id, named.ino);
+                }
             }
             all.sort_by_key(|inode| inode.ino);
             all.dedup_by_key(|inode| inode.ino);
