@@ -107,6 +107,8 @@ pub fn open(
     }
     if !options.read_only {
         engine.queue_orphans()?;
+        // Power may have failed between the two. If it cannot be done, one of them is still good.
+        let _ = engine.store.pool.repair_labels();
         start_ticking(&engine);
     }
     Ok(engine)
