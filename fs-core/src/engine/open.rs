@@ -173,6 +173,7 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         commit_ns,
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         store,
     }))
 }
