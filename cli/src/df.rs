@@ -4,7 +4,7 @@ use crate::arguments::Df;
 use crate::target::{ask, ask_failed, view, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
-use cairn_host::admin::{Reply, Request, SpaceInfo, Usage};
+use cairn_host::admin::{AdminError, Reply, Request, SpaceInfo, Usage};
 use cairn_host::mounts::{self, Mount};
 use cairn_host::parse::format_size;
 use fs_core::format::chunk::ChunkKind;
@@ -14,6 +14,7 @@ use fs_core::format::space::SummaryItem;
 use fs_core::platform::Result as CoreResult;
 use fs_core::units::{Logical, TreeId, SECTOR_BYTES};
 use serde::Serialize;
+use std::path::PathBuf;
 
 /// A pool's space with the name it was asked by.
 #[derive(Serialize)]
@@ -39,13 +40,7 @@ pub(crate) fn run(arguments: &Df) -> Result<Done, Failure> {
     } else {
         vec![match Target::find(&arguments.pool)? {
             Target::Mounted(mount) => of_mount(&mount)?,
-            Target::Devices(paths) => {
-                let view = view(&paths)?;
-                let name = paths[0].display().to_string();
-                let space = of_view(&view)
-                    .map_err(|error| Failure::new(format_args!("{name}: {error}")))?;
-                Row::new(name, space)
-            }
+            Target::Devices(paths) => of_devices(&paths)?,
         }]
     };
     if arguments.json {
@@ -76,8 +71,16 @@ fn of_mount(mount: &Mount) -> Result<Row, Failure> {
     match ask(mount, Request::Df) {
         Ok(Reply::Df(space)) => Ok(Row::new(mount.mount_point.display(), space)),
         Ok(_) => Err(Failure::new("the daemon answered another question")),
+        // The kernel module has no daemon; what it published last is on the device.
+        Err(AdminError::NoDaemon) => of_devices(std::slice::from_ref(&mount.source)),
         Err(error) => Err(ask_failed(mount, &error)),
     }
+}
+
+fn of_devices(paths: &[PathBuf]) -> Result<Row, Failure> {
+    let name = paths[0].display().to_string();
+    let space = of_view(&view(paths)?);
+    Ok(Row::new(&name, space.map_err(|e| Failure::new(format_args!("{name}: {e}")))?))
 }
 
 /// Adds up what the trees of a pool that is not mounted say.

@@ -4,7 +4,7 @@ use crate::arguments::OfPool;
 use crate::target::{ask, ask_failed, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
-use cairn_host::admin::{DeviceInfo, PoolInfo, Reply, Request};
+use cairn_host::admin::{AdminError, DeviceInfo, PoolInfo, Reply, Request};
 use cairn_host::parse::{format_size, format_uuid};
 use cairn_host::{probe, stored, FileDevice};
 use fs_core::format::key::{kind, Key};
@@ -20,6 +20,8 @@ pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
         Target::Mounted(mount) => match ask(&mount, Request::Info) {
             Ok(Reply::Info(info)) => (info, Done::Whole),
             Ok(_) => return Err(Failure::new("the daemon answered another question")),
+            // The kernel module has no daemon; what it published last is on the device.
+            Err(AdminError::NoDaemon) => of_devices(&open_to_look(&[mount.source])?)?,
             Err(error) => return Err(ask_failed(&mount, &error)),
         },
         Target::Devices(paths) => of_devices(&open_to_look(&paths)?)?,

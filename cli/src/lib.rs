@@ -1,8 +1,8 @@
 //! `cairn`: looks at pools and administers them.
 //!
-//! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon is
-//! asked; of one that is not mounted the device is read, never written. Standard output carries data
-//! only, as text for people or as JSON.
+//! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon
+//! is asked; of one that is not mounted the device is read, never written. Standard output carries
+//! data only, as text for people or as JSON.
 //!
 //! | exit code | meaning |
 //! | --- | --- |

@@ -1,7 +1,7 @@
 //! `cairn sync`.
 //!
-//! First the kernel hands dirty pages of the mount to whoever serves it, then the daemon commits: on a
-//! plain `fuse` mount the kernel's own sync stops half-way.
+//! First the kernel hands dirty pages of the mount to whoever serves it, then the daemon commits:
+//! on a plain `fuse` mount the kernel's own sync stops half-way.
 
 use crate::arguments::Sync;
 use crate::target::{ask, ask_failed, mount_point};

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 /// Check a cairn pool. Nothing is ever written.
 ///
-/// Exit codes: 0 no errors, 4 errors left, 8 the check could not be carried out, 16 wrong arguments,
-/// 32 cancelled.
+/// Exit codes: 0 no errors, 4 errors left, 8 the check could not be carried out, 16 wrong
+/// arguments, 32 cancelled.
 #[derive(Clone, Debug, Default, Parser)]
 #[command(name = "fsck.cairn", version, max_term_width = 100)]
 pub struct Arguments {
@@ -35,7 +35,7 @@ pub struct Arguments {
     #[arg(short = 'f', long)]
     pub force: bool,
 
-    /// Write progress to this file descriptor, as lines of pass, done, total and device; 0 shows a bar
+    /// Write progress to this descriptor, as lines of pass, done, total and device; 0 shows a bar
     #[arg(short = 'C', value_name = "FD", allow_negative_numbers = true)]
     pub progress: Option<i32>,
 
@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(short = 't', action = ArgAction::Count)]
     pub timing: u8,
 
-    /// Print counts and findings of no consequence too
+    /// Print how much was checked
     #[arg(short = 'v', long, action = ArgAction::Count)]
     pub verbose: u8,
 

@@ -2,9 +2,10 @@
 //!
 //! Called as fsck(8) calls its helpers. A pool needs no repair after a crash: opening it finds the
 //! last published state and replays the log. So the *preen* at boot (`-a`, `-p`) only looks whether
-//! the pool can be opened, in well below a second; everything else, and `-f` always, is the full check:
-//! every checksum, reference count, allocation, link count and directory is computed anew from the trees
-//! and compared with what is stored. Devices are opened read-only, whatever the arguments say.
+//! the pool can be opened, in well below a second; everything else, and `-f` always, is the full
+//! check: every checksum, reference count, allocation, link count and directory is computed anew
+//! from the trees and compared with what is stored. Devices are opened read-only, whatever the
+//! arguments say.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
@@ -15,7 +16,6 @@
 //! | 32 | cancelled |
 
 mod arguments;
-mod core_api;
 mod preen;
 mod progress;
 mod report;
@@ -24,7 +24,7 @@ pub use arguments::Arguments;
 
 use cairn_host::{host_platform, mounts, open_devices, Access, FileDevice, OpenOptions, Wait};
 use clap::{CommandFactory, Parser};
-use core_api::{check, CheckOptions};
+use fs_core::check::{check, CheckOptions};
 use fs_core::platform::DeviceRef;
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -84,7 +84,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
     let name = arguments.device_names();
     let progress = progress::Progress::new(arguments, &name);
     let devices: Vec<DeviceRef> = devices.into_iter().map(|device| device as DeviceRef).collect();
-    let options = CheckOptions { verify_data: !arguments.metadata_only };
+    let options = CheckOptions { data: !arguments.metadata_only, max_txg: None };
     let start = Instant::now();
     let outcome = check(devices, host_platform(), &options, &progress);
     progress.finish();
@@ -92,7 +92,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
         Ok(checked) => {
             let seconds = start.elapsed().as_secs_f64();
             report::print(&checked, arguments, &name, seconds);
-            if checked.clean() {
+            if checked.is_clean() {
                 return 0;
             }
             if arguments.wants_repair() {

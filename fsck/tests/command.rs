@@ -2,11 +2,9 @@
 
 use assert_cmd::Command;
 use cairn_host::{Access, FileDevice, OpenOptions, Wait};
-use fs_core::format::chunk::{Chunk, ChunkKind, Profile, Stripe};
-use fs_core::format::label::{label_areas, ring_slot, Label, LABEL_MAGIC};
+use clap::Parser;
+use fs_core::format::label::{label_areas, ring_slot};
 use fs_core::format::superblock::Superblock;
-use fs_core::format::FORMAT_VERSION;
-use fs_core::units::{Logical, Physical, Txg};
 use predicates::prelude::*;
 use predicates::str::contains;
 use std::fs::{self, File};
@@ -30,14 +28,38 @@ impl Image {
         image
     }
 
-    /// An image with labels and one superblock.
+    /// An image of an empty pool, closed or as a crash would leave it.
     fn of_pool(clean: bool) -> Image {
         let image = Image::empty();
-        for area in label_areas(BYTES).unwrap() {
-            image.write(area.0, &label().encode());
-            image.write(ring_slot(area, 7).0, &superblock(clean).encode());
+        let path = image.path();
+        let arguments = ["mkfs", "-q", "-L", "tank", path.to_str().unwrap()];
+        cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+        if !clean {
+            image.reopen();
         }
         image
+    }
+
+    /// Clears the mark that the pool was closed.
+    fn reopen(&self) {
+        for slot in self.slots() {
+            let mut superblock = Superblock::decode(&self.read(slot)).unwrap();
+            superblock.clean = false;
+            self.write(slot, &superblock.encode());
+        }
+    }
+
+    /// Where superblocks are.
+    fn slots(&self) -> Vec<u64> {
+        let rings = label_areas(BYTES).unwrap();
+        let slots = rings.iter().flat_map(|area| (0..16).map(|slot| ring_slot(*area, slot).0));
+        slots.filter(|at| self.read(*at).iter().any(|b| *b != 0)).collect()
+    }
+
+    fn read(&self, at: u64) -> Vec<u8> {
+        let mut bytes = vec![0; 4096];
+        File::open(self.path()).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        bytes
     }
 
     fn path(&self) -> PathBuf {
@@ -47,62 +69,6 @@ impl Image {
     fn write(&self, at: u64, bytes: &[u8]) {
         let file = File::options().write(true).open(self.path()).unwrap();
         file.write_all_at(bytes, at).unwrap();
-    }
-}
-
-fn label() -> Label {
-    let mut name = [0; 64];
-    name[..4].copy_from_slice(b"tank");
-    Label {
-        magic: LABEL_MAGIC,
-        version: FORMAT_VERSION,
-        sector_bytes: 4096,
-        pool_id: [7; 16],
-        device_id: [8; 16],
-        device_index: 0,
-        reserved0: [0; 6],
-        device_bytes: BYTES,
-        name,
-        written: 1,
-        sequence: 1,
-        reserved: fs_core::format::Skipped::ZEROS,
-        checksum: [0; 32],
-    }
-}
-
-fn superblock(clean: bool) -> Superblock {
-    Superblock {
-        txg: Txg(7),
-        written: 1,
-        pool_id: [7; 16],
-        features: [0; 3],
-        hash_secret: [1; 16],
-        node_bytes: 16384,
-        device_count: 1,
-        data_profile: Profile::Single,
-        metadata_profile: Profile::Single,
-        clean,
-        next_chunk: Logical(2 << 20),
-        chunk_bytes: 1 << 20,
-        next_subvol: 257,
-        default_subvol: 256,
-        pool_root: None,
-        chunk_root: None,
-        space_root: None,
-        refs_root: None,
-        dead_root: None,
-        residue: None,
-        log: None,
-        data_used: 0,
-        metadata_used: 0,
-        system_chunks: vec![Chunk {
-            logical: Logical(1 << 20),
-            length: 1 << 20,
-            birth: Txg(1),
-            kind: ChunkKind::System,
-            profile: Profile::Single,
-            stripes: vec![Stripe { device: 0, physical: Physical(1 << 20) }],
-        }],
     }
 }
 
@@ -152,8 +118,8 @@ fn a_preen_goes_on_with_one_label_and_ring_and_says_so() {
 #[test]
 fn a_pool_without_a_superblock_or_cut_off_exits_with_4() {
     let image = Image::of_pool(true);
-    for area in label_areas(BYTES).unwrap() {
-        image.write(ring_slot(area, 7).0, &[1; 4096]);
+    for slot in image.slots() {
+        image.write(slot, &[1; 4096]);
     }
     fsck().arg("-a").arg(image.path()).assert().code(4).stderr(contains("superblocks"));
     let image = Image::of_pool(true);

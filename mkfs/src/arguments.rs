@@ -10,9 +10,9 @@ use std::path::PathBuf;
 
 /// Make a cairn pool on block devices or image files.
 ///
-/// A target that is not there yet is made as a sparse image file when --size is given. A device that
-/// is mounted or otherwise in use is refused always, one that holds another filesystem or a partition
-/// table unless --force is given.
+/// A target that is not there yet is made as a sparse image file when --size is given. A device
+/// that is mounted or otherwise in use is refused always, one that holds another filesystem or a
+/// partition table unless --force is given.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "mkfs.cairn", version, max_term_width = 100)]
 pub struct Arguments {

@@ -2,8 +2,8 @@
 //!
 //! Nothing is written before everything has been checked: the arguments, that the devices are free,
 //! that there is nothing on them that would be missed, and, by formatting a device in memory of the
-//! same size, that the pool fits and the core agrees with every option. The same rehearsal is all that
-//! `--dry-run` does.
+//! same size, that the pool fits and the core agrees with every option. The same rehearsal is all
+//! that `--dry-run` does.
 
 mod arguments;
 mod rehearsal;

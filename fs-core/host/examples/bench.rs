@@ -45,11 +45,19 @@ fn codecs() {
         let mut back = vec![0; bytes];
         let gb = bytes as f64 / 1e9;
         println!(
-            "{bytes:>7} bytes: blake3 {:.2} GB/s, crc32c {:.2} GB/s, zstd:3 {:.2} GB/s, back {:.2} GB/s",
-            gb * rate(|| { std::hint::black_box(codecs.blake3(&text)); }),
-            gb * rate(|| { std::hint::black_box(codecs.crc32c(&text)); }),
-            gb * rate(|| { codecs.zstd_compress(&text, &mut packed, 3); }),
-            gb * rate(|| { codecs.zstd_expand(&packed[..n], &mut back); }),
+            "{bytes:>7} bytes, GB/s: blake3 {:.2}, crc32c {:.2}, zstd:3 {:.2}, back {:.2}",
+            gb * rate(|| {
+                std::hint::black_box(codecs.blake3(&text));
+            }),
+            gb * rate(|| {
+                std::hint::black_box(codecs.crc32c(&text));
+            }),
+            gb * rate(|| {
+                codecs.zstd_compress(&text, &mut packed, 3);
+            }),
+            gb * rate(|| {
+                codecs.zstd_expand(&packed[..n], &mut back);
+            }),
         );
     }
 }

@@ -4,7 +4,7 @@
 //!
 //! | trait | here |
 //! | --- | --- |
-//! | `Device` | [`FileDevice`]: a block device or image file, by `io_uring` and `preadv`/`pwritev` |
+//! | `Device` | [`FileDevice`]: a block device or image file, by `io_uring` or `preadv`/`pwritev` |
 //! | `Clock` | [`HostClock`] |
 //! | `Entropy` | [`HostEntropy`] |
 //! | `Workers` | [`HostWorkers`]: a thread pool that grows while its jobs wait |

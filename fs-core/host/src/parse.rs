@@ -10,8 +10,8 @@ impl fmt::Display for BadSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "'{}' is not a size: give a number of bytes, or one with a suffix \
-             (K, M, G, T, P, E or KiB, MiB, ... for powers of 1024; KB, MB, ... for powers of 1000)",
+            "'{}' is not a size: give a number of bytes, or one with a suffix (K, M, G, T, P, E or \
+             KiB, MiB, ... for powers of 1024; KB, MB, ... for powers of 1000)",
             self.0
         )
     }

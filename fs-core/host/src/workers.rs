@@ -1,9 +1,10 @@
 //! Threads.
 //!
-//! One pool serves jobs and the helpers of [`parallel_for`](Workers::parallel_for). It keeps as many
-//! threads as the machine runs at once and starts more while all of them are taken, because a job may
-//! wait for another job: with a fixed number, a commit that waits for writers which stand in the
-//! queue behind it would wait for good. Threads beyond the kept ones leave after some idle seconds.
+//! One pool serves jobs and the helpers of [`parallel_for`](Workers::parallel_for). It keeps as
+//! many threads as the machine runs at once and starts more while all of them are taken, because a
+//! job may wait for another job: with a fixed number, a commit that waits for writers which stand
+//! in the queue behind it would wait for good. Threads beyond the kept ones leave after some idle
+//! seconds.
 //!
 //! A `parallel_for` lends its closure to helpers. It invites only as many as are free; its caller
 //! works too; and when the caller finds no index left, it *closes* the loop: an invitation that no

@@ -91,7 +91,10 @@ fn region_sectors(chunks: &[ChunkUse], region: u64) -> Option<u64> {
 fn load_residue(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
     let Some(ptr) = checker.superblock.residue else { return Ok(()) };
     let spot = Spot::addr(ptr.addr);
-    checker.mark_block(spot.clone(), &ptr, ChunkKind::Metadata);
+    // Metadata is allocated in whole nodes, so that holes fit nodes.
+    let node_bytes = u64::from(checker.superblock.node_bytes);
+    let bytes = ptr.allocated().next_multiple_of(node_bytes);
+    checker.mark_run(spot.clone(), Run { addr: ptr.addr, bytes }, ChunkKind::Metadata);
     let block = checker.blocks.read(&ptr);
     checker.report_bad_copies(TreeId::SPACE);
     let residue = block.and_then(|block| {

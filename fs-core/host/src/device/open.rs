@@ -2,8 +2,8 @@
 //!
 //! Two locks, because they keep different users away:
 //!
-//! - a block device is *claimed* (`O_EXCL`), as the kernel does for everything mounted, for swap, and
-//!   for members of volume groups and arrays: whoever comes second gets EBUSY;
+//! - a block device is *claimed* (`O_EXCL`), as the kernel does for everything mounted, for swap,
+//!   and for members of volume groups and arrays: whoever comes second gets EBUSY;
 //! - block devices and images are locked with `flock`, which other cairn processes and udev honour.
 //!   The lock belongs to the open file, so a process that goes into the background keeps it.
 //!

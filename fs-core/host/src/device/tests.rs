@@ -3,6 +3,7 @@
 use super::*;
 use fs_core::buf::Buf;
 use fs_core::units::SECTOR_BYTES;
+use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -51,8 +52,8 @@ proptest! {
 
     #[test]
     fn what_is_written_in_batches_is_what_is_read_and_what_is_in_the_file(
-        batches in proptest::collection::vec(
-            proptest::collection::btree_map(0..64u64, proptest::collection::vec(any::<u8>(), 1..4), 1..40),
+        batches in vec(
+            btree_map(0..64u64, vec(any::<u8>(), 1..4), 1..40),
             1..4,
         )
     ) {

@@ -5,9 +5,9 @@
 //! thread, no shared state between batches, and no transfer outlives the borrow of its memory.
 //!
 //! A ring does only the plain case. What it leaves undone (a short transfer, an interrupted one,
-//! an operation an old kernel lacks, everything when the ring itself fails) it reports as the number
-//! of bytes that did get done, and the caller finishes with `preadv` and `pwritev`. That makes the
-//! rare paths one code for both methods.
+//! an operation an old kernel lacks, everything when the ring itself fails) it reports as the
+//! number of bytes that did get done, and the caller finishes with `preadv` and `pwritev`. That
+//! makes the rare paths one code for both methods.
 
 use io_uring::{opcode, types, IoUring};
 use parking_lot::Mutex;
