@@ -115,7 +115,7 @@ impl Engine {
     /// The roots of the pool's trees and the superblock that names them.
     pub fn published(&self) -> (Roots, Superblock) {
         let committer = self.committer.lock();
-        (committer.roots.clone(), committer.superblock.clone())
+        (committer.roots.clone(), Superblock::clone(&committer.superblock))
     }
 
     /// How new data is stored by default.

@@ -86,7 +86,7 @@ pub fn open(
     let engine = assemble(Parts {
         platform,
         pool: Arc::new(pool),
-        superblock: superblock.clone(),
+        superblock: Box::new(superblock.clone()),
         subvols: Vec::new(),
         settings: DataSettings {
             compression: CompressionKind::None,
@@ -118,7 +118,7 @@ pub fn open(
 pub(super) struct Parts {
     pub platform: Platform,
     pub pool: Arc<Pool>,
-    pub superblock: Superblock,
+    pub superblock: Box<Superblock>,
     pub subvols: Vec<(TreeId, SubvolItem)>,
     pub settings: DataSettings,
     pub cache_bytes: usize,

@@ -159,8 +159,11 @@ impl Counts<'_> {
                 _ => joined.push((start, end, extra)),
             }
         }
-        let mut edits: BTreeMap<u64, Edit> =
-            self.stored.keys().map(|start| (*start, Edit::Delete)).collect();
+        // One by one: collecting into a map sorts, with much of it on the stack.
+        let mut edits = BTreeMap::new();
+        for start in self.stored.keys() {
+            edits.insert(*start, Edit::Delete);
+        }
         for (start, end, extra) in joined {
             if self.stored.get(&start) == Some(&(end, extra)) {
                 edits.remove(&start);

@@ -404,10 +404,11 @@ impl Resolver<'_> {
     }
 
     fn count_blobs(&mut self) -> Result<()> {
-        let touched: BTreeSet<BlobRef> = [&self.cut_blobs, &self.written_blobs, &self.shared_blobs]
-            .into_iter()
-            .flat_map(|map| map.keys().copied())
-            .collect();
+        // Not collected: that sorts, with much of it on the stack.
+        let mut touched: BTreeSet<BlobRef> = BTreeSet::new();
+        for map in [&self.cut_blobs, &self.written_blobs, &self.shared_blobs] {
+            touched.extend(map.keys().copied());
+        }
         for key in touched {
             let blob = *[&self.cut_blobs, &self.written_blobs, &self.shared_blobs]
                 .into_iter()

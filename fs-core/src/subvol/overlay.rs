@@ -6,6 +6,7 @@
 use crate::btree::Edit;
 use crate::format::key::Key;
 use crate::sync::RwLock;
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -17,12 +18,13 @@ pub type Change = Option<Arc<[u8]>>;
 
 /// The items one group changed in one subvolume.
 pub struct Overlay {
-    shards: [RwLock<BTreeMap<Key, Change>>; SHARDS],
+    /// On the heap: an array of them would pass over the stack while it is made.
+    shards: Box<[RwLock<BTreeMap<Key, Change>>]>,
 }
 
 impl Default for Overlay {
     fn default() -> Overlay {
-        Overlay { shards: core::array::from_fn(|_| RwLock::new(BTreeMap::new())) }
+        Overlay { shards: (0..SHARDS).map(|_| RwLock::new(BTreeMap::new())).collect() }
     }
 }
 

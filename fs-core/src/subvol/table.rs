@@ -8,6 +8,7 @@
 use crate::subvol::inode::Inode;
 use crate::sync::Mutex;
 use crate::units::Ino;
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -27,12 +28,13 @@ struct Shard {
 
 /// Inodes in memory.
 pub struct Table {
-    shards: [Mutex<Shard>; SHARDS],
+    /// On the heap: an array of them would pass over the stack while it is made.
+    shards: Box<[Mutex<Shard>]>,
 }
 
 impl Default for Table {
     fn default() -> Table {
-        Table { shards: core::array::from_fn(|_| Mutex::new(Shard::default())) }
+        Table { shards: (0..SHARDS).map(|_| Mutex::new(Shard::default())).collect() }
     }
 }
 

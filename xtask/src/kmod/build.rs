@@ -6,7 +6,9 @@
 //! copy of `fs-kmod` for the kernel's build system to fill with objects.
 
 use super::setup::BuildRoot;
-use super::{capture, checkout, gates, out_dir, program, remove_tree, say, write_if_changed, Failure};
+use super::{
+    capture, checkout, gates, out_dir, program, remove_tree, say, write_if_changed, Failure,
+};
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -49,9 +51,6 @@ fn build(root: &BuildRoot) -> Result<PathBuf, String> {
     make.arg(format!("CAIRN_CORE_MANIFEST={}", stage.manifest.display()));
     make.arg(format!("CAIRN_CARGO_CONFIG={}", stage.config.display()));
     let said = capture(make.arg("modules"))?;
-    for line in said.lines().filter(|line| line.contains("warning")) {
-        println!("{line}");
-    }
     let module = dir.join("cairn.ko");
     gates::pass(root, &module, &said).inspect_err(|_| {
         // What the linker complains of, it says only when it links: make it say so again.
@@ -118,7 +117,8 @@ impl Stage {
         symlink(checkout().join("fs-core"), dir.join("fs-core"))
             .map_err(|error| format!("{}: {error}", dir.display()))?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut vendor = program(&cargo.to_string_lossy(), ["vendor", "--quiet", "--versioned-dirs"]);
+        let mut vendor =
+            program(&cargo.to_string_lossy(), ["vendor", "--quiet", "--versioned-dirs"]);
         vendor.current_dir(&dir).arg(dir.join("vendor"));
         capture(&mut vendor)?;
         let sources = format!(
