@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(short = 't', action = ArgAction::Count)]
     pub timing: u8,
 
-    /// Print counts and findings of no consequence too
+    /// Print how much was checked
     #[arg(short = 'v', long, action = ArgAction::Count)]
     pub verbose: u8,
 

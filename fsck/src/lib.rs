@@ -16,7 +16,6 @@
 //! | 32 | cancelled |
 
 mod arguments;
-mod core_api;
 mod preen;
 mod progress;
 mod report;
@@ -25,7 +24,7 @@ pub use arguments::Arguments;
 
 use cairn_host::{host_platform, mounts, open_devices, Access, FileDevice, OpenOptions, Wait};
 use clap::{CommandFactory, Parser};
-use core_api::{check, CheckOptions};
+use fs_core::check::{check, CheckOptions};
 use fs_core::platform::DeviceRef;
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -85,7 +84,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
     let name = arguments.device_names();
     let progress = progress::Progress::new(arguments, &name);
     let devices: Vec<DeviceRef> = devices.into_iter().map(|device| device as DeviceRef).collect();
-    let options = CheckOptions { verify_data: !arguments.metadata_only };
+    let options = CheckOptions { data: !arguments.metadata_only, max_txg: None };
     let start = Instant::now();
     let outcome = check(devices, host_platform(), &options, &progress);
     progress.finish();
@@ -93,7 +92,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
         Ok(checked) => {
             let seconds = start.elapsed().as_secs_f64();
             report::print(&checked, arguments, &name, seconds);
-            if checked.clean() {
+            if checked.is_clean() {
                 return 0;
             }
             if arguments.wants_repair() {

@@ -1,7 +1,7 @@
 //! Progress: a bar on a terminal, or lines for the program that called.
 
-use crate::core_api::CheckProgress;
 use crate::Arguments;
+use fs_core::check::{CheckProgress, Pass};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fs::File;
 use std::io::Write;
@@ -68,13 +68,21 @@ impl Lines {
 }
 
 impl CheckProgress for Progress {
-    fn progress(&self, pass: u32, done: u64, total: u64) {
+    fn progress(&self, pass: Pass, done: u64, total: u64) -> bool {
+        let number = match pass {
+            Pass::Trees => 1,
+            Pass::Names => 2,
+            Pass::Space => 3,
+        };
+        // The total is an estimate.
+        let total = total.max(done);
         if let Some(lines) = &self.lines {
-            lines.line(pass, done, total);
+            lines.line(number, done, total);
         }
-        self.bar.set_prefix(pass.to_string());
+        self.bar.set_prefix(number.to_string());
         self.bar.set_length(total);
         self.bar.set_position(done);
+        true
     }
 }
 
@@ -89,13 +97,13 @@ mod tests {
         let fd = file.as_file().as_raw_fd();
         let arguments = Arguments { progress: Some(fd), ..Arguments::default() };
         let progress = Progress::new(&arguments, "/dev/x");
-        progress.progress(1, 0, 10);
-        progress.progress(1, 5, 10);
-        progress.progress(1, 10, 10);
+        progress.progress(Pass::Trees, 0, 10);
+        progress.progress(Pass::Trees, 5, 10);
+        progress.progress(Pass::Names, 11, 10);
         // The line in the middle came too soon after the first.
         assert_eq!(
             std::fs::read_to_string(file.path()).unwrap(),
-            "1 0 10 /dev/x\n1 10 10 /dev/x\n"
+            "1 0 10 /dev/x\n2 11 11 /dev/x\n"
         );
     }
 }

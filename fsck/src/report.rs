@@ -1,56 +1,31 @@
 //! What the check found, for people and for programs.
 
-use crate::core_api::{CheckReport, Finding, Severity};
 use crate::Arguments;
 use cairn_host::parse::format_size;
+use fs_core::check::{findings::rules, CheckReport, Finding, Severity};
 use fs_core::error::Error;
-use serde::Serialize;
-
-#[derive(Serialize)]
-struct Json<'a> {
-    devices: &'a str,
-    clean: bool,
-    seconds: f64,
-    nodes: u64,
-    items: u64,
-    inodes: u64,
-    data_bytes: u64,
-    findings: Vec<JsonFinding<'a>>,
-}
-
-#[derive(Serialize)]
-struct JsonFinding<'a> {
-    id: &'a str,
-    severity: &'static str,
-    message: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tree: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    object: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    address: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    path: Option<&'a str>,
-}
+use serde_json::{json, Value};
 
 pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, seconds: f64) {
     if arguments.json {
-        println!("{:#}", serde_json::json!(json(report, devices, seconds)));
+        println!("{:#}", json(report, devices, seconds));
         return;
     }
-    for finding in &report.findings {
-        if finding.severity > Severity::Info || arguments.verbose > 0 {
-            println!("{}", line(finding));
-        }
+    report.findings.iter().for_each(|finding| println!("{finding}"));
+    for (id, more) in not_listed(report) {
+        println!("... and {more} more of {id}");
     }
     println!("{devices}: {}", verdict(report));
     if arguments.verbose > 0 {
+        let stats = &report.stats;
         println!(
-            "{} tree nodes, {} items, {} inodes, {} of data",
-            report.nodes,
-            report.items,
-            report.inodes,
-            format_size(report.data_bytes)
+            "group {}: {} tree nodes, {} items, {} inodes, {} names, {} extents",
+            stats.txg, stats.nodes, stats.items, stats.inodes, stats.names, stats.extents
+        );
+        println!(
+            "{} of data verified, {} in use",
+            format_size(stats.data_bytes),
+            format_size(stats.used_bytes)
         );
     }
     if arguments.timing > 0 {
@@ -60,130 +35,126 @@ pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, 
 
 /// A pool that cannot even be opened.
 pub(crate) fn print_unopenable(error: &Error, arguments: &Arguments, devices: &str) {
-    if !arguments.json {
+    if arguments.json {
+        let report = json!({ "devices": devices, "clean": false, "unopenable": error.to_string() });
+        println!("{report:#}");
+    } else {
         println!("{devices}: cannot be opened: {error}");
-        return;
     }
-    let message = error.to_string();
-    let finding = JsonFinding {
-        id: "unopenable",
-        severity: "error",
-        message: &message,
-        tree: None,
-        object: None,
-        address: None,
-        path: None,
-    };
-    let nothing = CheckReport::default();
-    let json = Json { clean: false, findings: vec![finding], ..json(&nothing, devices, 0.0) };
-    println!("{:#}", serde_json::json!(json));
+}
+
+/// How many findings of each rule there were beyond those that are listed.
+fn not_listed(report: &CheckReport) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+    report.counts.iter().filter_map(|(id, count)| {
+        let listed = report.findings.iter().filter(|finding| finding.id == *id).count() as u64;
+        count.checked_sub(listed).filter(|more| *more > 0).map(|more| (*id, more))
+    })
+}
+
+/// How many findings of a severity there were, listed or not.
+fn count(report: &CheckReport, severity: Severity) -> u64 {
+    let of_severity =
+        |id: &str| rules::TABLE.iter().any(|rule| rule.id == id && rule.severity == severity);
+    report.counts.iter().filter(|(id, _)| of_severity(id)).map(|(_, count)| count).sum()
 }
 
 fn verdict(report: &CheckReport) -> String {
-    let count = |severity| report.findings.iter().filter(|f| f.severity == severity).count();
-    let plural = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-    match (count(Severity::Error), count(Severity::Warning)) {
-        (0, 0) => "no errors".into(),
-        (errors, 0) => format!("{} left", plural(errors, "error")),
-        (0, warnings) => plural(warnings, "warning"),
-        (errors, warnings) => {
-            format!("{} left, {}", plural(errors, "error"), plural(warnings, "warning"))
-        }
+    if report.is_clean() {
+        return "no errors".into();
     }
+    let words = [
+        (Severity::Loss, "with loss of data"),
+        (Severity::Error, "without loss of data"),
+        (Severity::Warning, "of no consequence to users"),
+    ];
+    let parts: Vec<String> = words
+        .into_iter()
+        .map(|(severity, word)| (count(report, severity), word))
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, word)| format!("{count} {word}"))
+        .collect();
+    format!("errors left: {}", parts.join(", "))
 }
 
-fn line(finding: &Finding) -> String {
-    let mut text = format!("{} [{}] ", name(finding.severity), finding.id);
-    if let Some(path) = &finding.path {
-        text.push_str(&format!("{path}: "));
-    }
-    text.push_str(&finding.message);
-    let mut places = Vec::new();
-    places.extend(finding.tree.map(|tree| format!("tree {tree}")));
-    places.extend(finding.object.map(|object| format!("object {object}")));
-    places.extend(finding.addr.map(|addr| format!("address {addr}")));
-    if !places.is_empty() {
-        text.push_str(&format!(" ({})", places.join(", ")));
-    }
-    text
+fn json(report: &CheckReport, devices: &str, seconds: f64) -> Value {
+    let stats = &report.stats;
+    let counts: serde_json::Map<String, Value> =
+        report.counts.iter().map(|(id, count)| ((*id).to_string(), json!(count))).collect();
+    json!({
+        "devices": devices,
+        "clean": report.is_clean(),
+        "worst": report.worst().map(Severity::name),
+        "seconds": seconds,
+        "group": stats.txg.0,
+        "closed": stats.clean,
+        "nodes": stats.nodes,
+        "items": stats.items,
+        "subvolumes": stats.subvols,
+        "inodes": stats.inodes,
+        "names": stats.names,
+        "extents": stats.extents,
+        "data_bytes": stats.data_bytes,
+        "used_bytes": stats.used_bytes,
+        "counts": counts,
+        "findings": report.findings.iter().map(finding).collect::<Vec<_>>(),
+    })
 }
 
-fn name(severity: Severity) -> &'static str {
-    match severity {
-        Severity::Info => "info",
-        Severity::Warning => "warning",
-        Severity::Error => "error",
-    }
-}
-
-fn json<'a>(report: &'a CheckReport, devices: &'a str, seconds: f64) -> Json<'a> {
-    let findings = report.findings.iter().map(|finding| JsonFinding {
-        id: finding.id,
-        severity: name(finding.severity),
-        message: &finding.message,
-        tree: finding.tree.map(|tree| tree.0),
-        object: finding.object,
-        address: finding.addr.map(|addr| addr.0),
-        path: finding.path.as_deref(),
-    });
-    Json {
-        devices,
-        clean: report.clean(),
-        seconds,
-        nodes: report.nodes,
-        items: report.items,
-        inodes: report.inodes,
-        data_bytes: report.data_bytes,
-        findings: findings.collect(),
-    }
+fn finding(finding: &Finding) -> Value {
+    let path = finding.path.as_deref().map(String::from_utf8_lossy);
+    let fields = [
+        ("id", Some(json!(finding.id))),
+        ("severity", Some(json!(finding.severity.name()))),
+        ("message", Some(json!(finding.message))),
+        ("path", path.map(|path| json!(path))),
+        ("tree", finding.spot.tree.map(|tree| json!(tree.0))),
+        ("object", finding.spot.object.map(|object| json!(object))),
+        ("address", finding.spot.addr.map(|addr| json!(addr.0))),
+    ];
+    fields.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fs_core::units::{Logical, TreeId};
+    use fs_core::check::{Rule, Spot};
+    use fs_core::units::TreeId;
 
-    fn finding(severity: Severity) -> Finding {
-        Finding {
-            id: "link-count",
-            severity,
-            message: "has 2 names but counts 3".into(),
-            tree: Some(TreeId(256)),
-            object: Some(17),
-            addr: Some(Logical(4096)),
-            path: Some("/a/b".into()),
+    fn report(of: &[(&Rule, u64)]) -> CheckReport {
+        let findings = of.iter().map(|(rule, _)| Finding {
+            id: rule.id,
+            severity: rule.severity,
+            message: rule.text.into(),
+            spot: Spot::object(TreeId(256), 17),
+            path: None,
+        });
+        CheckReport {
+            findings: findings.collect(),
+            counts: of.iter().map(|(rule, count)| (rule.id, *count)).collect(),
+            ..CheckReport::default()
         }
     }
 
     #[test]
-    fn a_line_names_severity_rule_path_and_place() {
+    fn the_verdict_counts_by_severity_also_what_is_not_listed() {
+        assert_eq!(verdict(&report(&[])), "no errors");
+        let found =
+            report(&[(&rules::LINK_COUNT, 500), (&rules::SPACE_LEAK, 2), (&rules::DATA, 1)]);
         assert_eq!(
-            line(&finding(Severity::Error)),
-            "error [link-count] /a/b: has 2 names but counts 3 (tree 256, object 17, address 4096)"
+            verdict(&found),
+            "errors left: 1 with loss of data, 500 without loss of data, \
+             2 of no consequence to users"
         );
-    }
-
-    #[test]
-    fn the_verdict_counts_what_matters() {
-        let report = |severities: &[Severity]| CheckReport {
-            findings: severities.iter().map(|s| finding(*s)).collect(),
-            ..CheckReport::default()
-        };
-        assert_eq!(verdict(&report(&[Severity::Info])), "no errors");
-        assert_eq!(verdict(&report(&[Severity::Error])), "1 error left");
-        assert_eq!(
-            verdict(&report(&[Severity::Error, Severity::Error, Severity::Warning])),
-            "2 errors left, 1 warning"
-        );
+        let more: Vec<_> = not_listed(&found).collect();
+        assert_eq!(more, [("E-LINK-COUNT", 499), ("W-SPACE-LEAK", 1)]);
     }
 
     #[test]
     fn json_leaves_out_what_is_not_known() {
-        let mut unknown = finding(Severity::Warning);
-        (unknown.path, unknown.addr) = (None, None);
-        let report = CheckReport { findings: vec![unknown], ..CheckReport::default() };
-        let json = serde_json::json!(json(&report, "d", 1.0));
+        let json = json(&report(&[(&rules::LINK_COUNT, 1)]), "d", 1.0);
         assert_eq!(json["clean"], false);
+        assert_eq!(json["worst"], "error");
+        assert_eq!(json["counts"]["E-LINK-COUNT"], 1);
         assert_eq!(json["findings"][0]["object"], 17);
         assert!(json["findings"][0].get("path").is_none());
     }

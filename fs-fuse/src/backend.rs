@@ -1,0 +1,92 @@
+//! What the driver needs of a mounted volume beyond its operations, and how one is opened.
+
+use crate::options::{Compression, Options};
+use cairn_host::{Access, LogReport, LogTarget, OpenOptions, Wait};
+use fs_core::engine;
+use fs_core::error::Error;
+use fs_core::format::ptr::CompressionKind;
+use fs_core::platform::{DeviceRef, Platform};
+use fs_core::vfs::{AccessTime, Filesystem, Volume};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A volume as the driver holds it.
+pub trait Mounted: Filesystem {
+    /// Makes everything durable and refuses changes from now on, or allows them again.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] when changes cannot be allowed, because the devices were opened for
+    /// reading; otherwise what made the commit fail.
+    fn set_read_only(&self, read_only: bool) -> Result<(), Error>;
+
+    /// Commits, stops background work and lets go of the devices. Nothing else is called after.
+    ///
+    /// # Errors
+    /// What made the commit fail; the devices are released all the same.
+    fn close(&self) -> Result<(), Error>;
+}
+
+/// A pool that has been opened to be mounted.
+pub struct Opened {
+    /// The volume.
+    pub volume: Arc<dyn Mounted>,
+    /// Gives up the exclusive claim on block devices, so that the kernel can claim the one the
+    /// filesystem is mounted on. The lock against other cairn processes stays.
+    pub release_claim: Box<dyn FnOnce() + Send>,
+}
+
+impl Mounted for Volume {
+    fn set_read_only(&self, read_only: bool) -> Result<(), Error> {
+        Volume::set_read_only(self, read_only)
+    }
+
+    fn close(&self) -> Result<(), Error> {
+        Volume::close(self)
+    }
+}
+
+/// Opens the pool on `source`, replaying its log if need be; `background` says that messages belong
+/// in the system's log. Must be called after the process has gone to the background: threads and
+/// rings made here do not survive a fork.
+///
+/// # Errors
+/// One sentence that names the device.
+pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened, String> {
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let devices = cairn_host::open_devices(&[source], OpenOptions::new(access), &Wait::usual())
+        .map_err(|error| error.to_string())?;
+    let target = if background { LogTarget::System } else { LogTarget::Stderr };
+    let platform = Platform {
+        report: Arc::new(LogReport::new(source.display().to_string(), target)),
+        ..cairn_host::host_platform()
+    };
+    let members = devices.iter().map(|device| Arc::clone(device) as DeviceRef).collect();
+    let volume = Volume::open(members, platform, &engine_options(options), access_time(options))
+        .map_err(|error| format!("{}: {error}", source.display()))?;
+    let release_claim = move || devices.iter().for_each(|device| device.release_claim());
+    Ok(Opened { volume, release_claim: Box::new(release_claim) })
+}
+
+fn engine_options(options: &Options) -> engine::OpenOptions {
+    let defaults = engine::OpenOptions::default();
+    engine::OpenOptions {
+        read_only: options.read_only,
+        cache_bytes: options
+            .cache_bytes
+            .map_or(defaults.cache_bytes, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),
+        commit_seconds: options.commit_seconds.map_or(defaults.commit_seconds, u64::from),
+        compression: options.compression.map(|compression| match compression {
+            Compression::None => (CompressionKind::None, 0),
+            Compression::Zstd(level) => (CompressionKind::Zstd, level.into()),
+        }),
+        ..defaults
+    }
+}
+
+fn access_time(options: &Options) -> AccessTime {
+    match (options.flags.noatime, options.flags.strictatime) {
+        (true, _) => AccessTime::Never,
+        (false, true) => AccessTime::Strict,
+        (false, false) => AccessTime::Relative,
+    }
+}

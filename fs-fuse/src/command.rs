@@ -1,0 +1,412 @@
+//! The program `mount.cairn`.
+//!
+//! mount(8) calls it for mounts of type `cairn`, `fuse.cairn` and `fuseblk.cairn`; people call it
+//! directly. It goes through these steps:
+//!
+//! ```text
+//! parse -> [fork] -> open the pool -> mount -> serve -> INIT agreed, root answers -> tell the parent
+//!                                                |
+//!                                                +-> DESTROY or end of connection -> commit, close
+//! ```
+//!
+//! The parent waits on a pipe for one byte, the exit code, and ends with it. A child that dies first
+//! closes the pipe without one. Until then the child talks on the caller's standard error, then
+//! to syslog.
+//!
+//! Options follow the calling convention of mount(8), with one exception: `-f` stays in the
+//! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do everything but
+//! mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
+
+use crate::backend::Opened;
+use crate::device::{Session, Threads};
+use crate::mount::{self, Plan};
+use crate::noop::NoOp;
+use crate::ops::{Server, READAHEAD_BYTES};
+use crate::options::Options;
+use crate::{fusermount, ioctl, log, source, sys};
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Exit codes of mount(8).
+mod exit {
+    pub const OK: u8 = 0;
+    pub const USAGE: u8 = 1;
+    pub const SYSTEM: u8 = 2;
+    pub const MOUNT_FAILED: u8 = 32;
+}
+
+const USAGE: &str = "\
+Usage: mount.cairn SOURCE DIRECTORY [options]
+
+Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
+
+  -o OPTIONS         mount options, separated by commas (cairn-mount(5))
+  -f, --foreground   stay in the foreground and log to standard error
+      --fake         do everything but mount (mount --fake)
+  -s                 ignore unknown mount options
+  -n, -v             accepted for mount(8)
+  -t TYPE            accepted for mount(8)
+  -N NAMESPACE       not supported
+  -h, --help         show this help
+  -V, --version      show the version
+
+Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N";
+
+/// A command line.
+#[derive(Debug, Default)]
+struct Invocation {
+    source: String,
+    target: PathBuf,
+    options: Options,
+    foreground: bool,
+    fake: bool,
+    noop: bool,
+}
+
+/// Why the program ends early: exit code and message.
+#[derive(Debug)]
+struct Exit(u8, String);
+
+impl Exit {
+    fn usage(message: impl Into<String>) -> Exit {
+        Exit(exit::USAGE, message.into())
+    }
+    fn failed(message: impl Into<String>) -> Exit {
+        Exit(exit::MOUNT_FAILED, message.into())
+    }
+}
+
+/// Opens what is to be mounted: source, options, and whether the process is in the background.
+pub type Opener<'a> = &'a dyn Fn(&Path, &Options, bool) -> Result<Opened, String>;
+
+/// Runs the program with the arguments after its name, `open` giving what to mount; returns the
+/// exit code.
+pub fn run(arguments: impl Iterator<Item = OsString>, open: Opener<'_>) -> u8 {
+    match parse(arguments).and_then(|invocation| act(invocation, open)) {
+        Ok(()) => exit::OK,
+        Err(Exit(exit::OK, text)) => {
+            println!("{text}");
+            exit::OK
+        }
+        Err(Exit(code, message)) => {
+            log::error(&message);
+            code
+        }
+    }
+}
+
+fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> {
+    let mut invocation = Invocation::default();
+    let mut operands = Vec::new();
+    let mut lists = Vec::new();
+    let mut sloppy = false;
+    let mut arguments = arguments.map(|argument| {
+        argument
+            .into_string()
+            .map_err(|bad| Exit::usage(format!("{} is not UTF-8", bad.to_string_lossy())))
+    });
+    let mut only_operands = false;
+    while let Some(argument) = arguments.next() {
+        let argument = argument?;
+        match argument.as_str() {
+            "--" if !only_operands => only_operands = true,
+            "--foreground" => invocation.foreground = true,
+            "--fake" => invocation.fake = true,
+            "--noop" => invocation.noop = true,
+            "--help" => return Err(Exit(exit::OK, USAGE.into())),
+            "--version" => {
+                return Err(Exit(exit::OK, format!("mount.cairn {}", env!("CARGO_PKG_VERSION"))));
+            }
+            _ if only_operands || !argument.starts_with('-') || argument == "-" => {
+                operands.push(argument);
+            }
+            _ if argument.starts_with("--") => {
+                return Err(Exit::usage(format!("unknown option '{argument}'; try --help")));
+            }
+            _ => {
+                let letters = &argument[1..];
+                for (at, letter) in letters.char_indices() {
+                    match letter {
+                        'f' => invocation.foreground = true,
+                        's' => sloppy = true,
+                        'n' | 'v' | 'r' | 'w' => {
+                            if letter == 'r' {
+                                lists.push("ro".to_string());
+                            }
+                        }
+                        'h' => return Err(Exit(exit::OK, USAGE.into())),
+                        'V' => {
+                            let version = env!("CARGO_PKG_VERSION");
+                            return Err(Exit(exit::OK, format!("mount.cairn {version}")));
+                        }
+                        'o' | 't' | 'N' => {
+                            let rest = &letters[at + 1..];
+                            let value = if rest.is_empty() {
+                                arguments.next().ok_or_else(|| {
+                                    Exit::usage(format!("option -{letter} needs a value"))
+                                })??
+                            } else {
+                                rest.to_string()
+                            };
+                            match letter {
+                                'o' => lists.push(value),
+                                'N' => {
+                                    return Err(Exit::usage(
+                                        "-N: mounting in another namespace is not supported; \
+                                         run the command in it with nsenter",
+                                    ));
+                                }
+                                _ => {}
+                            }
+                            break;
+                        }
+                        other => {
+                            return Err(Exit::usage(format!("unknown option '-{other}'; try -h")));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for list in lists {
+        invocation.options.add(&list, sloppy).map_err(|e| Exit::usage(e.0))?;
+    }
+    match <[String; 2]>::try_from(operands) {
+        Ok([source, target]) => {
+            (invocation.source, invocation.target) = (source, PathBuf::from(target));
+            Ok(invocation)
+        }
+        Err(operands) => Err(Exit::usage(format!(
+            "a source and a directory are needed, {} given\n{USAGE}",
+            operands.len()
+        ))),
+    }
+}
+
+fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
+    let target = invocation.target.canonicalize().map_err(|e| {
+        Exit::failed(format!("cannot mount on {}: {e}", invocation.target.display()))
+    })?;
+    if !target.is_dir() {
+        return Err(Exit::failed(format!("{} is not a directory", target.display())));
+    }
+    invocation.target = target;
+    if invocation.options.remount {
+        return remount(&invocation);
+    }
+    let source = if invocation.noop {
+        PathBuf::from(&invocation.source)
+    } else {
+        source::resolve(&invocation.source).map_err(Exit::failed)?
+    };
+    if invocation.fake {
+        return Ok(());
+    }
+    if invocation.foreground {
+        return serve(&invocation, &source, open, Launch::foreground());
+    }
+    match detach()? {
+        Detached::Parent(code) if code == exit::OK => Ok(()),
+        Detached::Parent(code) => std::process::exit(code.into()),
+        Detached::Child(launch) => serve(&invocation, &source, open, launch),
+    }
+}
+
+/// What the process that serves owes to whoever started it.
+struct Launch {
+    /// Takes the exit code, in the background.
+    parent: Option<File>,
+}
+
+impl Launch {
+    fn foreground() -> Launch {
+        Launch { parent: None }
+    }
+
+    /// The mount answers: let the caller go on.
+    fn ready(self) {
+        let Some(mut parent) = self.parent else { return };
+        log::use_syslog();
+        // Holding on to the caller's terminal and directory would outlive the caller.
+        let _ = std::env::set_current_dir("/");
+        if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
+            let _ = rustix::stdio::dup2_stdin(&null);
+            let _ = rustix::stdio::dup2_stdout(&null);
+            let _ = rustix::stdio::dup2_stderr(&null);
+        }
+        let _ = parent.write_all(&[exit::OK]);
+    }
+}
+
+enum Detached {
+    /// In the caller's process: the exit code the child reported.
+    Parent(u8),
+    Child(Launch),
+}
+
+/// Splits off the process that serves; returns in the caller's once that has reported.
+fn detach() -> Result<Detached, Exit> {
+    let system = |what: &str, e: rustix::io::Errno| Exit(exit::SYSTEM, format!("{what}: {e}"));
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .map_err(|e| system("cannot make a pipe", e))?;
+    match sys::fork().map_err(|e| system("cannot start a process", e))? {
+        sys::Fork::Parent => {
+            drop(writer);
+            let mut code = [exit::MOUNT_FAILED];
+            // Without a byte the child has died, and has said why if it could.
+            let _ = File::from(reader).read_exact(&mut code);
+            Ok(Detached::Parent(code[0]))
+        }
+        sys::Fork::Child => {
+            // A session of its own: the caller's terminal must not send it signals.
+            let _ = rustix::process::setsid();
+            Ok(Detached::Child(Launch { parent: Some(File::from(writer)) }))
+        }
+    }
+}
+
+fn serve(
+    invocation: &Invocation,
+    source: &Path,
+    open: Opener<'_>,
+    launch: Launch,
+) -> Result<(), Exit> {
+    let opened = if invocation.noop {
+        Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}) }
+    } else {
+        open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
+    };
+    let server = Arc::new(Server::new(opened.volume));
+    let plan = Plan { source, target: &invocation.target, options: &invocation.options };
+    let root = rustix::process::geteuid().is_root();
+    (opened.release_claim)();
+    let device = match connect(&plan, root) {
+        Ok(device) => device,
+        Err(message) => {
+            // Nothing was served, so what there is to write is what opening made.
+            let _ = server.close();
+            return Err(Exit::failed(message));
+        }
+    };
+    unmount_on_signals(invocation.target.clone(), root);
+    let threads = Threads::new(invocation.options.threads);
+    let session = Session::new(device, server, threads);
+    let target = invocation.target.clone();
+    let settle = move || {
+        // Asks the root of the new mount, so this thread must not be one that serves.
+        std::thread::spawn(move || {
+            if root {
+                mount::raise_limits(&target, READAHEAD_BYTES);
+            }
+            launch.ready();
+        });
+    };
+    session.serve(settle).map_err(Exit::failed)
+}
+
+/// Mounts, and returns the descriptor to serve.
+fn connect(plan: &Plan<'_>, root: bool) -> Result<OwnedFd, String> {
+    if !root {
+        return fusermount::mount(plan);
+    }
+    let device = sys::open_fuse().map_err(|e| format!("cannot open /dev/fuse: {e}"))?;
+    mount::mount_as_root(plan, &device).map_err(|e| {
+        format!("cannot mount {} on {}: {e}", plan.source.display(), plan.target.display())
+    })?;
+    Ok(device)
+}
+
+/// Unmounts when the process is asked to end. Serving ends with the connection, after a commit.
+fn unmount_on_signals(target: PathBuf, root: bool) {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    let signals = match signal_hook::iterator::Signals::new([SIGHUP, SIGINT, SIGTERM]) {
+        Ok(signals) => signals,
+        Err(error) => return log::warning(&format!("signals will not unmount: {error}")),
+    };
+    std::thread::spawn(move || {
+        let mut signals = signals;
+        for _ in signals.forever() {
+            log::info(&format!("unmounting {} on a signal", target.display()));
+            let done = if root {
+                mount::unmount_as_root(&target).map_err(|e| e.to_string())
+            } else {
+                fusermount::unmount(&target)
+            };
+            if let Err(error) = done {
+                log::error(&format!("cannot unmount {}: {error}", target.display()));
+            }
+        }
+    });
+}
+
+/// Changes the flags of an existing mount, and tells its daemon.
+fn remount(invocation: &Invocation) -> Result<(), Exit> {
+    let target = &invocation.target;
+    let options = &invocation.options;
+    let failed =
+        |e: rustix::io::Errno| Exit::failed(format!("cannot remount {}: {e}", target.display()));
+    if invocation.fake {
+        return Ok(());
+    }
+    // The daemon allows changes before the kernel does, and refuses them after.
+    if !options.read_only {
+        set_read_only(target, false).map_err(failed)?;
+    }
+    // With no other operation among the flags this is MS_REMOUNT for mount and superblock.
+    let flags = options.mount_flags() | MountFlags::empty();
+    rustix::mount::mount_remount(target, flags, c"").map_err(failed)?;
+    if options.read_only {
+        set_read_only(target, true).map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn set_read_only(target: &Path, read_only: bool) -> Result<(), rustix::io::Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(target, flags, Mode::empty())?;
+    sys::command_u32::<{ ioctl::SET_READ_ONLY }>(&root, read_only.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(arguments: &[&str]) -> Result<Invocation, Exit> {
+        parse(arguments.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn the_calling_convention_of_mount_is_understood() {
+        let invocation =
+            parsed(&["/dev/x", "/mnt", "-snv", "-o", "ro,bogus", "-t", "fuse.cairn"]).unwrap();
+        assert_eq!(invocation.source, "/dev/x");
+        assert_eq!(invocation.target, Path::new("/mnt"));
+        assert!(invocation.options.read_only);
+        assert!(!invocation.foreground);
+    }
+
+    #[test]
+    fn values_may_be_attached_to_their_letter() {
+        let invocation = parsed(&["-oro", "-fooremount", "a", "b"]);
+        // -f and then -o with the value "oremount".
+        assert!(invocation.is_err());
+        assert!(parsed(&["-fnoro", "a", "b"]).unwrap().options.read_only);
+    }
+
+    #[test]
+    fn a_wrong_command_line_exits_with_1_and_help_with_0() {
+        for arguments in
+            [&["a"][..], &["a", "b", "c"], &["-x", "a", "b"], &["a", "b", "-o", "bogus"], &["-o"]]
+        {
+            assert_eq!(parsed(arguments).unwrap_err().0, exit::USAGE, "{arguments:?}");
+        }
+        assert_eq!(parsed(&["--help"]).unwrap_err().0, exit::OK);
+        assert_eq!(parsed(&["-V"]).unwrap_err().0, exit::OK);
+    }
+}

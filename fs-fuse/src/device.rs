@@ -1,0 +1,558 @@
+//! The transport over /dev/fuse.
+//!
+//! One read returns one request, one write delivers one reply. Each thread has a descriptor of its
+//! own ([`sys::clone_fuse`]) with its own list of requests under way; a reply goes back through the
+//! descriptor its request came from.
+//!
+//! A request is read into a buffer laid out so that the data of a WRITE, which begins behind 80
+//! bytes of headers, is page-aligned. A reply is gathered from its head and body by the kernel, so
+//! that data that was read is not copied on the way.
+//!
+//! # Threads
+//!
+//! The kernel keeps one queue and wakes its readers in the order in which they began to wait. With
+//! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted CPU
+//! costs several times what the request does. So normally *one* thread waits, the leader, and it
+//! stays on the CPU on which requests are made ([`Follow`]).
+//!
+//! ```text
+//! leader:  wait -> answer -> wait -> ...
+//! spare:   parked -> wait -> answer -> ... -> parked, when somebody else waits again
+//! watch:   every millisecond: nobody waits? release a spare, or make one
+//! ```
+//!
+//! So a leader that is held up, by a device or by more clients than it can serve, is joined within a
+//! millisecond. While nothing is asked the watch sleeps too.
+//!
+//! # Seeks
+//!
+//! For SEEK_DATA and SEEK_HOLE the kernel asks without having written its dirty pages back, so
+//! the core would take for a hole what is data in the page cache. The seeker thread makes the kernel
+//! write back first (an invalidation of the range does that) and then answers. It is a
+//! thread of its own because others must be free to receive those very writes.
+
+use crate::log;
+use crate::ops::{self, Server, TRANSFER_BYTES_MAX};
+use crate::reply::{Head, Reply};
+use crate::request::{Op, Request};
+use crate::{sys, wire};
+use fs_core::buf::Buf;
+use fs_core::vfs::Seek;
+use parking_lot::{Condvar, Mutex};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
+use std::io::IoSlice;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{mpsc, Arc};
+use std::thread::{Builder, Scope};
+use std::time::Duration;
+
+/// Where a request begins in its buffer, so that data of a WRITE begins at the second page.
+const REQUEST_START: usize = 4096 - wire::WRITE_DATA_OFFSET;
+
+/// Room for extensions and names behind the largest data.
+const REQUEST_BYTES: usize = 4096 + TRANSFER_BYTES_MAX + 4096;
+
+/// Time between two looks of the watch.
+const WATCH_EVERY: Duration = Duration::from_millis(1);
+
+/// Looks without a request in between after which the watch sleeps.
+const WATCH_LOOKS_IDLE: u32 = 50;
+
+/// How the threads of a session are arranged.
+#[derive(Clone, Copy, Debug)]
+pub struct Threads {
+    /// Most threads that answer requests.
+    pub max: usize,
+    /// Whether the leader follows its clients from CPU to CPU.
+    pub follow: bool,
+}
+
+impl Threads {
+    /// What suits this machine, where `max` is not given.
+    pub fn new(max: Option<usize>) -> Threads {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Threads { max: max.unwrap_or((4 * cpus).clamp(16, 64)), follow: true }
+    }
+}
+
+/// Serves one connection.
+pub struct Session {
+    device: Arc<OwnedFd>,
+    server: Arc<Server>,
+    threads: Threads,
+    crew: Crew,
+}
+
+/// Whether a thread goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Request,
+    Unmounted,
+}
+
+impl Session {
+    /// A session on a descriptor of /dev/fuse that has been, or will be, mounted.
+    pub fn new(device: OwnedFd, server: Arc<Server>, threads: Threads) -> Session {
+        Session { device: Arc::new(device), server, threads, crew: Crew::default() }
+    }
+
+    /// Answers requests until the filesystem is unmounted, then closes the volume. `ready` is
+    /// called once the kernel has agreed on the protocol.
+    ///
+    /// # Errors
+    /// The kernel's or the volume's refusal, in words.
+    pub fn serve(self, ready: impl FnOnce()) -> Result<(), String> {
+        let (seeks, to_seek) = mpsc::channel();
+        let mut leader = Worker::new(&self, Arc::clone(&self.device), seeks.clone())
+            .map_err(|_| "not enough memory for request buffers".to_string())?;
+        while !self.server.is_initialised() {
+            match leader.step() {
+                Ok(Next::Request) => (),
+                Ok(Next::Unmounted) => return self.finish(),
+                Err(errno) => return Err(format!("cannot read from /dev/fuse: {errno}")),
+            }
+        }
+        ready();
+        std::thread::scope(|scope| {
+            start(scope, "fuse-seek", || self.seek_all(to_seek));
+            start(scope, "fuse-watch", || self.watch(scope, seeks));
+            self.lead(leader);
+            self.crew.end();
+        });
+        self.finish()
+    }
+
+    fn finish(&self) -> Result<(), String> {
+        self.server.close().map_err(|error| format!("cannot close the pool cleanly: {error}"))
+    }
+
+    fn lead(&self, mut worker: Worker<'_>) {
+        let mut follow = self.threads.follow.then(Follow::default);
+        loop {
+            if let (Some(follow), Some(pid)) = (&mut follow, worker.last_pid) {
+                follow.served(pid);
+            }
+            if !self.turn(&mut worker) {
+                return;
+            }
+        }
+    }
+
+    /// Life of a thread that joins when the leader is held up.
+    fn spare(&self, mut worker: Worker<'_>) {
+        while self.turn(&mut worker) {
+            if self.crew.somebody_waits() && !self.crew.park() {
+                return;
+            }
+        }
+    }
+
+    /// Waits for one request and answers it. False when the session is over.
+    fn turn(&self, worker: &mut Worker<'_>) -> bool {
+        match worker.step() {
+            Ok(Next::Request) => return true,
+            Ok(Next::Unmounted) => (),
+            Err(errno) => log::error(&format!("cannot read from /dev/fuse: {errno}")),
+        }
+        self.crew.end();
+        false
+    }
+
+    /// Sees to it that somebody waits for requests.
+    fn watch<'scope, 'env>(
+        &'scope self,
+        scope: &'scope Scope<'scope, 'env>,
+        seeks: mpsc::Sender<Asked>,
+    ) {
+        let mut spares = 0;
+        let mut looks_idle = 0;
+        let mut served = 0;
+        while !self.crew.has_ended() {
+            std::thread::sleep(WATCH_EVERY);
+            if !self.crew.somebody_waits() {
+                looks_idle = 0;
+                if !self.crew.release() && spares + 1 < self.threads.max {
+                    spares += usize::from(self.add_spare(scope, seeks.clone(), spares));
+                }
+            } else if self.crew.served_more_than(&mut served) {
+                looks_idle = 0;
+            } else {
+                looks_idle += 1;
+                if looks_idle >= WATCH_LOOKS_IDLE {
+                    self.crew.sleep_until_request(served);
+                    looks_idle = 0;
+                }
+            }
+        }
+    }
+
+    fn add_spare<'scope, 'env>(
+        &'scope self,
+        scope: &'scope Scope<'scope, 'env>,
+        seeks: mpsc::Sender<Asked>,
+        index: usize,
+    ) -> bool {
+        // Without permission to open /dev/fuse (a mount made by fusermount3) threads share one.
+        let device =
+            sys::clone_fuse(&self.device).map_or_else(|_| Arc::clone(&self.device), Arc::new);
+        match Worker::new(self, device, seeks) {
+            Ok(worker) => start(scope, &format!("fuse-{index}"), move || self.spare(worker)),
+            // Fewer threads are slower, not wrong; the next look tries again.
+            Err(_) => false,
+        }
+    }
+
+    /// Life of the seeker.
+    fn seek_all(&self, asked: mpsc::Receiver<Asked>) {
+        for seek in asked {
+            let Op::Seek { offset, .. } = seek.op else { continue };
+            // NOENT: the kernel holds no such inode, so it holds no dirty page of it either.
+            let _ = notify_inval_range(seek.device.as_fd(), seek.node, offset);
+            let request = Request {
+                unique: seek.unique,
+                node: seek.node,
+                uid: seek.uid,
+                gid: seek.gid,
+                pid: seek.pid,
+                op: seek.op,
+            };
+            let _ = answer(&self.server, seek.device.as_fd(), &request, &mut []);
+        }
+    }
+}
+
+fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    name: &str,
+    life: impl FnOnce() + Send + 'scope,
+) -> bool {
+    let started = Builder::new().name(name.to_string()).spawn_scoped(scope, life);
+    started.map_err(|error| log::error(&format!("cannot start thread {name}: {error}"))).is_ok()
+}
+
+/// A seek on its way to the seeker.
+struct Asked {
+    device: Arc<OwnedFd>,
+    unique: u64,
+    node: u64,
+    uid: u32,
+    gid: u32,
+    pid: u32,
+    op: Op<'static>,
+}
+
+/// Who waits, who is parked.
+#[derive(Default)]
+struct Crew {
+    /// Threads waiting for a request.
+    waiting: AtomicUsize,
+    /// Requests received.
+    served: AtomicU64,
+    /// Whether the watch sleeps until a request arrives.
+    watch_sleeps: AtomicBool,
+    /// Leaf lock; nothing is called with it held.
+    state: Mutex<CrewState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct CrewState {
+    parked: usize,
+    /// Parked threads that have been told to go on and have not done so yet.
+    released: usize,
+    ended: bool,
+}
+
+impl Crew {
+    fn somebody_waits(&self) -> bool {
+        self.waiting.load(Ordering::SeqCst) > 0
+    }
+
+    /// Around the wait for a request.
+    fn begin_wait(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn end_wait(&self) {
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.served.fetch_add(1, Ordering::SeqCst);
+        // Pairs with `sleep_until_request`: either this sees the flag or the watch the count.
+        if self.watch_sleeps.load(Ordering::SeqCst) {
+            let _state = self.state.lock();
+            self.watch_sleeps.store(false, Ordering::SeqCst);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits to be released; false when the session is over instead.
+    fn park(&self) -> bool {
+        let mut state = self.state.lock();
+        state.parked += 1;
+        while state.released == 0 && !state.ended {
+            self.changed.wait(&mut state);
+        }
+        state.parked -= 1;
+        state.released = state.released.saturating_sub(1);
+        !state.ended
+    }
+
+    /// Lets a parked thread go on; false when there is none.
+    fn release(&self) -> bool {
+        let mut state = self.state.lock();
+        if state.parked <= state.released {
+            return false;
+        }
+        state.released += 1;
+        self.changed.notify_all();
+        true
+    }
+
+    fn served_more_than(&self, before: &mut u64) -> bool {
+        let served = self.served.load(Ordering::SeqCst);
+        std::mem::replace(before, served) != served
+    }
+
+    fn sleep_until_request(&self, served: u64) {
+        let mut state = self.state.lock();
+        self.watch_sleeps.store(true, Ordering::SeqCst);
+        while self.watch_sleeps.load(Ordering::SeqCst)
+            && self.served.load(Ordering::SeqCst) == served
+            && !state.ended
+        {
+            self.changed.wait(&mut state);
+        }
+        self.watch_sleeps.store(false, Ordering::SeqCst);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.state.lock().ended
+    }
+
+    fn end(&self) {
+        self.state.lock().ended = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Keeps the leader on the CPU of those it serves.
+///
+/// Now and then it looks where the asking thread last ran; two such looks in agreement move it.
+#[derive(Default)]
+struct Follow {
+    requests: u32,
+    cpu: Option<usize>,
+    proposed: Option<usize>,
+}
+
+impl Follow {
+    /// A look costs about as much as one request.
+    const LOOK_EVERY: u32 = 64;
+
+    fn served(&mut self, pid: u32) {
+        self.requests += 1;
+        if self.requests < Follow::LOOK_EVERY {
+            return;
+        }
+        self.requests = 0;
+        let seen = last_cpu(pid);
+        if seen.is_some() && seen == self.proposed && seen != self.cpu {
+            self.cpu = seen.filter(|&cpu| stay_on(cpu));
+        }
+        self.proposed = seen;
+    }
+}
+
+/// The CPU a thread last ran on; the 39th field of its stat file.
+fn last_cpu(pid: u32) -> Option<usize> {
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, a name in parentheses, may itself hold anything.
+    let end = stat.iter().rposition(|&b| b == b')')?;
+    let field = stat.get(end + 2..)?.split(|&b| b == b' ').nth(36)?;
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// Keeps the calling thread on a CPU. Being elsewhere is slower, not wrong.
+fn stay_on(cpu: usize) -> bool {
+    use rustix::thread::{sched_setaffinity, CpuSet};
+    if cpu >= CpuSet::MAX_CPU {
+        return false;
+    }
+    let mut only = CpuSet::new();
+    only.set(cpu);
+    sched_setaffinity(None, &only).is_ok()
+}
+
+/// A thread's descriptor and buffers.
+struct Worker<'a> {
+    session: &'a Session,
+    device: Arc<OwnedFd>,
+    seeks: mpsc::Sender<Asked>,
+    request: Buf,
+    body: Buf,
+    /// Who made the last request.
+    last_pid: Option<u32>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(
+        session: &'a Session,
+        device: Arc<OwnedFd>,
+        seeks: mpsc::Sender<Asked>,
+    ) -> Result<Worker<'a>, fs_core::error::Error> {
+        Ok(Worker {
+            session,
+            device,
+            seeks,
+            request: Buf::zeroed(REQUEST_BYTES)?,
+            body: Buf::zeroed(TRANSFER_BYTES_MAX)?,
+            last_pid: None,
+        })
+    }
+
+    /// Receives one request and answers it, or hands it on.
+    fn step(&mut self) -> Result<Next, Errno> {
+        let crew = &self.session.crew;
+        crew.begin_wait();
+        let received = rustix::io::read(&self.device, &mut self.request[REQUEST_START..]);
+        crew.end_wait();
+        let len = match received {
+            Ok(0) => return Ok(Next::Unmounted),
+            Ok(len) => len,
+            // NOENT: the request was withdrawn between being queued and being read.
+            Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => return Ok(Next::Request),
+            Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(Next::Unmounted),
+            Err(errno) => return Err(errno),
+        };
+        let server = &self.session.server;
+        let bytes = &self.request[REQUEST_START..REQUEST_START + len];
+        let delivered = match Request::decode(bytes, server.layout()) {
+            Ok(request) => {
+                self.last_pid = Some(request.pid).filter(|&pid| pid != 0);
+                match request.op {
+                    Op::Seek { offset, what } => self.hand_on(&request, offset, what),
+                    _ => answer(server, self.device.as_fd(), &request, &mut self.body),
+                }
+            }
+            Err((Some(unique), errno)) => {
+                send(self.device.as_fd(), &Head::error(unique, errno), &[])
+            }
+            Err((None, errno)) => {
+                log::error(&format!("unreadable request of {len} bytes: {errno}"));
+                Ok(())
+            }
+        };
+        // An undeliverable reply means that the request is gone, or the connection; the next
+        // read tells which.
+        delivered.unwrap_or(());
+        Ok(Next::Request)
+    }
+
+    fn hand_on(&self, request: &Request<'_>, offset: u64, what: Seek) -> Result<(), Errno> {
+        let asked = Asked {
+            device: Arc::clone(&self.device),
+            unique: request.unique,
+            node: request.node,
+            uid: request.uid,
+            gid: request.gid,
+            pid: request.pid,
+            op: Op::Seek { offset, what },
+        };
+        match self.seeks.send(asked) {
+            Ok(()) => Ok(()),
+            // The seeker could not be started. An error is better than a hole that is none.
+            Err(_) => send(self.device.as_fd(), &Head::error(request.unique, Errno::IO), &[]),
+        }
+    }
+}
+
+fn answer(
+    server: &Server,
+    device: BorrowedFd<'_>,
+    request: &Request<'_>,
+    body: &mut [u8],
+) -> Result<(), Errno> {
+    let result = catch_unwind(AssertUnwindSafe(|| server.handle(request, body)));
+    match result {
+        Ok(Ok(reply)) => deliver(server, device, request.unique, &reply, body),
+        Ok(Err(errno)) => send(device, &Head::error(request.unique, errno), &[]),
+        // A bug must not leave the caller waiting for ever. The panic hook has told what it was.
+        Err(_) => send(device, &Head::error(request.unique, Errno::IO), &[]),
+    }
+}
+
+fn deliver(
+    server: &Server,
+    device: BorrowedFd<'_>,
+    unique: u64,
+    reply: &Reply,
+    body: &[u8],
+) -> Result<(), Errno> {
+    let Some((head, body_len)) = reply.head(unique, ops::now()) else { return Ok(()) };
+    send(device, &head, &body[..body_len]).inspect_err(|_| server.undo(reply))
+}
+
+/// Makes the kernel write dirty pages of an inode from `offset` on back, and drop them. Blocks until
+/// the writes have been answered, by other threads.
+fn notify_inval_range(device: BorrowedFd<'_>, node: u64, offset: u64) -> Result<(), Errno> {
+    let start = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
+    send(device, &Head::notify_inval_inode(node, start), &[])
+}
+
+fn send(device: BorrowedFd<'_>, head: &Head, body: &[u8]) -> Result<(), Errno> {
+    loop {
+        let parts = [IoSlice::new(head.bytes()), IoSlice::new(body)];
+        let parts = if body.is_empty() { &parts[..1] } else { &parts[..] };
+        match rustix::io::writev(device, parts) {
+            Ok(_) => return Ok(()),
+            Err(Errno::INTR) => (),
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_of_a_thread_is_read_from_its_stat_file() {
+        assert!(last_cpu(std::process::id()).is_some());
+        assert_eq!(last_cpu(0), None);
+    }
+
+    #[test]
+    fn a_released_thread_goes_on_and_the_others_stay_parked() {
+        let crew = Crew::default();
+        assert!(!crew.release(), "nobody is parked");
+        std::thread::scope(|scope| {
+            let parked: Vec<_> = (0..2).map(|_| scope.spawn(|| crew.park())).collect();
+            while crew.state.lock().parked < 2 {
+                std::thread::yield_now();
+            }
+            assert!(crew.release());
+            while crew.state.lock().parked > 1 {
+                std::thread::yield_now();
+            }
+            crew.end();
+            // One was released while the session went on, the other by its end.
+            let went_on = parked.into_iter().map(|t| t.join().unwrap()).filter(|on| *on).count();
+            assert!(went_on <= 1);
+        });
+    }
+
+    #[test]
+    fn a_request_wakes_the_watch() {
+        let crew = Crew::default();
+        std::thread::scope(|scope| {
+            let watch = scope.spawn(|| crew.sleep_until_request(0));
+            while !crew.watch_sleeps.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            crew.begin_wait();
+            crew.end_wait();
+            watch.join().unwrap();
+        });
+    }
+}

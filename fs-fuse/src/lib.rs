@@ -1,0 +1,38 @@
+//! cairn's FUSE driver: a request of the kernel becomes a call of the core, its result a reply.
+//!
+//! ```text
+//! kernel  --/dev/fuse-->  device  --bytes-->  request  --typed-->  ops  -->  dyn Filesystem
+//!         <-------------          <--bytes--  reply    <--typed--       <--
+//! ```
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`wire`] | numbers and structures of the protocol |
+//! | [`request`], [`reply`] | bytes to typed values, and back |
+//! | [`ops`], `ioctl` | what each request means |
+//! | [`device`] | threads, buffers, reading and writing /dev/fuse |
+//! | [`backend`] | the volume behind it |
+//! | [`mount`], [`options`], [`command`] | mounting, and the program `mount.cairn` |
+//! | [`noop`] | a filesystem without storage, for measurements |
+//!
+//! Only [`device`] knows how requests travel; a transport over io_uring would stand beside it. Why
+//! the protocol is spoken directly and not through a library, and what was observed of the
+//! kernel: `docs/decisions/0001-fuse-transport.md`.
+#![deny(unsafe_code)]
+
+pub mod backend;
+pub mod command;
+pub mod device;
+mod fusermount;
+mod ioctl;
+pub mod log;
+pub mod mount;
+pub mod noop;
+pub mod ops;
+pub mod options;
+pub mod reply;
+pub mod request;
+mod source;
+#[allow(unsafe_code, reason = "system calls without a safe wrapper")]
+mod sys;
+pub mod wire;

@@ -1,0 +1,448 @@
+//! From requests to calls of the core: no device, no buffer management, no threads.
+//!
+//! [`Server::handle`] takes a typed [`Request`] and gives a typed [`Reply`]. How requests arrive
+//! is the transport's business ([`crate::device`]); an io_uring transport would call the same
+//! method. Any number of threads may.
+//!
+//! What the kernel does by itself, and what is therefore not here:
+//!
+//! - Permissions and ACLs: `default_permissions` is always set, and ACCESS never arrives.
+//! - Open files. OPEN and OPENDIR answer "not implemented" where the kernel allows it, which it
+//!   takes as "always succeeds, keep the cache, don't ask again"; neither they nor RELEASE and
+//!   FLUSH cost a round trip any more. An inode lives by its lookup count, not by handles. See
+//!   `docs/decisions/0001-fuse-transport.md` for what this does to O_TRUNC.
+//! - Locks, both kinds.
+//! - Offsets of O_APPEND, and size and times of files with cached writes: with the write-back cache
+//!   the kernel's size is the newer one until it is flushed, so a WRITE is always for its offset.
+//!
+//! Node numbers: the kernel calls the root 1. The core's root may have another number, so the two
+//! are exchanged, both ways, by the same function.
+
+use crate::backend::Mounted;
+use crate::ioctl;
+use crate::reply::{Listing, Reply};
+use crate::request::{Layout, Op, Request};
+use crate::wire::{self, init};
+use fs_core::error::{Errno as CoreErrno, Error};
+use fs_core::format::inode::mode;
+use fs_core::units::Ino;
+use fs_core::vfs::{Attr, SetAttr, WriteFlags, XattrMode};
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Largest WRITE and READ.
+pub const TRANSFER_BYTES_MAX: usize = 1 << 20;
+
+/// Read-ahead asked for; the mount helper raises the device's limit to match.
+pub const READAHEAD_BYTES: u32 = 2 << 20;
+
+/// Requests the kernel may have under way on its own account (read-ahead, write-back, direct I/O
+/// of one process) before it makes processes wait.
+const BACKGROUND_MAX: u16 = 64;
+const CONGESTION_THRESHOLD: u16 = 48;
+
+/// What is asked of the kernel. Not among them: remote locks (the kernel's own are right for a
+/// local filesystem), AUTO_INVAL_DATA (only for pools that change behind the kernel's back), and
+/// ATOMIC_O_TRUNC, which with zero-message opens would cut a file in the kernel's cache only.
+const WANTED: u64 = init::ASYNC_READ
+    | init::EXPORT_SUPPORT
+    | init::BIG_WRITES
+    | init::DONT_MASK
+    | init::HAS_IOCTL_DIR
+    | init::DO_READDIRPLUS
+    | init::READDIRPLUS_AUTO
+    | init::ASYNC_DIO
+    | init::WRITEBACK_CACHE
+    | init::NO_OPEN_SUPPORT
+    | init::PARALLEL_DIROPS
+    | init::POSIX_ACL
+    | init::MAX_PAGES
+    | init::CACHE_SYMLINKS
+    | init::NO_OPENDIR_SUPPORT
+    | init::HANDLE_KILLPRIV_V2
+    | init::SETXATTR_EXT
+    | init::INIT_EXT;
+
+/// Without these a mount would be wrong, not only slow.
+const REQUIRED: u64 = init::DONT_MASK | init::POSIX_ACL | init::HANDLE_KILLPRIV_V2;
+
+/// Answers requests for one mounted volume.
+pub struct Server {
+    volume: Arc<dyn Mounted>,
+    /// Flags agreed on in INIT; zero before.
+    agreed: AtomicU64,
+    closed: Mutex<Option<Result<(), Error>>>,
+}
+
+impl Server {
+    /// A server for a volume that has been opened.
+    pub fn new(volume: Arc<dyn Mounted>) -> Server {
+        Server { volume, agreed: AtomicU64::new(0), closed: Mutex::new(None) }
+    }
+
+    /// How requests are to be read, given what was agreed on so far.
+    pub fn layout(&self) -> Layout {
+        Layout { setxattr_ext: self.has(init::SETXATTR_EXT) }
+    }
+
+    /// Whether INIT has been answered.
+    pub fn is_initialised(&self) -> bool {
+        self.agreed.load(Ordering::Acquire) != 0
+    }
+
+    /// Writes everything and closes the volume; once, however often it is called. The first
+    /// result is kept.
+    pub fn close(&self) -> Result<(), Error> {
+        self.closed.lock().get_or_insert_with(|| self.volume.close()).clone()
+    }
+
+    fn has(&self, flag: u64) -> bool {
+        self.agreed.load(Ordering::Relaxed) & flag != 0
+    }
+
+    /// Carries out a request. The body of the reply, if it has one, is put into `body`.
+    ///
+    /// # Errors
+    /// The errno to answer with.
+    pub fn handle(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Errno> {
+        self.dispatch(request, body).map_err(|failure| failure.0)
+    }
+
+    /// Takes back what a reply granted, when the reply could not be delivered.
+    pub fn undo(&self, reply: &Reply) {
+        if let Reply::Entry(_, attr) | Reply::Created(_, attr) = reply {
+            self.volume.forget(attr.ino, 1);
+        }
+    }
+
+    fn dispatch(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Failure> {
+        let fs = &self.volume;
+        let ino = self.ino(request.node);
+        match request.op {
+            Op::Init { major, minor, max_readahead, flags } => {
+                self.init(major, minor, max_readahead, flags)
+            }
+            Op::Destroy => {
+                self.close()?;
+                Ok(Reply::Done)
+            }
+            Op::Lookup { name } => self.lookup(ino, name),
+            Op::Forget { count } => {
+                fs.forget(ino, count);
+                Ok(Reply::Silent)
+            }
+            Op::BatchForget(forgets) => {
+                forgets.iter().for_each(|(node, count)| fs.forget(self.ino(node), count));
+                Ok(Reply::Silent)
+            }
+            Op::GetAttr => Ok(Reply::Attr(fs.getattr(ino)?)),
+            Op::Statx => Ok(Reply::Statx(fs.getattr(ino)?)),
+            Op::SetAttr(ref set) => Ok(Reply::Attr(fs.setattr(ino, set, &request.caller())?)),
+            Op::ReadLink => copy_out(&fs.readlink(ino)?, body),
+            Op::MkNod { name, mode, rdev, umask } => {
+                self.entry(fs.mknod(ino, name, mode, rdev, &request.caller_with_umask(umask))?)
+            }
+            Op::MkDir { name, mode, umask } => {
+                self.entry(fs.mkdir(ino, name, mode, &request.caller_with_umask(umask))?)
+            }
+            Op::Symlink { name, target } => {
+                self.entry(fs.symlink(ino, name, target, &request.caller())?)
+            }
+            Op::Create { .. } => self.create(request),
+            Op::TmpFile { mode, umask } => {
+                let attr = fs.tmpfile(ino, mode, &request.caller_with_umask(umask))?;
+                Ok(Reply::Created(self.node(attr.ino)?, attr))
+            }
+            Op::Link { source, name } => self.entry(fs.link(self.ino(source), ino, name)?),
+            Op::Unlink { name } => done(fs.unlink(ino, name)),
+            Op::RmDir { name } => done(fs.rmdir(ino, name)),
+            Op::Rename { name, new_dir, new_name, flags } => {
+                done(fs.rename(ino, name, self.ino(new_dir), new_name, flags, &request.caller()))
+            }
+            Op::Open => self.open(init::NO_OPEN_SUPPORT, wire::fopen::KEEP_CACHE),
+            Op::OpenDir => self
+                .open(init::NO_OPENDIR_SUPPORT, wire::fopen::KEEP_CACHE | wire::fopen::CACHE_DIR),
+            Op::Release | Op::ReleaseDir => Ok(Reply::Done),
+            // The kernel has written its cache back before it asks; nothing is left to do.
+            Op::Flush => Err(Errno::NOSYS.into()),
+            Op::Read { offset, size } => {
+                let len = body.len().min(size as usize);
+                Ok(Reply::Body(fs.read(ino, offset, &mut body[..len])?))
+            }
+            Op::Write { offset, data, kill_priv } => {
+                fs.write(ino, offset, data, WriteFlags { append: false, kill_priv })?;
+                Ok(Reply::Size(data.len() as u32))
+            }
+            Op::Fallocate { mode, offset, len } => done(fs.fallocate(ino, mode, offset, len)),
+            Op::Seek { offset, what } => Ok(Reply::Wide(fs.seek(ino, offset, what)?)),
+            Op::CopyRange { offset, target, target_offset, len, wide_reply } => {
+                let copied = fs.copy_range(ino, offset, self.ino(target), target_offset, len)?;
+                Ok(if wide_reply { Reply::Wide(copied) } else { Reply::Size(copied as u32) })
+            }
+            Op::Fsync { data_only } => done(fs.fsync(ino, data_only)),
+            Op::FsyncDir => done(fs.fsync(ino, false)),
+            Op::SyncFs => done(fs.sync()),
+            Op::StatFs => Ok(Reply::StatFs(fs.statfs()?)),
+            Op::ReadDir { cookie, size } => self.readdir(ino, cookie, limit(body, size)),
+            Op::ReadDirPlus { cookie, size } => self.readdir_plus(ino, cookie, limit(body, size)),
+            Op::GetXattr { name, size } => sized(&fs.getxattr(ino, name)?, size, body),
+            Op::ListXattr { size } => sized(&fs.listxattr(ino)?, size, body),
+            Op::SetXattr { name, value, mode, kill_sgid } => {
+                self.setxattr(request, name, value, mode, kill_sgid)
+            }
+            Op::RemoveXattr { name } => done(fs.removexattr(ino, name)),
+            Op::Ioctl { command, input, out_size } => {
+                let out = limit(body, out_size);
+                let call = ioctl::Call { request, ino, command, input };
+                Ok(Reply::Ioctl(ioctl::handle(self.volume.as_ref(), &call, out)?))
+            }
+            Op::Interrupt => Ok(Reply::Silent),
+            Op::Unknown => Err(Errno::NOSYS.into()),
+        }
+    }
+
+    fn init(
+        &self,
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        offered: u64,
+    ) -> Result<Reply, Failure> {
+        if major < wire::MAJOR || (major == wire::MAJOR && minor < wire::MINOR_MIN) {
+            return Err(Errno::PROTO.into());
+        }
+        let agreed = offered & WANTED;
+        if major == wire::MAJOR && agreed & REQUIRED != REQUIRED {
+            return Err(Errno::PROTO.into());
+        }
+        let out = wire::InitOut {
+            major: wire::MAJOR,
+            minor: wire::MINOR,
+            max_readahead: max_readahead.max(READAHEAD_BYTES),
+            flags: agreed as u32,
+            max_background: BACKGROUND_MAX,
+            congestion_threshold: CONGESTION_THRESHOLD,
+            max_write: TRANSFER_BYTES_MAX as u32,
+            time_gran: 1,
+            max_pages: (TRANSFER_BYTES_MAX / 4096) as u16,
+            map_alignment: 0,
+            flags2: (agreed >> 32) as u32,
+            max_stack_depth: 0,
+            request_timeout: 0,
+            unused: [0; 11],
+        };
+        // A newer major version answers this one by asking again with ours.
+        if major == wire::MAJOR {
+            self.agreed.store(agreed, Ordering::Release);
+        }
+        Ok(Reply::Init(out))
+    }
+
+    /// The core's number of a node.
+    fn ino(&self, node: u64) -> Ino {
+        exchange_root(node, self.volume.root())
+    }
+
+    /// The kernel's number of an inode. Zero would mean "no such name".
+    fn node(&self, ino: Ino) -> Result<u64, Failure> {
+        match exchange_root(ino.0, self.volume.root()).0 {
+            0 => Err(Errno::IO.into()),
+            node => Ok(node),
+        }
+    }
+
+    fn entry(&self, attr: Attr) -> Result<Reply, Failure> {
+        Ok(Reply::Entry(self.node(attr.ino)?, attr))
+    }
+
+    fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Reply, Failure> {
+        match self.volume.lookup(dir, name) {
+            Ok(attr) => self.entry(attr),
+            // `.` is how the kernel finds an inode of a file handle again; it must not remember
+            // that as a name.
+            Err(Error::Posix(CoreErrno::NoEnt)) if name != b"." && name != b".." => {
+                Ok(Reply::NoEntry)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn create(&self, request: &Request<'_>) -> Result<Reply, Failure> {
+        let Op::Create { name, mode, umask, exclusive, truncate } = request.op else {
+            return Err(Errno::INVAL.into());
+        };
+        let dir = self.ino(request.node);
+        let caller = request.caller_with_umask(umask);
+        let file_mode = (mode & mode::PERMISSIONS) | mode::REGULAR;
+        let attr = match self.volume.mknod(dir, name, file_mode, 0, &caller) {
+            // The name came into being although the kernel believed it absent. Without O_EXCL
+            // that is an open of what is there.
+            Err(Error::Posix(CoreErrno::Exist)) if !exclusive => {
+                let found = self.volume.lookup(dir, name)?;
+                self.open_found(found, truncate, request)?
+            }
+            made => made?,
+        };
+        Ok(Reply::Created(self.node(attr.ino)?, attr))
+    }
+
+    /// Opens, for CREATE, a file that has just been looked up; gives the lookup back on failure.
+    fn open_found(
+        &self,
+        found: Attr,
+        truncate: bool,
+        request: &Request<'_>,
+    ) -> Result<Attr, Failure> {
+        let result = if found.mode & mode::TYPE != mode::REGULAR {
+            Err(Error::Posix(CoreErrno::Exist))
+        } else if truncate {
+            let set = SetAttr { size: Some(0), kill_priv: true, ..SetAttr::default() };
+            self.volume.setattr(found.ino, &set, &request.caller())
+        } else {
+            Ok(found)
+        };
+        result.map_err(|error| {
+            self.volume.forget(found.ino, 1);
+            error.into()
+        })
+    }
+
+    fn open(&self, zero_message: u64, open_flags: u32) -> Result<Reply, Failure> {
+        if self.has(zero_message) {
+            return Err(Errno::NOSYS.into());
+        }
+        Ok(Reply::Opened(wire::OpenOut { open_flags, ..Default::default() }))
+    }
+
+    fn readdir(&self, dir: Ino, cookie: u64, body: &mut [u8]) -> Result<Reply, Failure> {
+        let mut listing = Listing::new(body, now());
+        self.volume.readdir(dir, cookie, &mut |entry| listing.push(entry))?;
+        Ok(Reply::Body(listing.len()))
+    }
+
+    fn readdir_plus(&self, dir: Ino, cookie: u64, body: &mut [u8]) -> Result<Reply, Failure> {
+        let mut listing = Listing::new(body, now());
+        self.volume.readdir_plus(dir, cookie, &mut |entry, attr| {
+            // The kernel takes no lookup for the dots, so they go without a node.
+            let dots = entry.name == b"." || entry.name == b"..";
+            let known = attr.filter(|_| !dots).map(|attr| (self.node(attr.ino).unwrap_or(0), attr));
+            listing.push_plus(entry, known)
+        })?;
+        Ok(Reply::Body(listing.len()))
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request<'_>,
+        name: &[u8],
+        value: &[u8],
+        mode: XattrMode,
+        kill_sgid: bool,
+    ) -> Result<Reply, Failure> {
+        let ino = self.ino(request.node);
+        if kill_sgid {
+            // First, so that a crash between the two leaves too little and not too much.
+            let attr = self.volume.getattr(ino)?;
+            if attr.mode & mode::SET_GID != 0 {
+                let permissions = attr.mode & mode::PERMISSIONS & !mode::SET_GID;
+                let set = SetAttr { mode: Some(permissions), ..SetAttr::default() };
+                self.volume.setattr(ino, &set, &request.caller())?;
+            }
+        }
+        done(self.volume.setxattr(ino, name, value, mode))
+    }
+}
+
+/// An errno on its way to the kernel.
+pub(crate) struct Failure(pub Errno);
+
+impl From<Errno> for Failure {
+    fn from(errno: Errno) -> Failure {
+        Failure(errno)
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure(errno(&error))
+    }
+}
+
+/// Linux's number for an error of the core.
+pub fn errno(error: &Error) -> Errno {
+    match error.errno() {
+        CoreErrno::Perm => Errno::PERM,
+        CoreErrno::NoEnt => Errno::NOENT,
+        CoreErrno::Io => Errno::IO,
+        CoreErrno::BadF => Errno::BADF,
+        CoreErrno::Access => Errno::ACCESS,
+        CoreErrno::Busy => Errno::BUSY,
+        CoreErrno::Exist => Errno::EXIST,
+        CoreErrno::XDev => Errno::XDEV,
+        CoreErrno::NotDir => Errno::NOTDIR,
+        CoreErrno::IsDir => Errno::ISDIR,
+        CoreErrno::Inval => Errno::INVAL,
+        CoreErrno::FBig => Errno::FBIG,
+        CoreErrno::NoSpc => Errno::NOSPC,
+        CoreErrno::RoFs => Errno::ROFS,
+        CoreErrno::MLink => Errno::MLINK,
+        CoreErrno::NameTooLong => Errno::NAMETOOLONG,
+        CoreErrno::NotEmpty => Errno::NOTEMPTY,
+        CoreErrno::NoData => Errno::NODATA,
+        CoreErrno::Overflow => Errno::OVERFLOW,
+        CoreErrno::OpNotSupp => Errno::OPNOTSUPP,
+        CoreErrno::Stale => Errno::STALE,
+        CoreErrno::DQuot => Errno::DQUOT,
+        CoreErrno::NxIo => Errno::NXIO,
+        CoreErrno::NoMem => Errno::NOMEM,
+        CoreErrno::TooBig => Errno::TOOBIG,
+        CoreErrno::Range => Errno::RANGE,
+        CoreErrno::Uclean => Errno::UCLEAN,
+        CoreErrno::TxtBsy => Errno::TXTBSY,
+        CoreErrno::Intr => Errno::INTR,
+    }
+}
+
+/// Wall time in seconds.
+pub fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+/// Exchanges the core's root with the kernel's, which makes it its own inverse.
+fn exchange_root(number: u64, root: Ino) -> Ino {
+    if number == wire::ROOT_NODE {
+        root
+    } else if number == root.0 {
+        Ino(wire::ROOT_NODE)
+    } else {
+        Ino(number)
+    }
+}
+
+fn done(result: Result<(), Error>) -> Result<Reply, Failure> {
+    result?;
+    Ok(Reply::Done)
+}
+
+fn limit(body: &mut [u8], size: u32) -> &mut [u8] {
+    let len = body.len().min(size as usize);
+    &mut body[..len]
+}
+
+fn copy_out(value: &[u8], body: &mut [u8]) -> Result<Reply, Failure> {
+    body.get_mut(..value.len()).ok_or(Errno::IO)?.copy_from_slice(value);
+    Ok(Reply::Body(value.len()))
+}
+
+/// An attribute value or list: its length when `size` is zero, else the bytes if they fit.
+fn sized(value: &[u8], size: u32, body: &mut [u8]) -> Result<Reply, Failure> {
+    let len = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
+    match size {
+        0 => Ok(Reply::Size(len)),
+        size if len > size => Err(Errno::RANGE.into()),
+        _ => copy_out(value, body),
+    }
+}

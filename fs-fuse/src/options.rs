@@ -1,0 +1,364 @@
+//! What stands after `-o`.
+//!
+//! Three kinds of options: those of any mount (`ro`, `noatime`, ...), those for other readers of
+//! fstab (`noauto`, `x-systemd...`), which are accepted and ignored, and cairn's own. Anything else is an
+//! error, because a misspelt option must not be mistaken for one that is in force; `-s` overrides
+//! that.
+
+use rustix::mount::{MountAttrFlags, MountFlags};
+
+/// How new data is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// By zstd, at a level; 0 is its default.
+    Zstd(i8),
+}
+
+/// Parsed options. Defaults are those of a mount by root.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Refuse changes.
+    pub read_only: bool,
+    /// Change the options of an existing mount.
+    pub remount: bool,
+    /// Let users other than the one who mounts in; always so for root.
+    pub allow_other: bool,
+    /// Per-mount flags, such as `nosuid`.
+    pub flags: Flags,
+    /// Override of the pool's compression.
+    pub compression: Option<Compression>,
+    /// Longest time in seconds that a change stays unwritten without fsync.
+    pub commit_seconds: Option<u32>,
+    /// Memory for cached metadata and data, in bytes.
+    pub cache_bytes: Option<u64>,
+    /// Number of threads that answer requests.
+    pub threads: Option<usize>,
+    /// Security contexts, for the kernel.
+    pub security: Vec<(String, String)>,
+}
+
+/// Flags of a mount and of its superblock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named and documented by mount(8)")]
+#[expect(clippy::struct_excessive_bools, reason = "independent flags of mount(8)")]
+pub struct Flags {
+    pub nosuid: bool,
+    pub nodev: bool,
+    pub noexec: bool,
+    pub noatime: bool,
+    pub nodiratime: bool,
+    pub strictatime: bool,
+    pub nosymfollow: bool,
+    pub sync: bool,
+    pub dirsync: bool,
+    pub lazytime: bool,
+}
+
+/// An option that cannot be used, in words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadOption(pub String);
+
+impl std::fmt::Display for BadOption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Options for other readers of fstab, or about matters that are always so. mount(8) itself turns
+/// `user` and its like into `nosuid,nodev,noexec`.
+const IGNORED: &[&str] = &[
+    "_netdev",
+    "async",
+    "auto",
+    "bg",
+    "defaults",
+    "default_permissions",
+    "fg",
+    "group",
+    "intr",
+    "iversion",
+    "loop",
+    "loud",
+    "mand",
+    "noauto",
+    "nofail",
+    "nogroup",
+    "noiversion",
+    "nomand",
+    "nonempty",
+    "noowner",
+    "nouser",
+    "nousers",
+    "owner",
+    "quiet",
+    "rw",
+    "silent",
+    "user",
+    "users",
+];
+
+/// The same with a value.
+const IGNORED_WITH_VALUE: &[&str] =
+    &["comment", "fsname", "helper", "sizelimit", "subtype", "uhelper"];
+
+const SECURITY: &[&str] = &["context", "defcontext", "fscontext", "rootcontext"];
+
+impl Options {
+    /// Adds a list separated by commas. A comma within double quotes or after a backslash
+    /// belongs to the value.
+    ///
+    /// # Errors
+    /// The first option that is unknown or has a bad value. With `sloppy` unknown ones are
+    /// ignored.
+    pub fn add(&mut self, list: &str, sloppy: bool) -> Result<(), BadOption> {
+        for option in split(list) {
+            let known = self.add_one(&option)?;
+            if !known && !sloppy {
+                return Err(BadOption(format!("unknown mount option '{option}'")));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_one(&mut self, option: &str) -> Result<bool, BadOption> {
+        let (name, value) = match option.split_once('=') {
+            Some((name, value)) => (name, Some(value)),
+            None => (option, None),
+        };
+        if name.starts_with("x-") || name.starts_with("X-") {
+            return Ok(true);
+        }
+        match value {
+            None => Ok(self.add_flag(name) || name.is_empty()),
+            Some(value) => self.add_value(name, value),
+        }
+    }
+
+    fn add_flag(&mut self, name: &str) -> bool {
+        let flags = &mut self.flags;
+        match name {
+            "ro" => self.read_only = true,
+            "rw" => self.read_only = false,
+            "remount" => self.remount = true,
+            "allow_other" => self.allow_other = true,
+            "noallow_other" => self.allow_other = false,
+            "suid" => flags.nosuid = false,
+            "nosuid" => flags.nosuid = true,
+            "dev" => flags.nodev = false,
+            "nodev" => flags.nodev = true,
+            "exec" => flags.noexec = false,
+            "noexec" => flags.noexec = true,
+            "noatime" => (flags.noatime, flags.strictatime) = (true, false),
+            "atime" | "relatime" | "nostrictatime" => {
+                (flags.noatime, flags.strictatime) = (false, false);
+            }
+            "strictatime" | "norelatime" => (flags.noatime, flags.strictatime) = (false, true),
+            "nodiratime" => flags.nodiratime = true,
+            "diratime" => flags.nodiratime = false,
+            "nosymfollow" => flags.nosymfollow = true,
+            "symfollow" => flags.nosymfollow = false,
+            "sync" => flags.sync = true,
+            "async" => flags.sync = false,
+            "dirsync" => flags.dirsync = true,
+            "lazytime" => flags.lazytime = true,
+            "nolazytime" => flags.lazytime = false,
+            name => return IGNORED.contains(&name),
+        }
+        true
+    }
+
+    fn add_value(&mut self, name: &str, value: &str) -> Result<bool, BadOption> {
+        let bad = || BadOption(format!("mount option '{name}' cannot be '{value}'"));
+        match name {
+            "compress" => self.compression = Some(parse_compression(value).ok_or_else(bad)?),
+            "commit" => {
+                let seconds = value.parse().ok().filter(|s| (1..=3600).contains(s));
+                self.commit_seconds = Some(seconds.ok_or_else(bad)?);
+            }
+            "cache" => self.cache_bytes = Some(parse_bytes(value).ok_or_else(bad)?),
+            "threads" => {
+                let threads = value.parse().ok().filter(|t| (1..=256).contains(t));
+                self.threads = Some(threads.ok_or_else(bad)?);
+            }
+            _ if SECURITY.contains(&name) => {
+                self.security.push((name.to_string(), value.to_string()));
+            }
+            _ => return Ok(IGNORED_WITH_VALUE.contains(&name)),
+        }
+        Ok(true)
+    }
+
+    /// Attributes of the mount, for the new mount API.
+    pub fn mount_attributes(&self) -> MountAttrFlags {
+        let flags = &self.flags;
+        [
+            (self.read_only, MountAttrFlags::MOUNT_ATTR_RDONLY),
+            (flags.nosuid, MountAttrFlags::MOUNT_ATTR_NOSUID),
+            (flags.nodev, MountAttrFlags::MOUNT_ATTR_NODEV),
+            (flags.noexec, MountAttrFlags::MOUNT_ATTR_NOEXEC),
+            (flags.noatime, MountAttrFlags::MOUNT_ATTR_NOATIME),
+            (flags.strictatime, MountAttrFlags::MOUNT_ATTR_STRICTATIME),
+            (flags.nodiratime, MountAttrFlags::MOUNT_ATTR_NODIRATIME),
+            (flags.nosymfollow, MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW),
+        ]
+        .into_iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(MountAttrFlags::empty(), |all, (_, flag)| all | flag)
+    }
+
+    /// Names of the superblock's flags, for the new mount API.
+    pub fn superblock_flags(&self) -> impl Iterator<Item = &'static str> {
+        let flags = self.flags;
+        [
+            (self.read_only, "ro"),
+            (flags.sync, "sync"),
+            (flags.dirsync, "dirsync"),
+            (flags.lazytime, "lazytime"),
+        ]
+        .into_iter()
+        .filter_map(|(wanted, name)| wanted.then_some(name))
+    }
+
+    /// Flags in the words of fusermount3, which adds `nosuid` and `nodev` itself.
+    pub fn helper_flags(&self) -> impl Iterator<Item = &'static str> {
+        let flags = self.flags;
+        [
+            (flags.noexec, "noexec"),
+            (flags.noatime, "noatime"),
+            (flags.nodiratime, "nodiratime"),
+            (flags.sync, "sync"),
+            (flags.dirsync, "dirsync"),
+        ]
+        .into_iter()
+        .filter_map(|(wanted, name)| wanted.then_some(name))
+    }
+
+    /// Everything as flags of mount(2), for a remount.
+    pub fn mount_flags(&self) -> MountFlags {
+        let flags = &self.flags;
+        [
+            (self.read_only, MountFlags::RDONLY),
+            (flags.nosuid, MountFlags::NOSUID),
+            (flags.nodev, MountFlags::NODEV),
+            (flags.noexec, MountFlags::NOEXEC),
+            (flags.noatime, MountFlags::NOATIME),
+            (flags.strictatime, MountFlags::STRICTATIME),
+            (flags.nodiratime, MountFlags::NODIRATIME),
+            (flags.sync, MountFlags::SYNCHRONOUS),
+            (flags.dirsync, MountFlags::DIRSYNC),
+            (flags.lazytime, MountFlags::LAZYTIME),
+        ]
+        .into_iter()
+        .filter(|(wanted, _)| *wanted)
+        .fold(MountFlags::empty(), |all, (_, flag)| all | flag)
+    }
+}
+
+fn split(list: &str) -> Vec<String> {
+    let mut options = vec![String::new()];
+    let (mut quoted, mut escaped) = (false, false);
+    for c in list.chars() {
+        let current = options.last_mut().expect("there is always a last option");
+        match c {
+            _ if escaped => {
+                current.push(c);
+                escaped = false;
+            }
+            '\\' => escaped = true,
+            '"' => quoted = !quoted,
+            ',' if !quoted => options.push(String::new()),
+            c => current.push(c),
+        }
+    }
+    options
+}
+
+fn parse_compression(value: &str) -> Option<Compression> {
+    match value.split_once(':') {
+        None => match value {
+            "none" | "no" | "off" => Some(Compression::None),
+            "zstd" | "on" => Some(Compression::Zstd(0)),
+            _ => None,
+        },
+        Some(("zstd", level)) => {
+            level.parse().ok().filter(|l| (-7..=19).contains(l)).map(Compression::Zstd)
+        }
+        Some(_) => None,
+    }
+}
+
+/// A number of bytes, with K, M, G or T for powers of 1024.
+fn parse_bytes(value: &str) -> Option<u64> {
+    let digits = value.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match value[digits.len()..].to_ascii_lowercase().trim_end_matches("ib") {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(list: &str) -> Result<Options, BadOption> {
+        let mut options = Options::default();
+        options.add(list, false).map(|()| options)
+    }
+
+    #[test]
+    fn options_of_fstab_that_concern_others_are_accepted() {
+        let list = "defaults,noauto,x-systemd.automount,x-systemd.device-timeout=30,nofail,_netdev";
+        assert_eq!(parse(list).unwrap(), Options::default());
+        assert_eq!(parse("").unwrap(), Options::default());
+    }
+
+    #[test]
+    fn the_last_of_two_contrary_options_wins() {
+        assert!(!parse("ro,rw").unwrap().read_only);
+        assert!(parse("rw,ro").unwrap().read_only);
+        assert!(!parse("noatime,relatime").unwrap().flags.noatime);
+        assert!(!parse("nosuid,suid").unwrap().flags.nosuid);
+    }
+
+    #[test]
+    fn an_unknown_option_is_named_in_the_error_unless_sloppy() {
+        let error = parse("ro,compres=zstd").unwrap_err();
+        assert_eq!(error.0, "unknown mount option 'compres=zstd'");
+        let mut options = Options::default();
+        options.add("ro,compres=zstd", true).unwrap();
+        assert!(options.read_only);
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_even_when_sloppy() {
+        for list in ["commit=0", "commit=x", "compress=lzma", "compress=zstd:99", "threads=0"] {
+            assert!(Options::default().add(list, true).is_err(), "{list}");
+        }
+    }
+
+    #[test]
+    fn values_are_read() {
+        let options = parse("compress=zstd:7,commit=30,cache=512M,threads=3").unwrap();
+        assert_eq!(options.compression, Some(Compression::Zstd(7)));
+        assert_eq!(options.commit_seconds, Some(30));
+        assert_eq!(options.cache_bytes, Some(512 << 20));
+        assert_eq!(options.threads, Some(3));
+        assert_eq!(parse_bytes("1GiB"), Some(1 << 30));
+        assert_eq!(parse_bytes("99999999T"), None);
+        assert_eq!(parse_bytes("G"), None);
+    }
+
+    #[test]
+    fn a_quoted_comma_belongs_to_the_value() {
+        let options = parse("context=\"system_u:object_r:t:s0:c1,c2\",ro").unwrap();
+        assert_eq!(options.security[0].1, "system_u:object_r:t:s0:c1,c2");
+        assert!(options.read_only);
+    }
+}
