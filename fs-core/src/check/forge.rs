@@ -358,7 +358,7 @@ impl Forge {
         let mut space = self.space_items();
         (self.change_space)(&mut space);
         let space_root = self.plant(TreeId::SPACE, &space);
-        let addr = self.take(ChunkKind::Metadata, SECTOR_BYTES);
+        let addr = self.take(ChunkKind::Metadata, self.pool.node_bytes().into());
         let mut residue = Residue::default();
         for (chunk, end) in self.used() {
             let (addr, bytes) = (Logical(before[&chunk]), end - before[&chunk]);
@@ -423,6 +423,10 @@ impl NodeSource for Forge {
 }
 
 impl NodeSink for Forge {
+    fn as_source(&self) -> &dyn NodeSource {
+        self
+    }
+
     fn txg(&self) -> Txg {
         TXG
     }
