@@ -238,6 +238,9 @@ impl Options {
     };
 }
 
+/// With fewer inodes than this, most operations would find nothing to work on.
+const FEW: usize = 5;
+
 /// Makes operations.
 pub struct Generator {
     rng: Rng,
@@ -257,6 +260,10 @@ impl Generator {
         }
         if self.rng.below(100) < self.options.sync_percent {
             return self.durability(state);
+        }
+        if state.nodes.len() < FEW && self.rng.chance(1, 2) {
+            let mode = mode::REGULAR | 0o644;
+            return Op::Mknod { path: self.new_path(state), mode, rdev: 0, caller: self.caller() };
         }
         match self.rng.below(if self.options.reads { 100 } else { 78 }) {
             0..=29 => self.naming(state),
@@ -541,8 +548,7 @@ impl Generator {
 
     fn bytes(&mut self) -> Data {
         let look = *self.rng.pick(&[Look::Text, Look::Text, Look::Noise, Look::Byte, Look::Zeros]);
-        let len = if self.rng.chance(1, 40) { 0 } else { self.length() as usize };
-        Data { look, seed: self.rng.next_u64(), len }
+        Data { look, seed: self.rng.next_u64(), len: self.length() as usize }
     }
 
     fn set_attr(&mut self) -> SetAttr {

@@ -12,6 +12,7 @@
 //! | [`drive`] | runs a subject next to the model; shrinks what fails |
 //! | [`tree`] | everything a user can see of a filesystem, as one comparable value |
 //! | [`history`] | what a crash may leave: the promise of fsync, as a predicate |
+//! | [`power`] | cuts the power at every moment of a story |
 //! | [`subject`] | the filesystem under test |
 //!
 //! Every failure prints the environment variables that replay it.
@@ -23,6 +24,7 @@ pub mod gen;
 pub mod history;
 pub mod model;
 pub mod platform;
+pub mod power;
 pub mod rng;
 pub mod run;
 pub mod subject;

@@ -358,7 +358,7 @@ impl Forge {
         let mut space = self.space_items();
         (self.change_space)(&mut space);
         let space_root = self.plant(TreeId::SPACE, &space);
-        let addr = self.take(ChunkKind::Metadata, self.pool.node_bytes().into());
+        let addr = self.take(ChunkKind::Metadata, self.node_bytes() as u64);
         let mut residue = Residue::default();
         for (chunk, end) in self.used() {
             let (addr, bytes) = (Logical(before[&chunk]), end - before[&chunk]);

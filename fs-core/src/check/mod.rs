@@ -253,8 +253,7 @@ impl<'a> Checker<'a> {
     }
 
     /// Marks the space of a metadata block.
-    fn mark_block(&mut self, spot: Spot, ptr: &BlockPtr, kind: ChunkKind) {
-        let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
+    fn mark_run(&mut self, spot: Spot, run: Run, kind: ChunkKind) {
         let mut shared = false;
         let marked = self.usage.mark(run, kind, &mut |_| shared = true);
         let rule = match marked {
@@ -284,7 +283,8 @@ impl<'a> Checker<'a> {
         let mut outcome = Ok(());
         tree.walk(blocks, &mut |visit| {
             let spot = Spot::block(tree.id, visit.ptr.addr);
-            self.mark_block(spot.clone(), visit.ptr, kind);
+            let run = Run { addr: visit.ptr.addr, bytes: visit.ptr.allocated() };
+            self.mark_run(spot.clone(), run, kind);
             self.report_bad_copies(tree.id);
             self.step(Pass::Trees, visit.ptr.allocated())?;
             let node = match visit.node {

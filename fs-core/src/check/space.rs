@@ -7,7 +7,6 @@ use crate::buf::{Buf, Slice};
 use crate::error::Error;
 use crate::format::chunk::ChunkKind;
 use crate::format::key::{kind, Key};
-use crate::format::ptr::BlockPtr;
 use crate::format::space::{Residue, Run, SummaryItem, REGION_BYTES};
 use crate::intent::{self, LogStore};
 use crate::platform::Result;
@@ -92,10 +91,10 @@ fn region_sectors(chunks: &[ChunkUse], region: u64) -> Option<u64> {
 fn load_residue(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
     let Some(ptr) = checker.superblock.residue else { return Ok(()) };
     let spot = Spot::addr(ptr.addr);
-    // Its run is whole nodes, though the pointer says fewer bytes: holes in metadata fit nodes.
-    let run = ptr.allocated().next_multiple_of(u64::from(checker.superblock.node_bytes));
-    let whole = BlockPtr { stored: run as u32, ..ptr };
-    checker.mark_block(spot.clone(), &whole, ChunkKind::Metadata);
+    // Metadata is allocated in whole nodes, so that holes fit nodes.
+    let node_bytes = u64::from(checker.superblock.node_bytes);
+    let bytes = ptr.allocated().next_multiple_of(node_bytes);
+    checker.mark_run(spot.clone(), Run { addr: ptr.addr, bytes }, ChunkKind::Metadata);
     let block = checker.blocks.read(&ptr);
     checker.report_bad_copies(TreeId::SPACE);
     let residue = block.and_then(|block| {

@@ -271,6 +271,7 @@ impl Engine {
         drop(old_view);
         store.pool.published(txg);
         committer.roots = written.roots;
+        self.metadata_used.store(superblock.metadata_used, Ordering::Relaxed);
         committer.superblock = superblock;
         for part in written.subvols {
             let old = part.subvol.published(txg, part.tree);

@@ -131,6 +131,8 @@ impl Log {
             let segments = writer.frames.segments();
             writer.frames = LogWriter::new(store.pool.pool_id(), None);
             writer.named = false;
+            // Or the last commit would make a segment that no superblock names.
+            writer.wanted = false;
             segments
         };
         free_segments(store, freed);

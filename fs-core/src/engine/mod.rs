@@ -89,7 +89,12 @@ pub struct Engine {
     commit_ns: u64,
     wanted: AtomicBool,
     closed: AtomicBool,
+    /// Bytes of tree nodes in use by the published group.
+    metadata_used: AtomicU64,
 }
+
+/// Nodes that two groups may add to small trees: a path each of every tree.
+const ROOT_NODES: u64 = 32;
 
 impl Engine {
     /// The subvolume that is mounted unless another is asked for.
@@ -199,6 +204,7 @@ impl Engine {
             self.commit()?;
         }
         for _ in 0..3 {
+            self.store.space.set_metadata_cap(self.metadata_bound(metadata));
             match self.store.space.reserve(data, metadata, class) {
                 Err(Error::NoSpace) => {}
                 other => return other,
@@ -207,6 +213,17 @@ impl Engine {
             self.release();
         }
         self.store.space.reserve(data, metadata, class)
+    }
+
+    /// What all unpublished groups can write of metadata at most, in bytes, if an operation adds
+    /// `more`. There are two such groups. Each writes a node that exists at most once, and new nodes
+    /// for what it adds; an item takes at most three times its bytes in nodes that have just been
+    /// split, and what is added is dirty memory.
+    fn metadata_bound(&self, more: u64) -> u64 {
+        let existing = self.metadata_used.load(Ordering::Relaxed);
+        let added = self.store.dirty.bytes().saturating_mul(3);
+        let roots = ROOT_NODES * self.store.node_bytes as u64;
+        existing.saturating_mul(2).saturating_add(added).saturating_add(roots + more)
     }
 
     /// Keeps an operation's reservation until the group it entered is published.

@@ -107,6 +107,8 @@ pub fn open(
     }
     if !options.read_only {
         engine.queue_orphans()?;
+        // Power may have failed between the two. If it cannot be done, one of them is still good.
+        let _ = engine.store.pool.repair_labels();
         start_ticking(&engine);
     }
     Ok(engine)
@@ -171,6 +173,7 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         commit_ns,
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         store,
     }))
 }

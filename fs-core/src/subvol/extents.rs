@@ -322,7 +322,9 @@ impl Resolver<'_> {
         let (from, to) = (start.max(at), end.min(item_end));
         debug_assert!(from < to, "cut {start}..{end} of an item at {at}..{item_end}");
         self.items.insert(at, None);
-        self.out.delta.logical -= (to - from).min(extent.len()) as i64;
+        if !matches!(extent, Extent::Promised { .. }) {
+            self.out.delta.logical -= (to - from).min(extent.len()) as i64;
+        }
         match &extent {
             Extent::Inline { .. } => return,
             Extent::Plain { addr, .. } => {

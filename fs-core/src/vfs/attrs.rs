@@ -43,12 +43,14 @@ impl Volume {
         self.set_owner_and_mode(&mut change, ino, &mut item, set)?;
         self.set_times(&mut item, set);
         if let Some(flags) = set.flags {
-            item.flags = flags & flag::KNOWN;
+            item.flags = flags;
         }
         if let Some(project) = set.project {
             item.project = project;
         }
-        if item != state.item {
+        // POSIX wants the change time of what was asked for, even if it was so already.
+        let asked = SetAttr { size: None, kill_priv: false, ..*set } != SetAttr::default();
+        if asked || item != state.item {
             if set.ctime.is_none() {
                 item.set_ctime(self.now());
             }
@@ -261,8 +263,12 @@ fn check_xattr_change(state: &State) -> Result<()> {
 
 /// What immutable and append-only files do not allow.
 fn check_setattr(state: &State, set: &SetAttr) -> Result<()> {
-    if set.flags.is_some() {
-        return Ok(());
+    if let Some(flags) = set.flags {
+        // chattr(1) must not claim to have set what is not kept.
+        return match flags & !flag::KNOWN {
+            0 => Ok(()),
+            _ => Err(Errno::OpNotSupp.into()),
+        };
     }
     let owner = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
     let exact_times = |time: Option<SetTime>| matches!(time, Some(SetTime::At(_)));

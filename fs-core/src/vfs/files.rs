@@ -484,9 +484,8 @@ impl Volume {
         // Sectors that keep some of their bytes.
         let mut edges: Vec<(u64, Buf)> = Vec::new();
         for at in [start, align_down(end, SECTOR_BYTES)] {
-            let whole = offset <= at && at + SECTOR_BYTES <= end.max(sector_round(size).min(stop));
             let covered = offset <= at && (end >= at + SECTOR_BYTES || end >= size);
-            if covered || whole || edges.iter().any(|(edge, _)| *edge == at) || at >= stop {
+            if covered || edges.iter().any(|(edge, _)| *edge == at) || at >= stop {
                 continue;
             }
             if let Some(mut sector) = self.read_sector(ino, &state, at)? {

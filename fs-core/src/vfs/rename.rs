@@ -81,7 +81,11 @@ impl Volume {
             } else {
                 self.replace(&mut change, &mut drafts, from, to, &plan, flags)?;
                 if flags.whiteout {
-                    whiteout = Some(self.whiteout(&mut change, from.0, &plan, caller)?);
+                    let item = drafts.get(from.0);
+                    let inherits = item.mode & mode::SET_GID != 0;
+                    let gid = if inherits { item.gid } else { caller.gid };
+                    let owner = Caller { gid, ..*caller };
+                    whiteout = Some(self.whiteout(&mut change, from.0, &plan, &owner)?);
                 }
             }
             for ino in [from.0, to.0] {

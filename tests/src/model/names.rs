@@ -9,6 +9,9 @@ use fs_core::vfs::{Caller, RenameFlags};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Flags that files and directories get from the directory they are made in.
+const INHERITED: u32 = flag::NODUMP | flag::COMPRESS | flag::NOCOMPRESS;
+
 impl State {
     /// The entries of a directory that names may be looked up in.
     fn dir(&self, dir: u64) -> Res<&BTreeMap<Vec<u8>, Entry>> {
@@ -87,6 +90,9 @@ impl State {
                 node.mode |= mode::SET_GID;
             }
         }
+        if matches!(node.kind, Kind::File(_) | Kind::Dir { .. }) {
+            node.flags = parent.flags & INHERITED;
+        }
         if parent.flags & flag::PROJINHERIT != 0 {
             node.project = parent.project;
             if node.is_dir() {
@@ -164,6 +170,7 @@ impl State {
         now: Timestamp,
     ) -> Res<u64> {
         self.dir(dir)?;
+        self.check_mutable(dir, flag::IMMUTABLE)?;
         let kind = Kind::File(Default::default());
         let node = State::new_node(kind, mode::REGULAR | mode & 0o7777, caller, now);
         let ino = self.add_node(dir, node, caller.umask)?;

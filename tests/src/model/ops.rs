@@ -61,8 +61,11 @@ impl State {
         }
         let owner = set.mode.is_some() || set.uid.is_some() || set.gid.is_some();
         let chosen = |time| matches!(time, Some(SetTime::At(_)));
-        let times = chosen(set.atime) || chosen(set.mtime);
-        if node.is_protected() && (owner || times || set.size.is_some()) {
+        let chosen = chosen(set.atime) || chosen(set.mtime);
+        let touched = set.atime.is_some() || set.mtime.is_some();
+        let is_immutable = node.flags & flag::IMMUTABLE != 0;
+        let refused = owner || chosen || set.size.is_some();
+        if node.is_protected() && refused || is_immutable && touched {
             return Err(Errno::Perm);
         }
         if let Some(size) = set.size {

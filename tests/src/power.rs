@@ -1,0 +1,182 @@
+//! Cuts the power at every moment of a story and looks at what is left.
+//!
+//! A story is a list of operations carried out on recording devices, next to the model. Each crash
+//! state is opened as after a reboot and judged: it must check clean before it is opened, open,
+//! show what [`History`] allows, and check clean after it was closed.
+
+use crate::crash::{CrashState, Crashes, Sampling};
+use crate::device::{refs, Event, Image, RamDevice, Recording};
+use crate::gen::{Generator, Op, Options};
+use crate::history::{Effect, History};
+use crate::model::Model;
+use crate::platform::{Spawn, TestPlatform};
+use crate::run::{compare, describe, is_left_open, Runner};
+use crate::subject::Subject;
+use crate::tree::Tree;
+use fs_core::check::findings::rules;
+use std::sync::Arc;
+
+/// What to tell.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// What everything follows from.
+    pub seed: u64,
+    /// How many operations.
+    pub count: usize,
+    /// How to generate them.
+    pub options: Options,
+    /// Bytes of the device.
+    pub device_bytes: u64,
+    /// Random states at each boundary.
+    pub random: u32,
+}
+
+impl Plan {
+    fn sampling(&self) -> Sampling {
+        Sampling { seed: self.seed, random: self.random }
+    }
+}
+
+/// Operations that were carried out, and what the devices saw of them.
+pub struct Story {
+    plan: Plan,
+    ops: Vec<Op>,
+    history: History,
+    base: Vec<Image>,
+    events: Vec<Event>,
+}
+
+/// What must hold of crash states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// It checks clean, opens, and shows what is allowed.
+    Open,
+    /// Also: it closes, checks clean again, and shows the same when opened again.
+    Reopen,
+}
+
+impl Story {
+    /// Carries out a story.
+    ///
+    /// # Errors
+    /// When subject and model disagree without any crash.
+    pub fn tell(subject: &dyn Subject, plan: Plan) -> Result<Story, String> {
+        let platform = TestPlatform::new(plan.seed, Spawn::AtOnce);
+        let devices = [RamDevice::new("ram", plan.device_bytes)];
+        let core = platform.platform();
+        subject.format(&refs(&devices), &core).map_err(|e| format!("format: {e}"))?;
+        let base = devices.iter().map(|device| device.image()).collect();
+        let recording = Recording::start(&devices);
+        let mounted = subject.open(&refs(&devices), &core).map_err(|e| format!("open: {e}"))?;
+        let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
+        let (mut expected, mut found) = (Runner::new(model.clone()), Runner::new(mounted.fs()));
+        let mut history = History::new(model.state());
+        let mut generator = Generator::new(plan.seed, plan.options);
+        let mut ops = Vec::new();
+        while ops.len() < plan.count {
+            let before = model.state();
+            let op = generator.next(&before);
+            if is_left_open(&expected, &before, &op) {
+                continue;
+            }
+            let effect = Effect::of(&op, &expected, &before);
+            let want = expected.run(&op);
+            if want.result.is_err() {
+                // What changes nothing has nothing to lose.
+                continue;
+            }
+            match op {
+                Op::DropCaches => mounted.drop_caches(),
+                Op::Tick => {
+                    platform.clock.advance_ms(6000);
+                    platform.workers.tick();
+                    mounted.tick();
+                }
+                _ => {}
+            }
+            let got = found.run(&op);
+            compare(&expected, &model.state(), &op, &want, &got)
+                .map_err(|e| format!("without any crash, {}: {e}", describe(&op)))?;
+            let effect = if got.result.is_ok() { effect } else { Effect::None };
+            recording.mark(history.push(model.state(), effect));
+            ops.push(op);
+        }
+        let events = recording.events();
+        Ok(Story { plan, ops, history, base, events })
+    }
+
+    /// All crash states.
+    pub fn states(&self) -> Crashes<'_> {
+        Crashes::new(self.base.clone(), &self.events, self.plan.sampling())
+    }
+
+    /// The one with that name.
+    pub fn state(&self, boundary: usize, variant: u32) -> CrashState {
+        let sampling = self.plan.sampling();
+        Crashes::state(self.base.clone(), &self.events, sampling, boundary, variant)
+    }
+
+    /// Looks at what a crash has left.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn judge(
+        &self,
+        subject: &dyn Subject,
+        state: &CrashState,
+        depth: Depth,
+    ) -> Result<(), String> {
+        let platform = TestPlatform::new(self.plan.seed ^ 1, Spawn::AtOnce);
+        let core = platform.platform();
+        let device = |image: &Image| RamDevice::of("ram", image.clone());
+        let devices: Vec<_> = state.images.iter().map(device).collect();
+        let devices = refs(&devices);
+        let check = |when: &str, allowed: &[&str]| {
+            let findings = subject.check(&devices, &core);
+            let mut findings = findings.map_err(|e| format!("check {when}: {e}"))?;
+            findings.retain(|finding| !allowed.iter().any(|id| finding.contains(id)));
+            match findings.is_empty() {
+                true => Ok(()),
+                false => Err(format!("the check {when} finds:\n{}", findings.join("\n"))),
+            }
+        };
+        // Power may fail between the copies of a superblock, or of a label.
+        check("before replay", &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id])?;
+        let mounted = subject.open(&devices, &core).map_err(|e| format!("open: {e}"))?;
+        let tree = Tree::read(&*mounted.fs())?;
+        self.history.check(&tree, state.mark)?;
+        if depth == Depth::Open {
+            return Ok(());
+        }
+        mounted.close().map_err(|e| format!("close: {e}"))?;
+        check("after replay", &[])?;
+        let mounted = subject.open(&devices, &core).map_err(|e| format!("open again: {e}"))?;
+        match tree.difference(&Tree::read(&*mounted.fs())?) {
+            Some(difference) => Err(format!("opened again, it is not the same: {difference}")),
+            None => Ok(()),
+        }
+    }
+
+    /// The operations up to a crash, the error, and how to see it again.
+    pub fn report(&self, test: &str, state: &CrashState, what: &str) -> String {
+        let mut text = String::new();
+        for (index, op) in self.ops.iter().enumerate().take(state.mark as usize + 1) {
+            text += &format!("{:4}  {}\n", index + 1, describe(op));
+        }
+        let (seed, boundary, variant) = (self.plan.seed, state.boundary, state.variant);
+        text + &format!(
+            "the power failed after operation {} had returned\n{what}\n\
+             see it again: CAIRN_SEED={seed} CAIRN_STATE={boundary}:{variant} \
+             cargo test -p cairn-tests {test}",
+            state.mark
+        )
+    }
+}
+
+/// The crash state to look at, if one was asked for.
+pub fn asked_state() -> Option<(usize, u32)> {
+    let text = std::env::var("CAIRN_STATE").ok()?;
+    let (boundary, variant) = text.split_once(':').expect("CAIRN_STATE is boundary:variant");
+    let number = "CAIRN_STATE holds two numbers";
+    Some((boundary.parse().expect(number), variant.parse().expect(number)))
+}
