@@ -99,9 +99,22 @@ const IGNORED: &[&str] = &[
     "users",
 ];
 
-/// The same with a value.
-const IGNORED_WITH_VALUE: &[&str] =
-    &["comment", "fsname", "helper", "sizelimit", "subtype", "uhelper"];
+/// The same with a value. Those in the second line are what the mount table shows of a FUSE mount: a
+/// remount is given them back.
+const IGNORED_WITH_VALUE: &[&str] = &[
+    "comment",
+    "fsname",
+    "helper",
+    "sizelimit",
+    "subtype",
+    "uhelper",
+    "blksize",
+    "fd",
+    "group_id",
+    "max_read",
+    "rootmode",
+    "user_id",
+];
 
 const SECURITY: &[&str] = &["context", "defcontext", "fscontext", "rootcontext"];
 
