@@ -1,5 +1,6 @@
 //! Making a pool: an empty engine and its first commit.
 
+use crate::btree::Edit;
 use crate::engine::open::{assemble, Parts};
 use crate::error::Error;
 use crate::format::chunk::Profile;
@@ -8,7 +9,6 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem, FIRST_INO, ROOT_INO};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::superblock::Superblock;
-use crate::btree::Edit;
 use crate::platform::{DeviceRef, Platform};
 use crate::pool::{self, Pool};
 use crate::subvol::change::Change;

@@ -165,9 +165,8 @@ impl Engine {
     pub fn has_changes(&self) -> bool {
         let groups = &self.store.groups;
         let (first, last) = (groups.published().next(), groups.open());
-        let changed = |subvol: &Arc<Subvol>| {
-            (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)))
-        };
+        let changed =
+            |subvol: &Arc<Subvol>| (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)));
         self.wanted.load(Ordering::Relaxed) || self.subvols.read().values().any(changed)
     }
 

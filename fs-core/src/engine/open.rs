@@ -237,8 +237,7 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
     if let Some(ptr) = &superblock.residue {
         let block = store.pool.read_block(ptr)?;
         let bytes = block.get(..ptr.logical as usize).unwrap_or(&block);
-        let residue =
-            Residue::decode(bytes, superblock.txg.0).map_err(|bad| bad.at(ptr.addr))?;
+        let residue = Residue::decode(bytes, superblock.txg.0).map_err(|bad| bad.at(ptr.addr))?;
         store.space.load_residue(residue)?;
     }
     Ok(())

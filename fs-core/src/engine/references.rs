@@ -44,8 +44,7 @@ pub fn settle(
     mut gained: Vec<Run>,
     mut lost: Vec<Run>,
 ) -> Result<Settled> {
-    let mut counts =
-        Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
+    let mut counts = Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
     gained.sort_unstable();
     lost.sort_unstable();
     for run in gained {
@@ -172,9 +171,6 @@ impl Counts<'_> {
             let item = RefItem { bytes: end - start, extra };
             edits.insert(start, Edit::Put(item.to_bytes().to_vec()));
         }
-        edits
-            .into_iter()
-            .map(|(start, edit)| (Key::new(start, kind::REF, 0), edit))
-            .collect()
+        edits.into_iter().map(|(start, edit)| (Key::new(start, kind::REF, 0), edit)).collect()
     }
 }

@@ -8,6 +8,7 @@
 //! - A range that names an extent is believed only after its data was read and verified: the frame may
 //!   have reached the device when the data had not. Replay ends there, as it ends at a torn frame.
 
+use crate::buf::Buf;
 use crate::engine::log::LogPlace;
 use crate::engine::Engine;
 use crate::error::{Error, Incident};
@@ -17,7 +18,6 @@ use crate::format::key::{kind, Key};
 use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
-use crate::buf::Buf;
 use crate::intent;
 use crate::pool::{DataRead, DataSource};
 use crate::subvol::inode::{Inode, State};

@@ -95,8 +95,7 @@ impl Segment {
 }
 
 fn decode(tree: &Tree, key: Key, value: &crate::btree::Value) -> Result<(Extent, Txg)> {
-    Extent::decode(value, key.offset, value.birth())
-        .map_err(|bad| bad.in_item(tree.id, key.object))
+    Extent::decode(value, key.offset, value.birth()).map_err(|bad| bad.in_item(tree.id, key.object))
 }
 
 /// Bytes of the file an extent stands for, an inline one rounded up to its sector.
@@ -159,9 +158,7 @@ fn cover(map: &RangeMap, gaps: Vec<(u64, u64)>, out: &mut Vec<Segment>) -> Vec<(
             }
             let place = match &piece.content {
                 Content::Bytes { data, .. } => Place::Memory(data.clone()),
-                Content::Written(extent) | Content::Shared(extent) => {
-                    Place::Extent(extent.clone())
-                }
+                Content::Written(extent) | Content::Shared(extent) => Place::Extent(extent.clone()),
                 Content::Hole => Place::Zeros { promised: false },
                 Content::Promised => Place::Zeros { promised: true },
             };
@@ -265,12 +262,7 @@ struct Resolver<'a> {
 ///
 /// # Errors
 /// Errors of the device or the tree.
-pub fn resolve(
-    source: &dyn NodeSource,
-    tree: &Tree,
-    ino: Ino,
-    aside: &Aside,
-) -> Result<Resolved> {
+pub fn resolve(source: &dyn NodeSource, tree: &Tree, ino: Ino, aside: &Aside) -> Result<Resolved> {
     let mut resolver = Resolver {
         source,
         tree,
@@ -448,9 +440,10 @@ impl Resolver<'_> {
     /// Whether an item of the new tree names the blob.
     fn names(&self, key: BlobRef, blob: &Blob) -> Result<bool> {
         let (start, end) = window(key.1, blob);
-        let changed = self.items.range(start..end).any(
-            |(at, item)| matches!(item, Some((extent, _)) if names(extent, *at, key)),
-        );
+        let changed = self
+            .items
+            .range(start..end)
+            .any(|(at, item)| matches!(item, Some((extent, _)) if names(extent, *at, key)));
         if changed {
             return Ok(true);
         }

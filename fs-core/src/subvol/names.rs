@@ -170,8 +170,7 @@ impl Subvol {
             return Ok(());
         }
         let mut next = None;
-        let (from, to) =
-            (Key::new(ino.0, kind::LINK, 0), Key::new(ino.0, kind::LINK, u64::MAX));
+        let (from, to) = (Key::new(ino.0, kind::LINK, 0), Key::new(ino.0, kind::LINK, u64::MAX));
         self.scan(from, to, &mut |key, value| {
             next = Some((key, LinkItem::decode(value).map_err(|b| b.in_item(self.id, ino.0))?));
             Ok(false)

@@ -43,9 +43,7 @@ impl Overlay {
     pub fn set(&self, key: Key, change: Change) -> u64 {
         let bytes = ENTRY_BYTES + change.as_ref().map_or(0, |v| v.len() as u64);
         match self.shard(key.object).write().insert(key, change) {
-            Some(old) => {
-                bytes.saturating_sub(ENTRY_BYTES + old.map_or(0, |v| v.len() as u64))
-            }
+            Some(old) => bytes.saturating_sub(ENTRY_BYTES + old.map_or(0, |v| v.len() as u64)),
             None => bytes,
         }
     }

@@ -140,13 +140,8 @@ mod tests {
 
     #[test]
     fn chmod_changes_the_mask_and_not_the_owning_group() {
-        let bytes = acl(&[
-            (USER_OBJ, 7, 0),
-            (USER, 7, 5),
-            (GROUP_OBJ, 5, 0),
-            (MASK, 7, 0),
-            (OTHER, 0, 0),
-        ]);
+        let bytes =
+            acl(&[(USER_OBJ, 7, 0), (USER, 7, 5), (GROUP_OBJ, 5, 0), (MASK, 7, 0), (OTHER, 0, 0)]);
         let mut list = Acl::decode(&bytes).unwrap();
         assert_eq!(list.mode_bits(), 0o770);
         list.chmod(0o641);

@@ -154,9 +154,7 @@ impl Volume {
             Extent::Packed { blob, offset, .. } => {
                 let from = *offset as usize + skip;
                 // Neighbouring items may name one blob: it is read once.
-                let same = |read: &DataRead| {
-                    matches!(&read.source, DataSource::Packed { blob: b } if b == blob)
-                };
+                let same = |read: &DataRead| matches!(&read.source, DataSource::Packed { blob: b } if b == blob);
                 let read = match reads.last().is_some_and(same) {
                     true => reads.len() - 1,
                     false => {
@@ -211,14 +209,7 @@ impl Volume {
     }
 
     /// Puts content in place of a range; the inode has been touched.
-    fn put(
-        &self,
-        change: &mut Change<'_>,
-        state: &mut State,
-        at: u64,
-        len: u64,
-        content: Content,
-    ) {
+    fn put(&self, change: &mut Change<'_>, state: &mut State, at: u64, len: u64, content: Content) {
         let before = state.ranges.data_bytes();
         state.ranges.put(at, len, content, change.garbage());
         self.engine.store.dirty.adjust(before, state.ranges.data_bytes());
@@ -270,8 +261,7 @@ impl Volume {
         }
         item.size = item.size.max(end);
         self.stamp(&mut item);
-        let is_new_mode =
-            item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
+        let is_new_mode = item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
         if is_new_mode {
             change.log_inode(&inode, &mut state, item);
         } else {
@@ -660,7 +650,8 @@ impl Volume {
         if source % SECTOR_BYTES != 0 || target % SECTOR_BYTES != 0 {
             return Ok(0);
         }
-        let reservation = self.reserve(2 * SECTOR_BYTES, 8 + len.div_ceil(8 << 20), Class::Normal)?;
+        let reservation =
+            self.reserve(2 * SECTOR_BYTES, 8 + len.div_ceil(8 << 20), Class::Normal)?;
         let mut locked = Locked::new(&[from, to]);
         let source_state = locked.get(from.ino);
         check_writable(locked.get(to.ino))?;

@@ -141,7 +141,13 @@ impl Volume {
 
     /// A directory must not be moved below itself. The caller holds `moving` when the directories
     /// differ, so parents stay as they are.
-    fn check_no_cycle(&self, dir: Ino, new_dir: Ino, plan: &Plan, flags: RenameFlags) -> Result<()> {
+    fn check_no_cycle(
+        &self,
+        dir: Ino,
+        new_dir: Ino,
+        plan: &Plan,
+        flags: RenameFlags,
+    ) -> Result<()> {
         if dir == new_dir {
             return Ok(());
         }
