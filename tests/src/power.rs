@@ -7,13 +7,14 @@
 use crate::crash::{CrashState, Crashes, Sampling};
 use crate::device::{refs, Event, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
-use crate::history::{Effect, History};
-use crate::model::Model;
+use crate::history::{Effect, History, Times};
+use crate::model::{Model, State, ROOT};
 use crate::platform::{Spawn, TestPlatform};
 use crate::run::{compare, describe, is_left_open, Runner};
 use crate::subject::Subject;
 use crate::tree::Tree;
 use fs_core::check::findings::rules;
+use fs_core::vfs::Filesystem;
 use std::sync::Arc;
 
 /// What to tell.
@@ -98,7 +99,8 @@ impl Story {
             compare(&expected, &model.state(), &op, &want, &got)
                 .map_err(|e| format!("without any crash, {}: {e}", describe(&op)))?;
             let effect = if got.result.is_ok() { effect } else { Effect::None };
-            recording.mark(history.push(model.state(), effect));
+            let times = times(&*mounted.fs(), &model.state())?;
+            recording.mark(history.push(model.state(), effect, times));
             ops.push(op);
         }
         let events = recording.events();
@@ -171,6 +173,25 @@ impl Story {
             state.mark
         )
     }
+}
+
+/// Modification times of everything that has a name.
+pub(crate) fn times(fs: &dyn Filesystem, state: &State) -> Result<Times, String> {
+    let mut times = Times::new();
+    let mut todo = vec![(ROOT, fs.root())];
+    while let Some((dir, ino)) = todo.pop() {
+        let attr = fs.getattr(ino).map_err(|e| format!("getattr: {e}"))?;
+        times.insert(dir, attr.mtime);
+        for (name, entry) in state.nodes[&dir].entries().expect("only directories are put there") {
+            let attr = fs.lookup(ino, name).map_err(|e| format!("lookup: {e}"))?;
+            fs.forget(attr.ino, 1);
+            times.insert(entry.ino, attr.mtime);
+            if state.nodes[&entry.ino].is_dir() {
+                todo.push((entry.ino, attr.ino));
+            }
+        }
+    }
+    Ok(times)
 }
 
 /// The crash state to look at, if one was asked for.
