@@ -5,8 +5,8 @@
 //! `rw_semaphore` are too, as long as no debugging option adds to them.
 //!
 //! Waiting uses the kernel's hashed wait queues with an address as the key. A waiter evaluates its
-//! condition in the state "running" (`wait_woken` remembers a wake-up that comes meanwhile), so that
-//! the condition may take a mutex.
+//! condition in the state "running" (`wait_woken` remembers a wake-up that comes meanwhile), so
+//! that the condition may take a mutex.
 
 use core::mem::MaybeUninit;
 use core::sync::atomic::{fence, Ordering};

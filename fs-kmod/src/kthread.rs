@@ -4,8 +4,8 @@
 //! gone, not only until its closure has returned: the module's code may be unloaded right after.
 //!
 //! A [`Pool`] owns a fixed number of threads that take jobs from one queue, and one thread for each
-//! ticker. [`Pool::workers`] is the handle for the core; it may outlive the pool, whose threads then
-//! no longer exist: a job given to it afterwards runs at once, in the thread that gives it.
+//! ticker. [`Pool::workers`] is the handle for the core; it may outlive the pool, whose threads
+//! then no longer exist: a job given to it afterwards runs at once, in the thread that gives it.
 
 use crate::klock::{self, Mood};
 use crate::stack;
@@ -215,7 +215,8 @@ struct Batch {
     ended: Signal,
 }
 
-// SAFETY: `each` may be called from any thread (`Sync`), and is followed only while its owner waits.
+// SAFETY: `each` may be called from any thread (`Sync`), and is followed only while its owner
+// waits.
 unsafe impl Send for Batch {}
 // SAFETY: as above.
 unsafe impl Sync for Batch {}
@@ -296,7 +297,8 @@ impl Workers for PoolWorkers {
 }
 
 impl PoolWorkers {
-    /// Keeps a ticker until the pool ends. One that comes too late ends at once, and is joined here.
+    /// Keeps a ticker until the pool ends. One that comes too late ends at once, and is joined
+    /// here.
     fn adopt(&self, ticker: Thread) {
         let mut queue = self.0.queue.lock();
         if queue.is_closed {

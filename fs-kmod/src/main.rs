@@ -1,8 +1,8 @@
 //! cairn's kernel module.
 //!
 //! It links `fs-core` as it is and gives it its surroundings: a global allocator, locks and waiting
-//! behind the symbols that `fs_core::sync` leaves to the module, and the platform traits over kernel
-//! services. Nothing here knows the format.
+//! behind the symbols that `fs_core::sync` leaves to the module, and the platform traits over
+//! kernel services. Nothing here knows the format.
 //!
 //! | module | gives |
 //! | --- | --- |

@@ -550,8 +550,8 @@ const TESTS: &[(&str, fn() -> Outcome)] = tests![
     filesystem::threads_may_share_a_filesystem,
 ];
 
-/// Most of a stack of 16 KiB that a test may use: the rest is for whoever calls a filesystem, and for
-/// interrupts.
+/// Most of a stack of 16 KiB that a test may use: the rest is for whoever calls a filesystem, and
+/// for interrupts.
 const STACK_BYTES_MAX: usize = 12 << 10;
 
 /// Runs one test on a thread of its own, whose stack is watched.

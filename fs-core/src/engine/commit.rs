@@ -67,7 +67,8 @@ struct Written {
 }
 
 impl Engine {
-    /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after it.
+    /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after
+    /// it.
     pub(super) fn commit_group(&self, committer: &mut Committer, clean: bool) -> Result<()> {
         if self.store.has_failed() {
             return Err(Error::Failed);

@@ -5,8 +5,8 @@
 //!           --given addresses, in order--> written in large pieces --> put in the range maps
 //! ```
 //!
-//! Used early, for files that have gathered much in the open group, and by the writer of a group for
-//! the rest. No inode lock is held while bytes are compressed or written: a range that changed
+//! Used early, for files that have gathered much in the open group, and by the writer of a group
+//! for the rest. No inode lock is held while bytes are compressed or written: a range that changed
 //! meanwhile keeps its new bytes, and what was written for it becomes garbage.
 
 use crate::buf::{Buf, Slice};

@@ -182,19 +182,19 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
 fn each_item(
     source: &dyn NodeSource,
     tree: &Tree,
-    each: &mut dyn FnMut(Key, &[u8], Txg) -> Result<()>,
+    mut each: impl FnMut(Key, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let mut cursor = tree.cursor();
     cursor.seek(source, &Key::MIN)?;
     while let Some((key, value)) = cursor.next(source)? {
-        each(key, &value, value.birth())?;
+        each(key, &value)?;
     }
     Ok(())
 }
 
 fn load_chunks(store: &Store, tree: &Tree) -> Result<()> {
     let mut chunks = Vec::new();
-    each_item(store, tree, &mut |key, value, _| {
+    each_item(store, tree, |key, value| {
         let bad = |b: crate::format::BadBytes| b.in_item(TreeId::CHUNK, key.object);
         match key.kind {
             kind::CHUNK => {
@@ -251,7 +251,7 @@ impl Engine {
         };
         let mut settings = self.store.settings();
         let mut subvols = BTreeMap::new();
-        each_item(&*self.store, &tree, &mut |key, value, _| {
+        each_item(&*self.store, &tree, |key, value| {
             match (key.kind, key.offset) {
                 (kind::SUBVOL, 0) => {
                     let item = SubvolItem::decode(value)

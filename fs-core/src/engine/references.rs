@@ -1,8 +1,9 @@
 //! The shared-reference tree: extra references of runs.
 //!
-//! Most runs have one reference and no item here. Items cover runs that do not overlap, each with the
-//! number of references beyond the first. A group first adds the references it made, then takes
-//! away those it dropped: a drop of a run with extra references takes one of them; what has none is dead.
+//! Most runs have one reference and no item here. Items cover runs that do not overlap, each with
+//! the number of references beyond the first. A group first adds the references it made, then takes
+//! away those it dropped: a drop of a run with extra references takes one of them; what has none is
+//! dead.
 //!
 //! Both lists are sorted and merged with the items they touch, so the cost is that of what changed.
 

@@ -35,7 +35,7 @@ fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
 }
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|i| (i as u64 * 2654435761 >> 13) as u8 ^ seed).collect()
+    (0..len).map(|i| ((i as u64 * 2654435761) >> 13) as u8 ^ seed).collect()
 }
 
 #[test]

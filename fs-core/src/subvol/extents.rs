@@ -1,11 +1,12 @@
 //! What files are made of: reading through the layers, and resolving a group's ranges into items.
 //!
 //! [`Subvol::layout`] answers what a range of a file is now. [`resolve`] is run by the writer of a
-//! group, when the group before is published: it cuts the items that the group's ranges cover, puts the
-//! new ones, and says exactly which runs lost or gained a reference.
+//! group, when the group before is published: it cuts the items that the group's ranges cover, puts
+//! the new ones, and says exactly which runs lost or gained a reference.
 //!
-//! A blob is referenced by a file once per anchor (`format::extent`). So for each (blob, anchor) that
-//! a group's ranges touch, what counts is whether any item named it before, and whether any does after:
+//! A blob is referenced by a file once per anchor (`format::extent`). So for each (blob, anchor)
+//! that a group's ranges touch, what counts is whether any item named it before, and whether any
+//! does after:
 //!
 //! | before | after | |
 //! | --- | --- | --- |
@@ -106,7 +107,8 @@ fn span(extent: &Extent) -> u64 {
     }
 }
 
-/// Calls `each` for the items of a file that overlap `start..end`, ascending, until it returns false.
+/// Calls `each` for the items of a file that overlap `start..end`, ascending, until it returns
+/// false.
 ///
 /// # Errors
 /// Errors of the device or the tree; [`Error::BadItem`] when items overlap.
@@ -174,9 +176,9 @@ fn cover(map: &RangeMap, gaps: Vec<(u64, u64)>, out: &mut Vec<Segment>) -> Vec<(
 }
 
 impl Subvol {
-    /// What `start..end` of a file is made of now, ascending and without gaps. Both are multiples of
-    /// the sector size. The caller holds the inode's lock, and holds `view`, taken after the lock, for
-    /// as long as it uses the extents.
+    /// What `start..end` of a file is made of now, ascending and without gaps. Both are multiples
+    /// of the sector size. The caller holds the inode's lock, and holds `view`, taken after the
+    /// lock, for as long as it uses the extents.
     ///
     /// # Errors
     /// Errors of the device or the tree.
@@ -484,7 +486,8 @@ fn names(extent: &Extent, at: u64, key: BlobRef) -> bool {
         if (blob.addr, anchor(at, *offset)) == key)
 }
 
-/// File offsets at which an item may name a blob with that anchor. An anchor before zero has wrapped.
+/// File offsets at which an item may name a blob with that anchor. An anchor before zero has
+/// wrapped.
 fn window(anchor: u64, blob: &Blob) -> (u64, u64) {
     let end = anchor.wrapping_add(u64::from(blob.logical));
     if end < anchor {

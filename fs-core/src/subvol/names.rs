@@ -1,8 +1,8 @@
 //! Directories: names, their hash items, and which name of a file is its first.
 //!
-//! Callers hold the directory's lock (exclusively to change it) and, where a name comes or goes, the
-//! lock of the inode it stands for. What changes is a *draft*: a copy of the inode's fields, which the
-//! operation puts back when nothing can fail any more.
+//! Callers hold the directory's lock (exclusively to change it) and, where a name comes or goes,
+//! the lock of the inode it stands for. What changes is a *draft*: a copy of the inode's fields,
+//! which the operation puts back when nothing can fail any more.
 
 use crate::error::{Errno, Error};
 use crate::format::dir::{self, Entry};
@@ -183,8 +183,9 @@ impl Subvol {
         Ok(())
     }
 
-    /// The path of an inode from the root of the subvolume, as far as it can be found: for messages.
-    /// Takes shared locks of the inodes on the way, one at a time; the caller holds none of them.
+    /// The path of an inode from the root of the subvolume, as far as it can be found: for
+    /// messages. Takes shared locks of the inodes on the way, one at a time; the caller holds none
+    /// of them.
     pub fn path_of(&self, inode: &Arc<Inode>) -> Vec<u8> {
         let mut parts: Vec<Vec<u8>> = Vec::new();
         let mut current = inode.clone();

@@ -1,7 +1,7 @@
 //! Overlays: items that one group has put or deleted and no published tree has yet.
 //!
-//! Sharded by object, so that operations on unrelated inodes do not meet. All items of one object are
-//! in one shard, which makes a range of them one lock and one walk.
+//! Sharded by object, so that operations on unrelated inodes do not meet. All items of one object
+//! are in one shard, which makes a range of them one lock and one walk.
 
 use crate::btree::Edit;
 use crate::format::key::Key;

@@ -5,8 +5,8 @@
 //! the offset space (truncation). Putting a piece cuts what was there; space that a cut piece had
 //! been given in this same group is handed back to the caller, to be freed.
 //!
-//! Bytes carry an id that is unique in the map: when the writer comes back with extents for bytes it
-//! took out of the map, ids tell which of them are still current.
+//! Bytes carry an id that is unique in the map: when the writer comes back with extents for bytes
+//! it took out of the map, ids tell which of them are still current.
 
 use crate::buf::Slice;
 use crate::format::extent::{Blob, Extent};

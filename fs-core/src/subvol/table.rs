@@ -1,9 +1,10 @@
 //! The table of inodes in memory.
 //!
-//! Sharded by number. An inode stays while it is dirty, while a driver holds on to it *and* it has no
-//! names left, or while someone uses it; others are dropped when the table grows beyond its bound,
-//! those not used lately first (CLOCK). A dropped inode is loaded from the tree again when wanted:
-//! lookup counts of inodes that still have names are not kept by the inode but by [`Table::hold`].
+//! Sharded by number. An inode stays while it is dirty, while a driver holds on to it *and* it has
+//! no names left, or while someone uses it; others are dropped when the table grows beyond its
+//! bound, those not used lately first (CLOCK). A dropped inode is loaded from the tree again when
+//! wanted: lookup counts of inodes that still have names are not kept by the inode but by
+//! [`Table::hold`].
 
 use crate::subvol::inode::Inode;
 use crate::sync::Mutex;

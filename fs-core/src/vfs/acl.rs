@@ -1,5 +1,6 @@
-//! POSIX access control lists, as far as a filesystem must understand them: what `chmod` does to them,
-//! what they do to the mode, and what a new file inherits. Who may do what is decided by the caller.
+//! POSIX access control lists, as far as a filesystem must understand them: what `chmod` does to
+//! them, what they do to the mode, and what a new file inherits. Who may do what is decided by the
+//! caller.
 //!
 //! The form is that of the `system.posix_acl_*` attributes: version 2, then entries of tag,
 //! permissions and id. See acl(5) and POSIX 1003.1e draft 17, section 23.

@@ -1,8 +1,8 @@
 //! Operations on the content of files.
 //!
-//! Ranges are kept in whole sectors, the last one padded with zeros. A write that covers a sector in
-//! part reads the rest of it first. Whatever cuts bytes off writes zeros over the rest of the last
-//! sector, so growing a file again shows zeros.
+//! Ranges are kept in whole sectors, the last one padded with zeros. A write that covers a sector
+//! in part reads the rest of it first. Whatever cuts bytes off writes zeros over the rest of the
+//! last sector, so growing a file again shows zeros.
 
 use crate::buf::{Buf, Slice};
 use crate::engine::data;
@@ -57,8 +57,8 @@ struct Wanted {
     len: usize,
 }
 
-/// The part of `start..end` that a segment has: offset in the segment, offset in the caller's buffer,
-/// length.
+/// The part of `start..end` that a segment has: offset in the segment, offset in the caller's
+/// buffer, length.
 fn overlap(segment: &Segment, start: u64, end: u64) -> (usize, usize, usize) {
     let from = start.max(segment.at);
     let to = end.min(segment.at + segment.len);
@@ -154,7 +154,10 @@ impl Volume {
             Extent::Packed { blob, offset, .. } => {
                 let from = *offset as usize + skip;
                 // Neighbouring items may name one blob: it is read once.
-                let same = |read: &DataRead| matches!(&read.source, DataSource::Packed { blob: b } if b == blob);
+                let same = |read: &DataRead| match &read.source {
+                    DataSource::Packed { blob: other } => other == blob,
+                    DataSource::Plain { .. } => false,
+                };
                 let read = match reads.last().is_some_and(same) {
                     true => reads.len() - 1,
                     false => {
@@ -421,7 +424,7 @@ impl Volume {
             Ok(segments.iter().filter(|s| hole(s)).map(|s| (s.at, s.len)).collect())
         };
         loop {
-            let wanted: u64 = missing(&*inode.state.read())?.iter().map(|(_, len)| len).sum();
+            let wanted: u64 = missing(&inode.state.read())?.iter().map(|(_, len)| len).sum();
             let reservation = self.reserve(wanted + SECTOR_BYTES, 6, Class::Normal)?;
             let mut state = inode.state.write();
             check_writable(&state)?;

@@ -2,8 +2,8 @@
 //!
 //! Inside the build root there is no network, and its cargo must not see the rest of the workspace,
 //! whose crates need a newer compiler. So `target/kmod` holds a small workspace of its own with
-//! nothing but `fs-core` (a link to it), a lock file with the same versions, vendored sources, and a
-//! copy of `fs-kmod` for the kernel's build system to fill with objects.
+//! nothing but `fs-core` (a link to it), a lock file with the same versions, vendored sources, and
+//! a copy of `fs-kmod` for the kernel's build system to fill with objects.
 
 use super::setup::BuildRoot;
 use super::{
@@ -122,7 +122,8 @@ impl Stage {
         vendor.current_dir(&dir).arg(dir.join("vendor"));
         capture(&mut vendor)?;
         let sources = format!(
-            "[source.crates-io]\nreplace-with = \"vendored\"\n\n[source.vendored]\ndirectory = {:?}\n",
+            "[source.crates-io]\nreplace-with = \"vendored\"\n\n\
+             [source.vendored]\ndirectory = {:?}\n",
             dir.join("vendor")
         );
         write_if_changed(&config, sources.as_bytes())?;
@@ -155,7 +156,8 @@ mod tests {
                          exclude = [\"c\"]\n\n[profile.release]\ndebug = 1\n";
         assert_eq!(
             only_the_core(workspace).unwrap(),
-            "[workspace]\nresolver = \"3\"\nmembers = [\"fs-core\"]\n\n[profile.release]\ndebug = 1\n"
+            "[workspace]\nresolver = \"3\"\nmembers = [\"fs-core\"]\n\n\
+             [profile.release]\ndebug = 1\n"
         );
         assert!(only_the_core("[package]").is_err());
     }

@@ -31,14 +31,14 @@ pub fn selftest(root: &BuildRoot, module: &Path) -> Result<String, Failure> {
         say(line.trim_start_matches(':').trim());
     }
     let passed = |line: &&&str| line.starts_with(':') && line.ends_with(" passed, 0 failed");
-    match results.iter().filter(passed).last() {
+    match results.iter().rfind(passed) {
         Some(line) => Ok(format!("in the kernel: {}", line.trim_start_matches(':').trim())),
         None => Err(Failure::Failed(format!("the self-test said nothing:\n{console}"))),
     }
 }
 
-/// Runs a machine that holds scripts of `tools/vm` and other files under `/test`, each with the name
-/// it is to have; gives the console's output when it ended well.
+/// Runs a machine that holds scripts of `tools/vm` and other files under `/test`, each with the
+/// name it is to have; gives the console's output when it ended well.
 fn run(
     root: &BuildRoot,
     scripts: &[(&str, &str)],
