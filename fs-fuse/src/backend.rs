@@ -1,6 +1,8 @@
 //! What the driver needs of a mounted volume beyond its operations, and how one is opened.
 
+use crate::admin;
 use crate::options::{Compression, Options};
+use cairn_host::admin::Handler;
 use cairn_host::{Access, LogReport, LogTarget, OpenOptions, Wait};
 use fs_core::engine;
 use fs_core::error::Error;
@@ -33,6 +35,8 @@ pub struct Opened {
     /// Gives up the exclusive claim on block devices, so that the kernel can claim the one the
     /// filesystem is mounted on. The lock against other cairn processes stays.
     pub release_claim: Box<dyn FnOnce() + Send>,
+    /// Answers the `cairn` command while the pool is mounted.
+    pub admin: Option<Arc<Handler>>,
 }
 
 impl Mounted for Volume {
@@ -64,7 +68,8 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     let volume = Volume::open(members, platform, &engine_options(options), access_time(options))
         .map_err(|error| format!("{}: {error}", source.display()))?;
     let release_claim = move || devices.iter().for_each(|device| device.release_claim());
-    Ok(Opened { volume, release_claim: Box::new(release_claim) })
+    let admin = Some(admin::handler(Arc::clone(&volume)));
+    Ok(Opened { volume, release_claim: Box::new(release_claim), admin })
 }
 
 fn engine_options(options: &Options) -> engine::OpenOptions {

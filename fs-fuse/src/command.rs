@@ -4,18 +4,19 @@
 //! directly. It goes through these steps:
 //!
 //! ```text
-//! parse -> [fork] -> open the pool -> mount -> serve -> INIT agreed, root answers -> tell the parent
+//! parse -> [fork] -> open the pool -> mount -> serve -> INIT agreed, root answers
+//!                                                        -> tell the parent
 //!                                                |
 //!                                                +-> DESTROY or end of connection -> commit, close
 //! ```
 //!
-//! The parent waits on a pipe for one byte, the exit code, and ends with it. A child that dies first
-//! closes the pipe without one. Until then the child talks on the caller's standard error, then
-//! to syslog.
+//! The parent waits on a pipe for one byte, the exit code, and ends with it. A child that dies
+//! first closes the pipe without one. Until then the child talks on the caller's standard error,
+//! then to syslog.
 //!
 //! Options follow the calling convention of mount(8), with one exception: `-f` stays in the
-//! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do everything but
-//! mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
+//! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do
+//! everything but mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
 
 use crate::backend::Opened;
 use crate::device::{Session, Threads};
@@ -24,6 +25,8 @@ use crate::noop::NoOp;
 use crate::ops::{Server, READAHEAD_BYTES};
 use crate::options::Options;
 use crate::{fusermount, ioctl, log, source, sys};
+use cairn_host::admin::{Handler, Server as AdminServer};
+use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
@@ -278,7 +281,7 @@ fn serve(
     launch: Launch,
 ) -> Result<(), Exit> {
     let opened = if invocation.noop {
-        Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}) }
+        Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}), admin: None }
     } else {
         open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
     };
@@ -298,16 +301,32 @@ fn serve(
     let threads = Threads::new(invocation.options.threads);
     let session = Session::new(device, server, threads);
     let target = invocation.target.clone();
+    let admin_socket = Arc::new(Mutex::new(None));
+    let socket = Arc::clone(&admin_socket);
     let settle = move || {
         // Asks the root of the new mount, so this thread must not be one that serves.
         std::thread::spawn(move || {
             if root {
                 mount::raise_limits(&target, READAHEAD_BYTES);
             }
+            *socket.lock() = opened.admin.and_then(|handler| listen(&target, handler));
             launch.ready();
         });
     };
-    session.serve(settle).map_err(Exit::failed)
+    let served = session.serve(settle).map_err(Exit::failed);
+    // The socket's name goes with it.
+    drop(admin_socket.lock().take());
+    served
+}
+
+/// Listens for the `cairn` command. A daemon can do without.
+fn listen(target: &Path, handler: Arc<Handler>) -> Option<AdminServer> {
+    let device = rustix::fs::stat(target).ok()?.st_dev;
+    AdminServer::start(device, handler)
+        .map_err(|error| {
+            log::warning(&format!("the cairn command cannot reach this mount: {error}"))
+        })
+        .ok()
 }
 
 /// Mounts, and returns the descriptor to serve.

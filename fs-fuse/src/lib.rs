@@ -11,7 +11,7 @@
 //! | [`request`], [`reply`] | bytes to typed values, and back |
 //! | [`ops`], `ioctl` | what each request means |
 //! | [`device`] | threads, buffers, reading and writing /dev/fuse |
-//! | [`backend`] | the volume behind it |
+//! | [`backend`], `admin` | the volume behind it; what it tells the `cairn` command |
 //! | [`mount`], [`options`], [`command`] | mounting, and the program `mount.cairn` |
 //! | [`noop`] | a filesystem without storage, for measurements |
 //!
@@ -20,6 +20,7 @@
 //! kernel: `docs/decisions/0001-fuse-transport.md`.
 #![deny(unsafe_code)]
 
+mod admin;
 pub mod backend;
 pub mod command;
 pub mod device;

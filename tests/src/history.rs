@@ -3,8 +3,8 @@
 //! - The namespace (names, types, links, attributes) is that of one moment: at or after the last
 //!   `fsync` or `sync` that returned, at or before the operation that was under way.
 //! - A file's size, and each 4 KiB block of it, is from some moment at or after the file was last
-//!   synced (or renamed, as of the namespace that is seen): never garbage, never another file's, and
-//!   never what had been cut off or punched out by then.
+//!   synced (or renamed, as of the namespace that is seen): never garbage, never another file's,
+//!   and never what had been cut off or punched out by then.
 
 use crate::gen::{Op, Target};
 use crate::model::content::PAGE;

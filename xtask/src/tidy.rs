@@ -17,8 +17,8 @@ use std::path::Path;
 /// lowest row may use each other.
 const LAYERS: &[&[&str]] = &[
     &["platform", "sync", "error", "units", "buf"],
-    &["codec"],
     &["format"],
+    &["codec"],
     &["device"],
     &["pool"],
     &["space"],
@@ -27,7 +27,7 @@ const LAYERS: &[&[&str]] = &[
     &["subvol"],
     &["engine"],
     &["vfs", "stream", "check", "maint"],
-    &["admin"],
+    &["admin", "testing"],
 ];
 
 /// Uses that look as if they pointed up: `(module, what it uses, why that is right)`.
@@ -309,8 +309,8 @@ fn skipped_bytes(rest: &str) -> usize {
             return rest.len() - body.len() + end;
         }
     }
-    if rest.starts_with('"') {
-        return 1 + literal_end(&rest[1..], '"');
+    if let Some(tail) = rest.strip_prefix('"') {
+        return 1 + literal_end(tail, '"');
     }
     if let Some(tail) = rest.strip_prefix('\'') {
         // A lifetime has no closing quote after its first character.

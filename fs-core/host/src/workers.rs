@@ -13,6 +13,7 @@
 
 use fs_core::platform::{Job, Workers};
 use parking_lot::{Condvar, Mutex};
+use rustix::thread::{sched_getaffinity, sched_setaffinity, CpuSet};
 use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
@@ -32,6 +33,8 @@ pub struct HostWorkers {
 
 struct Pool {
     parallelism: usize,
+    /// Where the threads may run: wherever the pool's maker could.
+    cpus: CpuSet,
     state: Mutex<PoolState>,
     work: Condvar,
 }
@@ -61,6 +64,7 @@ impl HostWorkers {
         HostWorkers {
             pool: Arc::new(Pool {
                 parallelism: parallelism.max(1),
+                cpus: allowed_cpus(),
                 state: Mutex::default(),
                 work: Condvar::new(),
             }),
@@ -110,7 +114,7 @@ impl Workers for HostWorkers {
     fn every(&self, period_ms: u64, mut tick: Box<dyn FnMut() -> bool + Send>) {
         let period = Duration::from_millis(period_ms.max(1));
         // A thread for each timer, so that a tick that waits delays no other.
-        start("cairn-timer", move || loop {
+        start("cairn-timer", self.pool.cpus, move || loop {
             std::thread::sleep(period);
             if !tick() {
                 return;
@@ -120,8 +124,23 @@ impl Workers for HostWorkers {
     }
 }
 
-fn start(name: &str, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map(|_| ())
+fn start(name: &str, cpus: CpuSet, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let life = move || {
+        // A thread inherits the CPUs of the one that starts it, which may have been tied to one.
+        // Being tied is slower, not wrong.
+        let _ = sched_setaffinity(None, &cpus);
+        body();
+    };
+    std::thread::Builder::new().name(name.into()).spawn(life).map(|_| ())
+}
+
+/// The CPUs the calling thread may run on.
+fn allowed_cpus() -> CpuSet {
+    sched_getaffinity(None).unwrap_or_else(|_| {
+        let mut all = CpuSet::new();
+        (0..CpuSet::MAX_CPU).for_each(|cpu| all.set(cpu));
+        all
+    })
 }
 
 impl Pool {
@@ -131,7 +150,7 @@ impl Pool {
         state.threads += 1;
         drop(state);
         let own = pool.clone();
-        if start("cairn-worker", move || own.serve()).is_ok() {
+        if start("cairn-worker", pool.cpus, move || own.serve()).is_ok() {
             return;
         }
         let mut state = pool.state.lock();

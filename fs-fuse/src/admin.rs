@@ -1,0 +1,119 @@
+//! What the daemon tells `cairn info` and `cairn df`: the answers of `cairn_host::admin`.
+
+use cairn_host::admin::{DeviceInfo, Handler, PoolInfo, Reply, Request, SpaceInfo, Usage};
+use cairn_host::parse::format_uuid;
+use fs_core::engine::Engine;
+use fs_core::format::ptr::{ChecksumKind, CompressionKind};
+use fs_core::format::FORMAT_VERSION;
+use fs_core::space::KindUsage;
+use fs_core::subvol::store::DataSettings;
+use fs_core::vfs::{Filesystem, Volume};
+use std::sync::Arc;
+
+/// Answers requests about `volume`.
+pub fn handler(volume: Arc<Volume>) -> Arc<Handler> {
+    Arc::new(move |request| match request {
+        Request::Info => Reply::Info(pool_info(&volume)),
+        Request::Df => Reply::Df(space_info(volume.engine())),
+        Request::Sync => match volume.sync() {
+            Ok(()) => Reply::Synced,
+            Err(error) => Reply::Failed(error.to_string()),
+        },
+    })
+}
+
+fn pool_info(volume: &Volume) -> PoolInfo {
+    let engine = volume.engine();
+    let (_, superblock) = engine.published();
+    let settings = engine.settings();
+    PoolInfo {
+        name: String::from_utf8_lossy(&volume.label()).trim_end_matches('\0').to_string(),
+        id: format_uuid(&superblock.pool_id),
+        format_version: FORMAT_VERSION,
+        features: superblock.features,
+        txg: superblock.txg.0,
+        written: superblock.written,
+        clean: false,
+        read_only: engine.store.is_read_only(),
+        node_bytes: superblock.node_bytes,
+        chunk_bytes: superblock.chunk_bytes,
+        data_profile: superblock.data_profile.name().into(),
+        metadata_profile: superblock.metadata_profile.name().into(),
+        compression: compression_name(settings),
+        checksum: checksum_name(settings.checksum).into(),
+        device_count: superblock.device_count,
+        devices: device_infos(engine),
+    }
+}
+
+fn device_infos(engine: &Engine) -> Vec<DeviceInfo> {
+    let pool = &engine.store.pool;
+    let chunks = pool.chunks();
+    let allocated = |index: u16| {
+        chunks
+            .iter()
+            .map(|chunk| {
+                let here = chunk.stripes.iter().filter(|stripe| stripe.device == index).count();
+                chunk.length.saturating_mul(here as u64)
+            })
+            .sum()
+    };
+    pool.members()
+        .iter()
+        .map(|member| {
+            let (identity, errors) = (member.identity(), member.errors());
+            DeviceInfo {
+                index: member.index(),
+                name: member.name().to_string(),
+                id: format_uuid(&identity.device_id),
+                bytes: identity.bytes,
+                allocated: Some(allocated(member.index())),
+                read_errors: errors.read,
+                write_errors: errors.write,
+                checksum_errors: errors.checksum,
+            }
+        })
+        .collect()
+}
+
+fn space_info(engine: &Engine) -> SpaceInfo {
+    let pool = &engine.store.pool;
+    let space = engine.store.space.usage();
+    let items: Vec<_> = engine.subvols().iter().map(|subvol| subvol.item()).collect();
+    let of_kind = |kind: &KindUsage| Usage { total: kind.chunk_bytes, used: kind.used_bytes };
+    SpaceInfo {
+        device_bytes: pool.members().iter().map(|member| member.identity().bytes).sum(),
+        device_allocated: pool
+            .chunks()
+            .iter()
+            .map(|chunk| chunk.length.saturating_mul(chunk.stripes.len() as u64))
+            .sum(),
+        unallocated: space.unallocated_bytes,
+        data: of_kind(&space.data),
+        metadata: of_kind(&space.metadata),
+        system: of_kind(&space.system),
+        reserve: space.reserve_bytes,
+        pending_free: space.data.pending_bytes
+            + space.metadata.pending_bytes
+            + space.system.pending_bytes,
+        available: Some(engine.room().available),
+        stored_bytes: Some(items.iter().map(|item| item.stored_bytes).sum()),
+        logical_bytes: Some(items.iter().map(|item| item.logical_bytes).sum()),
+    }
+}
+
+fn compression_name(settings: DataSettings) -> String {
+    match (settings.compression, settings.level) {
+        (CompressionKind::None, _) => "none".into(),
+        (CompressionKind::Zstd, 0) => "zstd".into(),
+        (CompressionKind::Zstd, level) => format!("zstd:{level}"),
+    }
+}
+
+fn checksum_name(kind: ChecksumKind) -> &'static str {
+    match kind {
+        ChecksumKind::None => "none",
+        ChecksumKind::Crc32c => "crc32c",
+        ChecksumKind::Blake3 => "blake3",
+    }
+}
