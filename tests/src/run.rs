@@ -459,7 +459,8 @@ pub fn compare(
     // Of several reasons not to do it, the kernel has looked at most before it asks.
     let is_checked = matches!(
         op,
-        Op::Rename { .. }
+        Op::Lookup { .. }
+            | Op::Rename { .. }
             | Op::Link { .. }
             | Op::Mknod { .. }
             | Op::Mkdir { .. }

@@ -124,7 +124,7 @@ pub mod rules {
         EXTENT_OVERLAP "E-EXTENT-OVERLAP" Loss "extents of a file overlap";
         EXTENT_SIZE "E-EXTENT-SIZE" Error "an extent lies beyond the end of its file";
         EXTENT_INLINE "E-EXTENT-INLINE" Loss
-            "inline data is not the whole file, or does not expand";
+            "inline data is longer than its file, or not all its data, or does not expand";
         EXTENT_SUMS "E-EXTENT-SUMS" Error "an inode's byte counts differ from its extents";
         BLOB_WINDOW "E-BLOB-WINDOW" Error "a blob is described in two ways";
         DATA "E-DATA" Loss "data of a file cannot be had from any copy";

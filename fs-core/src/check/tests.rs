@@ -344,7 +344,7 @@ const DAMAGES: &[(&Rule, Damage)] = &[
         }),
     ),
     (&rules::EXTENT_SIZE, Before(|forge| forge.edit(3, |inode| inode.size = SECTOR_BYTES))),
-    (&rules::EXTENT_INLINE, Before(|forge| forge.edit(6, |inode| inode.size = 7))),
+    (&rules::EXTENT_INLINE, Before(|forge| forge.edit(6, |inode| inode.size = 3))),
     (&rules::EXTENT_SUMS, Before(|forge| forge.edit(5, |inode| inode.stored_bytes += 4096))),
     (
         &rules::BLOB_WINDOW,

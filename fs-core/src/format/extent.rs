@@ -5,7 +5,7 @@
 //!
 //! | kind | meaning |
 //! | --- | --- |
-//! | inline | the whole file, at offset zero, its bytes in the item |
+//! | inline | all data of a small file, at offset zero, in the item; after it the file is zeros |
 //! | plain | uncompressed sectors at `addr`, a checksum for each sector |
 //! | packed | part of a compressed blob: `offset..offset + len` of its expanded bytes |
 //! | promised | no data yet: room promised by fallocate, reads as zeros |
@@ -99,11 +99,11 @@ impl Blob {
 /// What a range of a file is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// The whole content of a small file.
+    /// All data of a small file. What the file has beyond it reads as zeros.
     Inline {
         /// How `bytes` is compressed.
         compression: CompressionKind,
-        /// Bytes after expanding: the file's size.
+        /// Bytes after expanding: at most the file's size.
         logical: u32,
         /// The stored bytes.
         bytes: Vec<u8>,
