@@ -6,9 +6,10 @@ use crate::device::{refs, RamDevice};
 use crate::gen::{Generator, Op, Options};
 use crate::model::Model;
 use crate::platform::{Spawn, TestPlatform};
-use crate::run::{compare, describe, is_left_open, Runner};
+use crate::run::{compare, describe, is_left_open, needs_no_room, Runner};
 use crate::subject::{Mounted, Subject};
 use crate::tree::Tree;
+use fs_core::error::Errno;
 use fs_core::platform::DeviceRef;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
@@ -59,6 +60,8 @@ struct Pair<'a> {
     model: Arc<Model>,
     expected: Runner,
     found: Runner,
+    /// Operations that failed for want of room.
+    full: usize,
 }
 
 impl<'a> Pair<'a> {
@@ -72,7 +75,7 @@ impl<'a> Pair<'a> {
         let model = Arc::new(Model::new(model_clock));
         let (expected, found) = (Runner::new(model.clone()), Runner::new(mounted.fs()));
         let mounted = Some(mounted);
-        Ok(Pair { subject, devices, platform, mounted, model, expected, found })
+        Ok(Pair { subject, devices, platform, mounted, model, expected, found, full: 0 })
     }
 
     fn mounted(&self) -> &dyn Mounted {
@@ -94,10 +97,21 @@ impl<'a> Pair<'a> {
         if is_left_open(&self.expected, &self.model.state(), op) {
             return Ok(false);
         }
+        let before = (self.model.state(), self.expected.slots());
         let expected = self.expected.run(op);
         let found = self.found.run(op);
         if let Some(damage) = self.found.damage.take() {
             return Err(format!("no ordinary outcome: {damage}"));
+        }
+        if found.result == Err(Errno::NoSpc) && expected != found {
+            if needs_no_room(op) {
+                return Err("it says there is no room, but it needs none".into());
+            }
+            // What fails for want of room has not happened at all.
+            self.model.set_state(before.0);
+            self.expected.set_slots(before.1);
+            self.full += 1;
+            return Ok(true);
         }
         compare(&self.expected, &self.model.state(), op, &expected, &found)?;
         Ok(true)
@@ -152,8 +166,16 @@ fn guarded<T>(step: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     })
 }
 
-/// Generates and compares; returns how many operations were carried out.
-fn generate(subject: &dyn Subject, plan: &Plan, ops: &mut Vec<Op>) -> Result<usize, String> {
+/// What a run saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Operations carried out.
+    pub ops: usize,
+    /// Operations that failed for want of room.
+    pub full: usize,
+}
+
+fn generate(subject: &dyn Subject, plan: &Plan, ops: &mut Vec<Op>) -> Result<Seen, String> {
     let mut pair = Pair::new(subject, plan)?;
     let mut generator = Generator::new(plan.seed, plan.options);
     for index in 1..=plan.count {
@@ -167,7 +189,7 @@ fn generate(subject: &dyn Subject, plan: &Plan, ops: &mut Vec<Op>) -> Result<usi
         }
     }
     pair.finish()?;
-    Ok(ops.len())
+    Ok(Seen { ops: ops.len(), full: pair.full })
 }
 
 /// Why a list fails, if it does.
@@ -182,14 +204,14 @@ fn replay(subject: &dyn Subject, plan: &Plan, ops: &[Op]) -> Option<String> {
     guarded(run).err()
 }
 
-/// Runs a plan; returns how many operations were carried out.
+/// Runs a plan.
 ///
 /// # Errors
 /// The shortest list found that fails.
-pub fn run(subject: &dyn Subject, plan: &Plan) -> Result<usize, Box<Failure>> {
+pub fn run(subject: &dyn Subject, plan: &Plan) -> Result<Seen, Box<Failure>> {
     let mut ops = Vec::new();
     let what = match guarded(|| generate(subject, plan, &mut ops)) {
-        Ok(count) => return Ok(count),
+        Ok(seen) => return Ok(seen),
         Err(what) => what,
     };
     Err(Box::new(shrink(subject, plan, Failure { ops, what })))

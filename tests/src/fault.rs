@@ -8,13 +8,14 @@ use crate::crash::{Crashes, Sampling};
 use crate::device::{refs, Counts, Fault, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
 use crate::history::{Effect, History};
-use crate::model::Model;
+use crate::model::{Model, State};
 use crate::platform::{Spawn, TestPlatform};
 use crate::power::times;
 use crate::run::{compare, is_left_open, Runner};
 use crate::subject::{Mounted, Subject};
 use crate::tree::{Tree, Trouble};
 use fs_core::platform::Platform;
+use fs_core::units::Ino;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
@@ -127,7 +128,9 @@ impl<'a> Run<'a> {
             if let Some(damage) = found.damage.take() {
                 // It may have been carried out or not.
                 self.history.push(self.model.state(), Effect::None, Default::default());
-                return Ok(Some((index + 1, damage.to_string())));
+                let told = self.test.incidents.take();
+                let told: Vec<String> = told.iter().map(ToString::to_string).collect();
+                return Ok(Some((index + 1, format!("{damage} ({})", told.join("; ")))));
             }
             compare(&expected, &self.model.state(), op, &want, &got)
                 .map_err(|e| format!("operation {}: {e}", index + 1))?;
@@ -253,4 +256,30 @@ pub fn built(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree, Pla
         return Err(format!("operation {index} fails without any fault: {what}"));
     }
     Ok((run.device.image(), Tree::of_state(&run.model.state()), run.core))
+}
+
+/// Carries out a script, syncs every file, and cuts the power; returns what is on the device and
+/// what it must show.
+///
+/// # Errors
+/// When that fails.
+pub fn cut_off(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree), String> {
+    let run = Run::new(subject, script)?;
+    let mounted = subject.open(&refs(&[run.device.clone()]), &run.core);
+    let mounted = mounted.map_err(|e| format!("open: {e}"))?;
+    let mut expected = Runner::new(run.model.clone());
+    let mut found = Runner::new(mounted.fs());
+    let named = |state: &State| state.nodes.iter().filter(|(_, n)| n.nlink > 0).count();
+    for op in script.ops.iter().filter(|op| !matches!(op, Op::Sync | Op::Tick)) {
+        if expected.run(op).result != found.run(op).result {
+            return Err(format!("operation goes wrong: {op:?}"));
+        }
+    }
+    let tree = Tree::read(&*mounted.fs())?;
+    for file in &tree.files {
+        let synced = mounted.fs().fsync(Ino(file.ino), false);
+        synced.map_err(|e| format!("fsync: {e}"))?;
+    }
+    assert!(named(&run.model.state()) == tree.files.len(), "model and subject differ");
+    Ok((run.device.image(), tree))
 }

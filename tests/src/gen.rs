@@ -219,6 +219,8 @@ pub struct Options {
     pub remount_permille: u64,
     /// Whether operations that change nothing are wanted.
     pub reads: bool,
+    /// Whether files are to grow until there is no room.
+    pub growth: bool,
 }
 
 impl Options {
@@ -229,7 +231,11 @@ impl Options {
         sync_percent: 4,
         remount_permille: 15,
         reads: true,
+        growth: false,
     };
+    /// For filling a small pool.
+    pub const FILL: Options =
+        Options { file_bytes: 3 << 20, huge: false, growth: true, ..Options::MODEL };
     /// For crash simulation: small, many sync points, one mount.
     pub const CRASH: Options = Options {
         file_bytes: 96 << 10,
@@ -237,6 +243,7 @@ impl Options {
         sync_percent: 20,
         remount_permille: 0,
         reads: false,
+        growth: false,
     };
 }
 
@@ -266,6 +273,12 @@ impl Generator {
         if state.nodes.len() < FEW && self.rng.chance(1, 2) {
             let mode = mode::REGULAR | 0o644;
             return Op::Mknod { path: self.new_path(state), mode, rdev: 0, caller: self.caller() };
+        }
+        if self.options.growth && self.rng.chance(1, 6) {
+            let len = self.rng.between(1 << 16, 1 << 20) as usize;
+            let data = Data { look: Look::Noise, seed: self.rng.next_u64(), len };
+            let target = self.file(state);
+            return Op::Write { target, offset: 0, data, append: true, kill_priv: false };
         }
         match self.rng.below(if self.options.reads { 100 } else { 78 }) {
             0..=29 => self.naming(state),

@@ -10,6 +10,7 @@
 //! | [`gen`] | operations from a seed |
 //! | [`run`] | carries operations out on a filesystem; compares two |
 //! | [`fault`] | makes one request fail, for every request in turn |
+//! | [`golden`] | images that every later version must open |
 //! | [`drive`] | runs a subject next to the model; shrinks what fails |
 //! | [`tree`] | everything a user can see of a filesystem, as one comparable value |
 //! | [`history`] | what a crash may leave: the promise of fsync, as a predicate |
@@ -23,6 +24,7 @@ pub mod device;
 pub mod drive;
 pub mod fault;
 pub mod gen;
+pub mod golden;
 pub mod history;
 pub mod model;
 pub mod platform;

@@ -97,6 +97,16 @@ impl Runner {
         self.slots[slot]
     }
 
+    /// What is held, to go back to.
+    pub fn slots(&self) -> [Option<Ino>; SLOTS] {
+        self.slots
+    }
+
+    /// Goes back to what was held before an operation that did not happen.
+    pub fn set_slots(&mut self, slots: [Option<Ino>; SLOTS]) {
+        self.slots = slots;
+    }
+
     /// Carries out one operation. `Remount`, `DropCaches` and `Tick` are the caller's business.
     pub fn run(&mut self, op: &Op) -> Outcome {
         let mut held = Held { fs: self.fs.clone(), inos: Vec::new() };
@@ -432,6 +442,19 @@ const PROTECTED: u32 = flag::IMMUTABLE | flag::APPEND;
 /// Set-group-id without group execute once meant mandatory locking.
 fn locks_group(mode: u32) -> bool {
     mode & (mode::SET_GID | 0o010) == mode::SET_GID
+}
+
+/// Whether an operation must succeed although there is no room: it gives some back, or none is
+/// asked for.
+pub fn needs_no_room(op: &Op) -> bool {
+    match op {
+        Op::Unlink { .. } | Op::Rmdir { .. } | Op::Release { .. } | Op::Fsync { .. } => true,
+        Op::Sync | Op::Trim | Op::Read { .. } | Op::Seek { .. } | Op::Lookup { .. } => true,
+        Op::Hold { .. } | Op::Getattr { .. } | Op::Readdir { .. } | Op::Getxattr { .. } => true,
+        Op::Setattr { set, .. } => set.size.is_none_or(|size| size == 0),
+        Op::Removexattr { .. } => true,
+        _ => false,
+    }
 }
 
 /// Compares what the model and the subject made of an operation. `state` is the model's after it.

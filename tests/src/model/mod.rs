@@ -170,6 +170,11 @@ impl Model {
         self.lock().clone()
     }
 
+    /// Goes back to a remembered state.
+    pub fn set_state(&self, state: State) {
+        *self.lock() = state;
+    }
+
     /// Unmounts and mounts again: nobody holds anything afterwards.
     pub fn remount(&self) {
         let mut state = self.lock();

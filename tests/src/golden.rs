@@ -1,0 +1,120 @@
+//! Images that every later version must open.
+//!
+//! `images/golden` holds pools as they were once written, each with a list of what it shows. A version
+//! that cannot open one of them, or shows something else, has broken the format. They are made with
+//! `cargo run -p cairn-tests --bin golden`, which never writes over one that is there.
+
+use crate::device::Image;
+use crate::fault::{built, cut_off, script, Script};
+use crate::gen::{Op, Options};
+use crate::subject::Pool;
+use crate::tree::{show, File, Tree};
+use fs_core::format::chunk::Profile;
+use fs_core::format::inode::mode;
+use fs_core::format::ptr::{ChecksumKind, CompressionKind};
+use fs_core::vfs::Caller;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// A golden image: what it is called and how it was made.
+pub struct Golden {
+    /// Name of its file, without what follows the first dot.
+    pub name: &'static str,
+    /// Content of the device, and what it shows.
+    pub make: fn() -> Result<(Image, Tree), String>,
+}
+
+/// All golden images of this version.
+pub const ALL: &[Golden] = &[
+    Golden { name: "v1-closed", make: || closed(&Pool::default(), 1) },
+    Golden { name: "v1-log", make: || with_log(&Pool::default(), 2) },
+    Golden { name: "v1-plain-blake3-single", make: || closed(&plain(), 3) },
+    Golden { name: "v1-large-nodes-dup", make: || closed(&large_nodes(), 4) },
+];
+
+fn plain() -> Pool {
+    let mut pool = Pool::default();
+    pool.format.compression = CompressionKind::None;
+    pool.format.checksum = ChecksumKind::Blake3;
+    pool.format.metadata_profile = Profile::Single;
+    pool
+}
+
+fn large_nodes() -> Pool {
+    let mut pool = Pool::default();
+    pool.format.node_bytes = 65536;
+    pool.format.data_profile = Profile::Dup;
+    pool
+}
+
+/// A bit of everything, and a directory large enough for interior nodes.
+fn operations(seed: u64) -> Script {
+    let options =
+        Options { file_bytes: 40 << 10, remount_permille: 0, reads: false, ..Options::MODEL };
+    let mut script = script(seed, 100, options, 12 << 20);
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let many = b"many".to_vec();
+    script.ops.push(Op::Mkdir { path: vec![many.clone()], mode: 0o755, caller });
+    for index in 0..400 {
+        let path = vec![many.clone(), format!("file number {index}").into_bytes()];
+        script.ops.push(Op::Mknod { path, mode: mode::REGULAR | 0o644, rdev: 0, caller });
+    }
+    script
+}
+
+fn closed(pool: &Pool, seed: u64) -> Result<(Image, Tree), String> {
+    built(pool, &operations(seed)).map(|(image, tree, _)| (image, tree))
+}
+
+/// The power fails just after everything was synced into the log.
+fn with_log(pool: &Pool, seed: u64) -> Result<(Image, Tree), String> {
+    cut_off(pool, &operations(seed))
+}
+
+/// Where golden images are kept.
+pub fn directory() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../images/golden")
+}
+
+/// What a tree shows, a line for each name.
+pub fn describe(tree: &Tree) -> String {
+    let mut first: BTreeMap<usize, String> = BTreeMap::new();
+    let mut text = String::new();
+    for (path, identity) in &tree.names {
+        let path = show(path).escape_debug().to_string();
+        match first.get(identity) {
+            Some(other) => text += &format!("{path} = {other}\n"),
+            None => {
+                text += &format!("{path} {}\n", describe_file(&tree.files[*identity]));
+                first.insert(*identity, path);
+            }
+        }
+    }
+    text
+}
+
+fn describe_file(file: &File) -> String {
+    let facts = &file.facts;
+    let mut text = format!(
+        "mode {:o} links {} owner {}:{} rdev {:#x} flags {:#x} project {}",
+        facts.mode, facts.nlink, facts.uid, facts.gid, facts.rdev, facts.flags, facts.project
+    );
+    if let Some(content) = &file.content {
+        let mut sum = 0;
+        for page in content.pages() {
+            let bytes = content.page(page);
+            if bytes.iter().any(|b| *b != 0) {
+                sum = crc32c::crc32c_append(sum, &page.to_le_bytes());
+                sum = crc32c::crc32c_append(sum, bytes);
+            }
+        }
+        text += &format!(" size {} content {sum:08x}", content.size());
+    }
+    if !facts.target.is_empty() {
+        text += &format!(" target {:08x}", crc32c::crc32c(&facts.target));
+    }
+    for (name, value) in &facts.xattrs {
+        text += &format!(" {} {:08x}", show(name), crc32c::crc32c(value));
+    }
+    text
+}
