@@ -13,7 +13,7 @@
 //! The kernel keeps one queue and wakes its readers in the order in which they began to wait. With
 //! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted
 //! CPU costs several times what the request does. So normally *one* thread waits, the leader, and
-//! it stays on the CPU on which requests are made ([`Follow`]).
+//! it stays on the CPU on which requests are made (`Follow`).
 //!
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
