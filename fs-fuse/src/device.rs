@@ -1,7 +1,7 @@
 //! The transport over /dev/fuse.
 //!
 //! One read returns one request, one write delivers one reply. Each thread has a descriptor of its
-//! own ([`sys::clone_fuse`]) with its own list of requests under way; a reply goes back through the
+//! own (`sys::clone_fuse`) with its own list of requests under way; a reply goes back through the
 //! descriptor its request came from.
 //!
 //! A request is read into a buffer laid out so that the data of a WRITE, which begins behind 80
