@@ -1,8 +1,8 @@
 //! cairn's core: the whole filesystem behind a small platform boundary.
 //!
 //! The same code runs in the FUSE daemon, the kernel module, `mkfs`, `fsck`, the command line, the
-//! simulator and the fuzzers. `docs/design.md` tells how it works; the module table below is the way
-//! down. A module uses what is below it, never what is above.
+//! simulator and the fuzzers. `docs/design.md` tells how it works; the module table below is the
+//! way down. A module uses what is below it, never what is above.
 //!
 //! | module | owns |
 //! | --- | --- |
@@ -15,8 +15,8 @@
 //! | [`space`] | free space and reservations |
 //! | [`pool`] | chunk map, verified reads, superblock ring |
 //! | [`device`] | one member |
-//! | [`format`] | bytes on disk |
 //! | [`codec`] | checksums and compression by kind |
+//! | [`format`] | bytes on disk |
 //! | [`platform`], [`sync`], [`error`], [`units`], [`buf`] | surroundings |
 #![no_std]
 #![deny(unsafe_code)]

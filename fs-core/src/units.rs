@@ -50,7 +50,8 @@ unit! {
     Ino
 }
 unit! {
-    /// The identity of a tree: a fixed number for the pool's own trees, the subvolume's id otherwise.
+    /// The identity of a tree: a fixed number for the pool's own trees, the subvolume's id
+    /// otherwise.
     TreeId
 }
 

@@ -4,18 +4,19 @@
 //! directly. It goes through these steps:
 //!
 //! ```text
-//! parse -> [fork] -> open the pool -> mount -> serve -> INIT agreed, root answers -> tell the parent
+//! parse -> [fork] -> open the pool -> mount -> serve -> INIT agreed, root answers
+//!                                                        -> tell the parent
 //!                                                |
 //!                                                +-> DESTROY or end of connection -> commit, close
 //! ```
 //!
-//! The parent waits on a pipe for one byte, the exit code, and ends with it. A child that dies first
-//! closes the pipe without one. Until then the child talks on the caller's standard error, then
-//! to syslog.
+//! The parent waits on a pipe for one byte, the exit code, and ends with it. A child that dies
+//! first closes the pipe without one. Until then the child talks on the caller's standard error,
+//! then to syslog.
 //!
 //! Options follow the calling convention of mount(8), with one exception: `-f` stays in the
-//! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do everything but
-//! mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
+//! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do
+//! everything but mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
 
 use crate::backend::Opened;
 use crate::device::{Session, Threads};

@@ -1,7 +1,7 @@
 //! The transport over /dev/fuse.
 //!
 //! One read returns one request, one write delivers one reply. Each thread has a descriptor of its
-//! own ([`sys::clone_fuse`]) with its own list of requests under way; a reply goes back through the
+//! own (`sys::clone_fuse`) with its own list of requests under way; a reply goes back through the
 //! descriptor its request came from.
 //!
 //! A request is read into a buffer laid out so that the data of a WRITE, which begins behind 80
@@ -11,9 +11,9 @@
 //! # Threads
 //!
 //! The kernel keeps one queue and wakes its readers in the order in which they began to wait. With
-//! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted CPU
-//! costs several times what the request does. So normally *one* thread waits, the leader, and it
-//! stays on the CPU on which requests are made ([`Follow`]).
+//! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted
+//! CPU costs several times what the request does. So normally *one* thread waits, the leader, and
+//! it stays on the CPU on which requests are made (`Follow`).
 //!
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
@@ -21,14 +21,14 @@
 //! watch:   every millisecond: nobody waits? release a spare, or make one
 //! ```
 //!
-//! So a leader that is held up, by a device or by more clients than it can serve, is joined within a
-//! millisecond. While nothing is asked the watch sleeps too.
+//! So a leader that is held up, by a device or by more clients than it can serve, is joined within
+//! a millisecond. While nothing is asked the watch sleeps too.
 //!
 //! # Seeks
 //!
 //! For SEEK_DATA and SEEK_HOLE the kernel asks without having written its dirty pages back, so
-//! the core would take for a hole what is data in the page cache. The seeker thread makes the kernel
-//! write back first (an invalidation of the range does that) and then answers. It is a
+//! the core would take for a hole what is data in the page cache. The seeker thread makes the
+//! kernel write back first (an invalidation of the range does that) and then answers. It is a
 //! thread of its own because others must be free to receive those very writes.
 
 use crate::log;
@@ -493,8 +493,8 @@ fn deliver(
     send(device, &head, &body[..body_len]).inspect_err(|_| server.undo(reply))
 }
 
-/// Makes the kernel write dirty pages of an inode from `offset` on back, and drop them. Blocks until
-/// the writes have been answered, by other threads.
+/// Makes the kernel write dirty pages of an inode from `offset` on back, and drop them. Blocks
+/// until the writes have been answered, by other threads.
 fn notify_inval_range(device: BorrowedFd<'_>, node: u64, offset: u64) -> Result<(), Errno> {
     let start = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
     send(device, &Head::notify_inval_inode(node, start), &[])

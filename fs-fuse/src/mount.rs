@@ -7,11 +7,11 @@
 //! | root | a block device | `fuseblk.cairn` | the new mount API |
 //! | root | an image file | `fuseblk.cairn` | a loop device over it as anchor, see below |
 //! | root | where the above fails | `fuse.cairn` | the new mount API |
-//! | anyone else | | `fuse.cairn` | fusermount3, see [`crate::fusermount`] |
+//! | anyone else | | `fuse.cairn` | fusermount3, see `fusermount.rs` |
 //!
 //! `fuseblk` is wanted because only with it the kernel passes on sync(2) and syncfs(2), and makes
-//! umount(2) wait until the daemon has committed and closed. It needs a block device that the kernel
-//! can claim for itself.
+//! umount(2) wait until the daemon has committed and closed. It needs a block device that the
+//! kernel can claim for itself.
 //!
 //! For an image file the loop device is that and nothing more: the daemon reads and writes the file
 //! itself, which saves a layer on each transfer, and the loop device, set to vanish with its last
@@ -206,9 +206,9 @@ pub fn unmount_as_root(target: &Path) -> Result<(), Errno> {
     }
 }
 
-/// Raises what the kernel grants a FUSE filesystem of read-ahead (128 KiB) and of memory for unwritten
-/// data (1 % of what the system allows). Both are guards against servers that are not trusted; root
-/// started this one. Best effort.
+/// Raises what the kernel grants a FUSE filesystem of read-ahead (128 KiB) and of memory for
+/// unwritten data (1 % of what the system allows). Both are guards against servers that are not
+/// trusted; root started this one. Best effort.
 pub fn raise_limits(target: &Path, read_ahead_bytes: u32) {
     let Ok(stat) = rustix::fs::stat(target) else { return };
     let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));

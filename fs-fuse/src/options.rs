@@ -1,9 +1,9 @@
 //! What stands after `-o`.
 //!
 //! Three kinds of options: those of any mount (`ro`, `noatime`, ...), those for other readers of
-//! fstab (`noauto`, `x-systemd...`), which are accepted and ignored, and cairn's own. Anything else is an
-//! error, because a misspelt option must not be mistaken for one that is in force; `-s` overrides
-//! that.
+//! fstab (`noauto`, `x-systemd...`), which are accepted and ignored, and cairn's own. Anything else
+//! is an error, because a misspelt option must not be mistaken for one that is in force; `-s`
+//! overrides that.
 
 use rustix::mount::{MountAttrFlags, MountFlags};
 
@@ -99,9 +99,22 @@ const IGNORED: &[&str] = &[
     "users",
 ];
 
-/// The same with a value.
-const IGNORED_WITH_VALUE: &[&str] =
-    &["comment", "fsname", "helper", "sizelimit", "subtype", "uhelper"];
+/// The same with a value. Those in the second line are what the mount table shows of a FUSE mount:
+/// a remount is given them back.
+const IGNORED_WITH_VALUE: &[&str] = &[
+    "comment",
+    "fsname",
+    "helper",
+    "sizelimit",
+    "subtype",
+    "uhelper",
+    "blksize",
+    "fd",
+    "group_id",
+    "max_read",
+    "rootmode",
+    "user_id",
+];
 
 const SECURITY: &[&str] = &["context", "defcontext", "fscontext", "rootcontext"];
 

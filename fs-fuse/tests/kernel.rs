@@ -1,8 +1,8 @@
 //! The driver and the running kernel together, over the filesystem in memory of
 //! `examples/memory-fuse.rs`.
 //!
-//! Needs root, /dev/fuse and loop devices; elsewhere the tests say so and pass. Each test mounts for
-//! itself and unmounts however it ends.
+//! Needs root, /dev/fuse and loop devices; elsewhere the tests say so and pass. Each test mounts
+//! for itself and unmounts however it ends.
 
 use rustix::fs::{
     self as rfs, AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, XattrFlags, CWD,
@@ -461,8 +461,10 @@ fn the_umask_counts_except_under_a_default_acl() {
         return;
     }
     let mount = Mount::on_image("rw");
-    let script = "cd \"$1\" && umask 077 && mkdir acl && : > plain && setfacl -d -m u::rwx,g::rx,o::r acl \
-                  && : > acl/under && stat -c %a plain acl/under && setfacl -m u:1:rw plain && stat -c %a plain";
+    let script = "cd \"$1\" && umask 077 && mkdir acl && : > plain \
+        && setfacl -d -m u::rwx,g::rx,o::r acl \
+                  && : > acl/under && stat -c %a plain acl/under \
+        && setfacl -m u:1:rw plain && stat -c %a plain";
     let output = Command::new("sh").args(["-c", script, "sh"]).arg(mount.path()).output().unwrap();
     assert!(output.status.success(), "needs the acl package: {}", text(&output));
     // Group bits of the last show the mask.
@@ -577,7 +579,8 @@ fn handles_of_files_survive_the_kernels_cache() {
     fs::write(mount.file("d/f"), "by handle").unwrap();
     let script = "import ctypes,os,sys
 c=ctypes.CDLL(None,use_errno=True)
-class H(ctypes.Structure): _fields_=[('n',ctypes.c_uint),('t',ctypes.c_int),('b',ctypes.c_ubyte*128)]
+class H(ctypes.Structure):
+    _fields_=[('n',ctypes.c_uint),('t',ctypes.c_int),('b',ctypes.c_ubyte*128)]
 h=H(); h.n=128; m=ctypes.c_int()
 assert c.name_to_handle_at(-100,(sys.argv[1]+'/d/f').encode(),ctypes.byref(h),ctypes.byref(m),0)==0
 open('/proc/sys/vm/drop_caches','w').write('2')

@@ -30,7 +30,7 @@ fn bytes_of(space: &Workspace) -> usize {
 }
 
 /// The kernel's codecs.
-pub struct KernelCodecs {
+pub(crate) struct KernelCodecs {
     compress: Mutex<Vec<Workspace>>,
     expand: Mutex<Vec<Workspace>>,
     expand_returned: Signal,
@@ -42,7 +42,7 @@ impl KernelCodecs {
     ///
     /// # Errors
     /// [`Error::Memory`] when there is none for it.
-    pub fn new() -> Result<KernelCodecs, Error> {
+    pub(crate) fn new() -> Result<KernelCodecs, Error> {
         // SAFETY: has no preconditions.
         let expand_bytes = unsafe { sys::zstd_dctx_workspace_bound() };
         let mut expand = Vec::with_capacity(KEEP);

@@ -5,8 +5,8 @@
 //! `rw_semaphore` are too, as long as no debugging option adds to them.
 //!
 //! Waiting uses the kernel's hashed wait queues with an address as the key. A waiter evaluates its
-//! condition in the state "running" (`wait_woken` remembers a wake-up that comes meanwhile), so that
-//! the condition may take a mutex.
+//! condition in the state "running" (`wait_woken` remembers a wake-up that comes meanwhile), so
+//! that the condition may take a mutex.
 
 use core::mem::MaybeUninit;
 use core::sync::atomic::{fence, Ordering};
@@ -98,7 +98,7 @@ unsafe extern "C" fn cairn_wake_all(key: *mut u64) {
 
 /// How a sleeping thread is seen by the rest of the kernel.
 #[derive(Clone, Copy)]
-pub enum Mood {
+pub(crate) enum Mood {
     /// Somebody needs the result: counts as load, and the kernel reports a wait of minutes.
     Needed,
     /// Nothing to do.
@@ -108,7 +108,7 @@ pub enum Mood {
 /// Sleeps until `ready` returns true or `ticks` have passed; tells whether it is ready.
 ///
 /// `key` is only an address that waiters and wakers agree on; it is never followed.
-pub fn wait(
+pub(crate) fn wait(
     key: *mut c_void,
     mood: Mood,
     ticks: Option<c_long>,
@@ -150,7 +150,7 @@ pub fn wait(
 }
 
 /// Makes every waiter for `key` look at its condition again.
-pub fn wake(key: *mut c_void) {
+pub(crate) fn wake(key: *mut c_void) {
     // The change that waiters look for comes before the look at who waits.
     fence(Ordering::SeqCst);
     // SAFETY: the address is only a key.
@@ -158,7 +158,7 @@ pub fn wake(key: *mut c_void) {
 }
 
 /// Milliseconds in scheduler ticks, at least one.
-pub fn ticks_of_ms(ms: u64) -> c_long {
+pub(crate) fn ticks_of_ms(ms: u64) -> c_long {
     let ticks = ms.saturating_mul(u64::from(b::CONFIG_HZ)).div_ceil(1000);
     c_long::try_from(ticks).unwrap_or(c_long::MAX - 1).max(1)
 }

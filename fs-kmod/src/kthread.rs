@@ -4,10 +4,11 @@
 //! gone, not only until its closure has returned: the module's code may be unloaded right after.
 //!
 //! A [`Pool`] owns a fixed number of threads that take jobs from one queue, and one thread for each
-//! ticker. [`Pool::workers`] is the handle for the core; it may outlive the pool, whose threads then
-//! no longer exist: a job given to it afterwards runs at once, in the thread that gives it.
+//! ticker. [`Pool::workers`] is the handle for the core; it may outlive the pool, whose threads
+//! then no longer exist: a job given to it afterwards runs at once, in the thread that gives it.
 
 use crate::klock::{self, Mood};
+use crate::stack;
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -34,7 +35,7 @@ impl Start {
 }
 
 /// A kernel thread; dropping it waits for its end.
-pub struct Thread {
+pub(crate) struct Thread {
     task: NonNull<b::task_struct>,
     start: Arc<Start>,
 }
@@ -49,7 +50,7 @@ unsafe extern "C" fn thread_main(data: *mut c_void) -> c_int {
     let start = unsafe { Arc::from_raw(data.cast_const().cast::<Start>()) };
     let main = start.main.lock().take();
     if let Some(main) = main {
-        main();
+        stack::watched(main);
     }
     start.has_returned.store(true, Ordering::Release);
     klock::wake(start.key());
@@ -61,7 +62,7 @@ impl Thread {
     ///
     /// # Errors
     /// When the kernel cannot make one.
-    pub fn spawn(main: impl FnOnce() + Send + 'static) -> Result<Thread> {
+    pub(crate) fn spawn(main: impl FnOnce() + Send + 'static) -> Result<Thread> {
         let start = Arc::new(Start {
             main: Mutex::new(Some(Box::new(main))),
             has_returned: AtomicBool::new(false),
@@ -140,7 +141,7 @@ impl Shared {
 }
 
 /// Threads for background work; dropping it finishes what is queued and ends them.
-pub struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
     threads: Vec<Thread>,
 }
@@ -150,7 +151,7 @@ impl Pool {
     ///
     /// # Errors
     /// When not all threads could be started.
-    pub fn new(count: usize) -> Result<Pool> {
+    pub(crate) fn new(count: usize) -> Result<Pool> {
         let shared = Arc::new(Shared {
             queue: Mutex::new(Queue {
                 jobs: VecDeque::new(),
@@ -176,14 +177,14 @@ impl Pool {
     ///
     /// # Errors
     /// When not all threads could be started.
-    pub fn for_this_machine() -> Result<Pool> {
+    pub(crate) fn for_this_machine() -> Result<Pool> {
         // SAFETY: the kernel's own count of processors, read with one load.
         let online = unsafe { (&raw const b::__num_online_cpus).cast::<i32>().read_volatile() };
         Pool::new(usize::try_from(online).unwrap_or(1).max(1))
     }
 
     /// What the core gets.
-    pub fn workers(&self) -> Arc<dyn Workers> {
+    pub(crate) fn workers(&self) -> Arc<dyn Workers> {
         Arc::new(PoolWorkers(self.shared.clone()))
     }
 }
@@ -214,7 +215,8 @@ struct Batch {
     ended: Signal,
 }
 
-// SAFETY: `each` may be called from any thread (`Sync`), and is followed only while its owner waits.
+// SAFETY: `each` may be called from any thread (`Sync`), and is followed only while its owner
+// waits.
 unsafe impl Send for Batch {}
 // SAFETY: as above.
 unsafe impl Sync for Batch {}
@@ -295,7 +297,8 @@ impl Workers for PoolWorkers {
 }
 
 impl PoolWorkers {
-    /// Keeps a ticker until the pool ends. One that comes too late ends at once, and is joined here.
+    /// Keeps a ticker until the pool ends. One that comes too late ends at once, and is joined
+    /// here.
     fn adopt(&self, ticker: Thread) {
         let mut queue = self.0.queue.lock();
         if queue.is_closed {

@@ -1,8 +1,8 @@
 //! cairn's kernel module.
 //!
 //! It links `fs-core` as it is and gives it its surroundings: a global allocator, locks and waiting
-//! behind the symbols that `fs_core::sync` leaves to the module, and the platform traits over kernel
-//! services. Nothing here knows the format.
+//! behind the symbols that `fs_core::sync` leaves to the module, and the platform traits over
+//! kernel services. Nothing here knows the format.
 //!
 //! | module | gives |
 //! | --- | --- |
@@ -12,6 +12,7 @@
 //! | `services` | `Clock`, `Entropy`, `Report` |
 //! | `codecs` | the kernel's crc32c and zstd |
 //! | `ram` | a device in memory |
+//! | `stack` | how deep a stack got |
 //! | `selftest` | what runs at load time with `selftest=1` |
 //!
 //! The module does not mount anything yet: there is no VFS glue. With `selftest=1` it tries all of
@@ -26,6 +27,7 @@ mod kthread;
 mod ram;
 mod selftest;
 mod services;
+mod stack;
 mod sys;
 
 use kernel::prelude::*;

@@ -13,7 +13,7 @@ use fs_core::units::{Physical, SECTOR_BYTES};
 const PIECE_BYTES: usize = 256 << 10;
 
 /// A device in memory. What it holds is gone with it.
-pub struct RamDevice {
+pub(crate) struct RamDevice {
     pieces: Vec<RwLock<Buf>>,
     flushes: AtomicU64,
     name: String,
@@ -24,7 +24,7 @@ impl RamDevice {
     ///
     /// # Errors
     /// [`Error::Memory`] when there is not enough of it.
-    pub fn new(name: &str, bytes: usize) -> Result<RamDevice, Error> {
+    pub(crate) fn new(name: &str, bytes: usize) -> Result<RamDevice, Error> {
         let count = bytes.div_ceil(PIECE_BYTES);
         let mut pieces = Vec::new();
         pieces.try_reserve_exact(count).map_err(|_| Error::Memory)?;
@@ -35,7 +35,7 @@ impl RamDevice {
     }
 
     /// How often the device was flushed.
-    pub fn flushes(&self) -> u64 {
+    pub(crate) fn flushes(&self) -> u64 {
         self.flushes.load(Ordering::Relaxed)
     }
 
@@ -85,12 +85,7 @@ impl RamDevice {
 
 impl Device for RamDevice {
     fn geometry(&self) -> Geometry {
-        Geometry {
-            bytes: self.bytes(),
-            block_bytes: 512,
-            discards: true,
-            read_only: false,
-        }
+        Geometry { bytes: self.bytes(), block_bytes: 512, discards: true, read_only: false }
     }
 
     fn read(&self, batch: &mut [ReadOp]) {

@@ -8,6 +8,7 @@ use crate::klock::{self, Mood};
 use crate::kthread::{Pool, Thread};
 use crate::ram::RamDevice;
 use crate::services::{KernelClock, KernelEntropy, LogReport};
+use crate::stack;
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -233,12 +234,9 @@ fn a_condition_may_take_a_lock() -> Outcome {
 fn a_wait_with_a_limit_ends() -> Outcome {
     let key = AtomicBool::new(false);
     let begin = KernelClock.uptime_ns();
-    let ready = klock::wait(
-        key.as_ptr().cast(),
-        Mood::Idle,
-        Some(klock::ticks_of_ms(50)),
-        || key.load(Ordering::Relaxed),
-    );
+    let ready = klock::wait(key.as_ptr().cast(), Mood::Idle, Some(klock::ticks_of_ms(50)), || {
+        key.load(Ordering::Relaxed)
+    });
     ensure!(!ready);
     ensure!(KernelClock.uptime_ns() - begin >= 40_000_000);
     Ok(())
@@ -552,24 +550,43 @@ const TESTS: &[(&str, fn() -> Outcome)] = tests![
     filesystem::threads_may_share_a_filesystem,
 ];
 
+/// Most of a stack of 16 KiB that a test may use: the rest is for whoever calls a filesystem, and
+/// for interrupts.
+const STACK_BYTES_MAX: usize = 12 << 10;
+
+/// Runs one test on a thread of its own, whose stack is watched.
+fn run_one(test: fn() -> Outcome) -> Outcome {
+    let outcome = Arc::new(Mutex::new(None));
+    let slot = outcome.clone();
+    drop(Thread::spawn(move || *slot.lock() = Some(test())).map_err(failed)?);
+    let outcome = outcome.lock().take();
+    outcome.unwrap_or_else(|| Err(String::from("the thread ended without a result")))
+}
+
 /// Runs all tests.
 ///
 /// # Errors
 /// When one fails; the log says which.
-pub fn run() -> Result {
+pub(crate) fn run() -> Result {
+    stack::watch(true);
     let mut failures = 0;
     for (name, test) in TESTS {
         let begin = KernelClock.uptime_ns();
-        let outcome = test();
+        let mut outcome = run_one(*test);
         let ms = (KernelClock.uptime_ns() - begin) / 1_000_000;
+        let bytes = stack::take_deepest();
+        if outcome.is_ok() && bytes > STACK_BYTES_MAX {
+            outcome = Err(format!("used {bytes} bytes of stack"));
+        }
         match outcome {
-            Ok(()) => pr_info!("selftest {} ... ok ({} ms)\n", name, ms),
+            Ok(()) => pr_info!("selftest {} ... ok ({} ms, {} bytes of stack)\n", name, ms, bytes),
             Err(why) => {
                 failures += 1;
                 pr_err!("selftest {} ... FAILED: {}\n", name, &*why);
             }
         }
     }
+    stack::watch(false);
     pr_info!("selftest: {} passed, {} failed\n", TESTS.len() - failures, failures);
     if failures == 0 {
         Ok(())

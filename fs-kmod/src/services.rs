@@ -6,7 +6,7 @@ use kernel::bindings as b;
 use kernel::prelude::*;
 
 /// The kernel's clocks.
-pub struct KernelClock;
+pub(crate) struct KernelClock;
 
 impl Clock for KernelClock {
     fn now(&self) -> Timestamp {
@@ -23,7 +23,7 @@ impl Clock for KernelClock {
 }
 
 /// The kernel's random number generator.
-pub struct KernelEntropy;
+pub(crate) struct KernelEntropy;
 
 impl Entropy for KernelEntropy {
     fn fill(&self, bytes: &mut [u8]) {
@@ -33,7 +33,7 @@ impl Entropy for KernelEntropy {
 }
 
 /// Incidents go to the kernel log.
-pub struct LogReport;
+pub(crate) struct LogReport;
 
 impl Report for LogReport {
     fn incident(&self, incident: &Incident) {

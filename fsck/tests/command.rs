@@ -139,3 +139,45 @@ fn a_device_in_use_is_waited_for_and_then_named() {
         .code(8)
         .stderr(contains("waiting for").and(contains("not released within 1 s")));
 }
+
+#[test]
+fn a_sound_pool_passes_the_full_check_and_is_not_touched() {
+    let image = Image::of_pool(true);
+    let before = fs::read(image.path()).unwrap();
+    for flags in [&["-n"][..], &["-fa"], &["-y"], &[]] {
+        fsck().args(flags).arg(image.path()).assert().code(0).stdout(contains("no errors"));
+    }
+    let output = fsck().arg("--json").arg(image.path()).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["clean"], true);
+    assert_eq!(json["inodes"], 1);
+    assert!(fs::read(image.path()).unwrap() == before);
+}
+
+#[test]
+fn damage_is_named_and_left_also_when_repair_was_asked_for() {
+    let image = Image::of_pool(true);
+    let [first, _] = label_areas(BYTES).unwrap();
+    image.write(first.0, &[0; 4096]);
+    let before = fs::read(image.path()).unwrap();
+    fsck().arg("-n").arg(image.path()).assert().code(4).stdout(contains("W-LABEL"));
+    fsck()
+        .arg("-y")
+        .arg(image.path())
+        .assert()
+        .code(4)
+        .stderr(contains("repair is not part of this version"));
+    assert!(fs::read(image.path()).unwrap() == before);
+}
+
+#[test]
+fn a_pool_whose_root_is_lost_is_a_finding_not_a_crash() {
+    let image = Image::of_pool(true);
+    let slot = image.slots()[0];
+    let superblock = Superblock::decode(&image.read(slot)).unwrap();
+    let root = superblock.pool_root.unwrap().addr;
+    // Chunks lie where the first copies of both lie, and at the end; wipe all between the labels.
+    assert!(root.0 > 0);
+    image.write(1 << 20, &vec![0x5a; (BYTES - (1 << 20) - (128 << 10)) as usize]);
+    fsck().arg("-f").arg(image.path()).assert().code(4).stdout(contains("loss"));
+}

@@ -93,6 +93,20 @@ impl<'a> Crashes<'a> {
         crashes.make(variant)
     }
 
+    /// The states after all events.
+    pub fn at_end(
+        base: Vec<Image>,
+        events: &'a [Event],
+        sampling: Sampling,
+    ) -> impl Iterator<Item = CrashState> + 'a {
+        let mut crashes = Crashes::new(base, events, sampling);
+        while crashes.advance() {}
+        let random = if crashes.pending.is_empty() { 0 } else { sampling.random };
+        let variants = [variant::ALL, variant::NONE].into_iter();
+        let variants = variants.chain((variant::FIRST_RANDOM..).take(random as usize));
+        variants.map(move |variant| crashes.make(variant))
+    }
+
     /// Moves past the next event. False when there is none.
     fn advance(&mut self) -> bool {
         let Some(event) = self.events.get(self.boundary) else { return false };

@@ -4,7 +4,7 @@
 //! changes its mind: sectors, compressed blobs, the end of the file. Operations name files by path,
 //! so any part of a list still makes sense: a failing list can be shrunk by leaving some out.
 
-use crate::model::{acl, State, ROOT};
+use crate::model::{acl, Node, State, ROOT};
 use crate::rng::Rng;
 use fs_core::format::inode::{flag, mode};
 use fs_core::platform::Timestamp;
@@ -194,6 +194,8 @@ pub enum Op {
     SetLabel {
         name: Vec<u8>,
     },
+    /// Discards free space.
+    Trim,
     /// Closes and opens again.
     Remount,
     DropCaches,
@@ -278,6 +280,7 @@ impl Generator {
             0..=4 => Op::Fsync { target: self.file(state), data_only: self.rng.chance(1, 3) },
             5 => Op::Fsync { target: Target::Path(self.dir(state)), data_only: false },
             6 => Op::Sync,
+            7 if self.rng.chance(1, 2) => Op::Trim,
             7 => Op::DropCaches,
             _ => Op::Tick,
         }
@@ -308,7 +311,12 @@ impl Generator {
             }
             10..=11 => Op::Link { source: self.file(state), path: self.new_path(state) },
             12..=13 => Op::Unlink { path: self.old_path(state) },
-            14 => Op::Rmdir { path: self.dir(state) },
+            14 => {
+                let is_empty = |node: &Node| node.entries().is_some_and(|e| e.is_empty());
+                let empty = self.existing(state, is_empty).filter(|_| self.rng.chance(3, 4));
+                let path = empty.unwrap_or_else(|| self.dir(state));
+                Op::Rmdir { path }
+            }
             15 => Op::Hold { path: self.old_path(state), slot: self.slot() },
             16 => Op::Release { slot: self.slot() },
             _ => {
@@ -470,7 +478,7 @@ impl Generator {
         if self.rng.chance(1, 20) {
             return self.old_path(state);
         }
-        self.existing(state, |mode| mode & mode::TYPE == mode::DIRECTORY).unwrap_or_default()
+        self.existing(state, Node::is_dir).unwrap_or_default()
     }
 
     fn file(&mut self, state: &State) -> Target {
@@ -480,7 +488,7 @@ impl Generator {
         if self.rng.chance(1, 30) {
             return Target::Path(self.old_path(state));
         }
-        let path = self.existing(state, |mode| mode & mode::TYPE == mode::REGULAR);
+        let path = self.existing(state, |node| node.content().is_some());
         Target::Path(path.unwrap_or_else(|| vec![self.name()]))
     }
 
@@ -492,7 +500,7 @@ impl Generator {
         }
     }
 
-    fn existing(&mut self, state: &State, wanted: impl Fn(u32) -> bool) -> Option<Path> {
+    fn existing(&mut self, state: &State, wanted: impl Fn(&Node) -> bool) -> Option<Path> {
         let mut found = Vec::new();
         let mut todo = vec![(Path::new(), ROOT)];
         while let Some((path, dir)) = todo.pop() {
@@ -504,7 +512,7 @@ impl Generator {
                 if node.is_dir() {
                     todo.push((child.clone(), entry.ino));
                 }
-                if wanted(node.mode) {
+                if wanted(node) {
                     found.push(child);
                 }
             }

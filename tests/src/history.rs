@@ -3,14 +3,15 @@
 //! - The namespace (names, types, links, attributes) is that of one moment: at or after the last
 //!   `fsync` or `sync` that returned, at or before the operation that was under way.
 //! - A file's size, and each 4 KiB block of it, is from some moment at or after the file was last
-//!   synced (or renamed, as of the namespace that is seen): never garbage, never another file's, and
-//!   never what had been cut off or punched out by then.
+//!   synced (or renamed, as of the namespace that is seen): never garbage, never another file's,
+//!   and never what had been cut off or punched out by then.
 
 use crate::gen::{Op, Target};
 use crate::model::content::PAGE;
 use crate::model::{Content, State};
 use crate::run::Runner;
-use crate::tree::{show, Tree};
+use crate::tree::{show, File, Tree};
+use fs_core::platform::Timestamp;
 use std::collections::BTreeMap;
 
 /// What an operation made durable.
@@ -78,7 +79,11 @@ struct Point {
     state: State,
     tree: Tree,
     effect: Effect,
+    times: Times,
 }
+
+/// Modification times as the subject showed them, by the model's inode numbers.
+pub type Times = BTreeMap<u64, Timestamp>;
 
 /// What there was after each operation.
 pub struct History {
@@ -88,14 +93,15 @@ pub struct History {
 impl History {
     /// Begins with a state that is durable.
     pub fn new(state: State) -> History {
-        let tree = Tree::of_state(&state);
-        History { points: vec![Point { state, tree, effect: Effect::All }] }
+        let mut history = History { points: Vec::new() };
+        history.push(state, Effect::All, Times::new());
+        history
     }
 
     /// Adds the state after one more operation. Returns the operation's number, from 1.
-    pub fn push(&mut self, state: State, effect: Effect) -> u64 {
+    pub fn push(&mut self, state: State, effect: Effect, times: Times) -> u64 {
         let tree = Tree::of_state(&state);
-        self.points.push(Point { state, tree, effect });
+        self.points.push(Point { state, tree, effect, times });
         self.points.len() as u64 - 1
     }
 
@@ -136,8 +142,11 @@ impl History {
     ) -> Result<(), String> {
         let tree = &self.points[moment].tree;
         for (path, identity) in &tree.names {
-            let Some(content) = &found.files[*identity].content else { continue };
+            let file = &found.files[*identity];
             let ino = tree.files[*identity].ino;
+            self.check_time(ino, file, moment, done, last)
+                .map_err(|e| format!("{}: {e}", show(path)))?;
+            let Some(content) = &file.content else { continue };
             let synced = |p: &Point| p.effect.makes_data_durable(ino);
             let renamed = |p: &Point| p.effect.renames(ino);
             let synced = self.points[..=done].iter().rposition(synced).unwrap_or(0);
@@ -147,6 +156,36 @@ impl History {
                 .map_err(|e| format!("{} (durable as of operation {from}): {e}", show(path)))?;
         }
         Ok(())
+    }
+
+    /// A file's modification time goes with its data; that of anything else with the namespace.
+    fn check_time(
+        &self,
+        ino: u64,
+        found: &File,
+        moment: usize,
+        done: usize,
+        last: usize,
+    ) -> Result<(), String> {
+        let attributes = |p: &Point| match p.effect {
+            Effect::All => true,
+            Effect::Inode(synced) => synced == ino,
+            _ => false,
+        };
+        let (from, last) = match found.content {
+            Some(_) => {
+                let synced = self.points[..=done].iter().rposition(attributes);
+                (synced.unwrap_or(0), last)
+            }
+            None => (moment, moment),
+        };
+        let mut times =
+            self.points[from..=last].iter().filter_map(|p| p.times.get(&ino)).peekable();
+        // Times of the first moment are not known.
+        if from == 0 || times.peek().is_none() || times.any(|time| *time == found.mtime) {
+            return Ok(());
+        }
+        Err(format!("modification time {:?} is not from operation {from} to {last}", found.mtime))
     }
 
     fn check_content(

@@ -9,6 +9,7 @@
 //! | [`model`] | the oracle: an in-memory filesystem, written to be read |
 //! | [`gen`] | operations from a seed |
 //! | [`run`] | carries operations out on a filesystem; compares two |
+//! | [`fault`] | makes one request fail, for every request in turn |
 //! | [`drive`] | runs a subject next to the model; shrinks what fails |
 //! | [`tree`] | everything a user can see of a filesystem, as one comparable value |
 //! | [`history`] | what a crash may leave: the promise of fsync, as a predicate |
@@ -20,6 +21,7 @@
 pub mod crash;
 pub mod device;
 pub mod drive;
+pub mod fault;
 pub mod gen;
 pub mod history;
 pub mod model;

@@ -7,13 +7,15 @@
 use crate::crash::{CrashState, Crashes, Sampling};
 use crate::device::{refs, Event, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
-use crate::history::{Effect, History};
-use crate::model::Model;
+use crate::history::{Effect, History, Times};
+use crate::model::{Model, State, ROOT};
 use crate::platform::{Spawn, TestPlatform};
 use crate::run::{compare, describe, is_left_open, Runner};
-use crate::subject::Subject;
+use crate::subject::{Mounted, Subject};
 use crate::tree::Tree;
 use fs_core::check::findings::rules;
+use fs_core::platform::Platform;
+use fs_core::vfs::Filesystem;
 use std::sync::Arc;
 
 /// What to tell.
@@ -53,6 +55,52 @@ pub enum Depth {
     Open,
     /// Also: it closes, checks clean again, and shows the same when opened again.
     Reopen,
+    /// Also: power fails again at moments of opening it, and then it opens and shows what is allowed.
+    Twice,
+}
+
+/// Devices as they were left.
+struct Left<'a> {
+    subject: &'a dyn Subject,
+    devices: Vec<Arc<RamDevice>>,
+    core: Platform,
+}
+
+impl Left<'_> {
+    fn new<'a>(subject: &'a dyn Subject, seed: u64, images: &[Image]) -> Left<'a> {
+        let core = TestPlatform::new(seed ^ 1, Spawn::AtOnce).platform();
+        let devices = images.iter().map(|image| RamDevice::of("ram", image.clone())).collect();
+        Left { subject, devices, core }
+    }
+
+    fn open<T>(
+        &self,
+        then: impl FnOnce(Box<dyn Mounted>) -> Result<T, String>,
+    ) -> Result<T, String> {
+        let mounted = self.subject.open(&refs(&self.devices), &self.core);
+        then(mounted.map_err(|e| format!("open: {e}"))?)
+    }
+
+    /// Fails when the checker finds anything but `allowed`.
+    fn check(&self, when: &str, allowed: &[&str]) -> Result<(), String> {
+        let findings = self.subject.check(&refs(&self.devices), &self.core);
+        let mut findings = findings.map_err(|e| format!("check {when}: {e}"))?;
+        findings.retain(|finding| !allowed.iter().any(|id| finding.contains(id)));
+        match findings.is_empty() {
+            true => Ok(()),
+            false => Err(format!("the check {when} finds:\n{}", findings.join("\n"))),
+        }
+    }
+
+    /// After a second opening and closing it is clean and shows the same.
+    fn reopen(&self, tree: &Tree) -> Result<(), String> {
+        self.open(|mounted| mounted.close().map_err(|e| format!("close: {e}")))?;
+        self.check("after replay", &[])?;
+        self.open(|mounted| match tree.difference(&Tree::read(&*mounted.fs())?) {
+            Some(difference) => Err(format!("opened again, it is not the same: {difference}")),
+            None => Ok(()),
+        })
+    }
 }
 
 impl Story {
@@ -98,7 +146,8 @@ impl Story {
             compare(&expected, &model.state(), &op, &want, &got)
                 .map_err(|e| format!("without any crash, {}: {e}", describe(&op)))?;
             let effect = if got.result.is_ok() { effect } else { Effect::None };
-            recording.mark(history.push(model.state(), effect));
+            let times = times(&*mounted.fs(), &model.state())?;
+            recording.mark(history.push(model.state(), effect, times));
             ops.push(op);
         }
         let events = recording.events();
@@ -126,35 +175,34 @@ impl Story {
         state: &CrashState,
         depth: Depth,
     ) -> Result<(), String> {
-        let platform = TestPlatform::new(self.plan.seed ^ 1, Spawn::AtOnce);
-        let core = platform.platform();
-        let device = |image: &Image| RamDevice::of("ram", image.clone());
-        let devices: Vec<_> = state.images.iter().map(device).collect();
-        let devices = refs(&devices);
-        let check = |when: &str, allowed: &[&str]| {
-            let findings = subject.check(&devices, &core);
-            let mut findings = findings.map_err(|e| format!("check {when}: {e}"))?;
-            findings.retain(|finding| !allowed.iter().any(|id| finding.contains(id)));
-            match findings.is_empty() {
-                true => Ok(()),
-                false => Err(format!("the check {when} finds:\n{}", findings.join("\n"))),
-            }
-        };
+        let left = Left::new(subject, self.plan.seed, &state.images);
         // Power may fail between the copies of a superblock, or of a label.
-        check("before replay", &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id])?;
-        let mounted = subject.open(&devices, &core).map_err(|e| format!("open: {e}"))?;
+        left.check("before replay", &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id])?;
+        let recording = Recording::start(&left.devices);
+        let tree = left.open(|mounted| self.found(mounted, state.mark))?;
+        match depth {
+            Depth::Open => Ok(()),
+            Depth::Reopen => left.reopen(&tree),
+            Depth::Twice => {
+                let events = recording.events();
+                let sampling = Sampling { seed: self.plan.seed, random: 1 };
+                let again = Crashes::new(state.images.clone(), &events, sampling);
+                for (index, second) in again.step_by(3).enumerate() {
+                    let left = Left::new(subject, self.plan.seed, &second.images);
+                    left.open(|mounted| self.found(mounted, state.mark)).map_err(|e| {
+                        format!("power failed again while opening (state {index}): {e}")
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// What an open filesystem shows, which must be allowed.
+    fn found(&self, mounted: Box<dyn Mounted>, mark: u64) -> Result<Tree, String> {
         let tree = Tree::read(&*mounted.fs())?;
-        self.history.check(&tree, state.mark)?;
-        if depth == Depth::Open {
-            return Ok(());
-        }
-        mounted.close().map_err(|e| format!("close: {e}"))?;
-        check("after replay", &[])?;
-        let mounted = subject.open(&devices, &core).map_err(|e| format!("open again: {e}"))?;
-        match tree.difference(&Tree::read(&*mounted.fs())?) {
-            Some(difference) => Err(format!("opened again, it is not the same: {difference}")),
-            None => Ok(()),
-        }
+        self.history.check(&tree, mark)?;
+        Ok(tree)
     }
 
     /// The operations up to a crash, the error, and how to see it again.
@@ -171,6 +219,25 @@ impl Story {
             state.mark
         )
     }
+}
+
+/// Modification times of everything that has a name.
+pub(crate) fn times(fs: &dyn Filesystem, state: &State) -> Result<Times, String> {
+    let mut times = Times::new();
+    let mut todo = vec![(ROOT, fs.root())];
+    while let Some((dir, ino)) = todo.pop() {
+        let attr = fs.getattr(ino).map_err(|e| format!("getattr: {e}"))?;
+        times.insert(dir, attr.mtime);
+        for (name, entry) in state.nodes[&dir].entries().expect("only directories are put there") {
+            let attr = fs.lookup(ino, name).map_err(|e| format!("lookup: {e}"))?;
+            fs.forget(attr.ino, 1);
+            times.insert(entry.ino, attr.mtime);
+            if state.nodes[&entry.ino].is_dir() {
+                todo.push((entry.ino, attr.ino));
+            }
+        }
+    }
+    Ok(times)
 }
 
 /// The crash state to look at, if one was asked for.

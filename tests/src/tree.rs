@@ -8,9 +8,11 @@
 use crate::model::{Content, Kind, State, ROOT};
 use fs_core::error::Error;
 use fs_core::format::inode::mode;
+use fs_core::platform::Timestamp;
 use fs_core::units::Ino;
 use fs_core::vfs::{Attr, Filesystem, Seek};
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Files longer than this are read where `seek` says there is data.
 const READ_WHOLE_MAX: u64 = 8 << 20;
@@ -33,11 +35,64 @@ pub struct Facts {
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
+/// Why a tree could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// An operation failed.
+    Failed {
+        /// Which, on what.
+        what: String,
+        /// How.
+        error: Error,
+    },
+    /// Operations contradict each other.
+    Wrong(String),
+}
+
+impl Trouble {
+    fn at(self, path: &[u8]) -> Trouble {
+        let path = show(path);
+        match self {
+            Trouble::Failed { what, error } => {
+                Trouble::Failed { what: format!("{path}: {what}"), error }
+            }
+            Trouble::Wrong(what) => Trouble::Wrong(format!("{path}: {what}")),
+        }
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Failed { what, error } => write!(f, "{what}: {error}"),
+            Trouble::Wrong(what) => write!(f, "{what}"),
+        }
+    }
+}
+
+impl From<Trouble> for String {
+    fn from(trouble: Trouble) -> String {
+        trouble.to_string()
+    }
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(Error) -> Trouble {
+    let what = what.into();
+    move |error| Trouble::Failed { what, error }
+}
+
+fn wrong<T>(what: impl Into<String>) -> Result<T, Trouble> {
+    Err(Trouble::Wrong(what.into()))
+}
+
 /// A file with a name.
 #[derive(Clone, Debug)]
 pub struct File {
     /// Its inode number where it was seen; not compared.
     pub ino: u64,
+    /// Its modification time; not compared, because two filesystems look at the clock when they
+    /// like.
+    pub mtime: Timestamp,
     /// What does not depend on its content.
     pub facts: Facts,
     /// Content of a regular file.
@@ -77,12 +132,12 @@ impl Tree {
     /// What the filesystem shows, read through its operations.
     ///
     /// # Errors
-    /// A sentence that says what could not be read or contradicts itself.
-    pub fn read(fs: &dyn Filesystem) -> Result<Tree, String> {
+    /// What could not be read or contradicts itself.
+    pub fn read(fs: &dyn Filesystem) -> Result<Tree, Trouble> {
         let mut paths = BTreeMap::from([(b"/".to_vec(), fs.root().0)]);
         let mut todo = vec![(b"/".to_vec(), fs.root())];
         while let Some((path, dir)) = todo.pop() {
-            for (name, ino, is_dir) in read_dir(fs, dir).map_err(|e| at(&path, &e))? {
+            for (name, ino, is_dir) in read_dir(fs, dir).map_err(|e| e.at(&path))? {
                 let child = join(&path, &name);
                 if is_dir {
                     todo.push((child.clone(), ino));
@@ -115,22 +170,22 @@ impl Tree {
                 _ => Vec::new(),
             };
             let facts = facts(&attr, target, node.xattrs.clone());
-            Ok(File { ino, facts, content: node.content().cloned() })
+            Ok(File { ino, mtime: node.mtime, facts, content: node.content().cloned() })
         };
         Tree::number(paths, file).expect("a state of the model can be read")
     }
 
     fn number(
         paths: BTreeMap<Path, u64>,
-        read: impl Fn(u64) -> Result<File, String>,
-    ) -> Result<Tree, String> {
+        read: impl Fn(u64) -> Result<File, Trouble>,
+    ) -> Result<Tree, Trouble> {
         let mut tree = Tree::default();
         let mut identities = BTreeMap::new();
         for (path, ino) in paths {
             let identity = match identities.get(&ino) {
                 Some(identity) => *identity,
                 None => {
-                    tree.files.push(read(ino).map_err(|e| at(&path, &e))?);
+                    tree.files.push(read(ino).map_err(|e| e.at(&path))?);
                     identities.insert(ino, tree.files.len() - 1);
                     tree.files.len() - 1
                 }
@@ -179,10 +234,6 @@ impl Tree {
     }
 }
 
-fn at(path: &[u8], error: &str) -> String {
-    format!("{}: {error}", show(path))
-}
-
 fn facts(attr: &Attr, target: Vec<u8>, xattrs: BTreeMap<Vec<u8>, Vec<u8>>) -> Facts {
     Facts {
         mode: attr.mode,
@@ -199,51 +250,51 @@ fn facts(attr: &Attr, target: Vec<u8>, xattrs: BTreeMap<Vec<u8>, Vec<u8>>) -> Fa
 
 /// Names, inodes and "is a directory" of a directory's entries, having looked at them in every way
 /// there is.
-fn read_dir(fs: &dyn Filesystem, dir: Ino) -> Result<Vec<(Vec<u8>, Ino, bool)>, String> {
+fn read_dir(fs: &dyn Filesystem, dir: Ino) -> Result<Vec<(Vec<u8>, Ino, bool)>, Trouble> {
     let mut plain = Vec::new();
     fs.readdir(dir, 0, &mut |e| {
         plain.push((e.cookie, e.ino, e.file_type, e.name.to_vec()));
         true
     })
-    .map_err(|e| format!("readdir: {e}"))?;
+    .map_err(failed("readdir"))?;
     if !plain.windows(2).all(|w| w[0].0 < w[1].0) {
-        return Err("cookies do not ascend".into());
+        return wrong("cookies do not ascend");
     }
     let mut plus = Vec::new();
-    let mut wrong = None;
+    let mut strange = None;
     fs.readdir_plus(dir, 0, &mut |e, attr| {
         plus.push((e.cookie, e.ino, e.file_type, e.name.to_vec()));
         match attr {
             Some(attr) if attr.ino == e.ino && attr.mode & mode::TYPE == e.file_type => {}
             // Nobody needs these to say more.
             None if e.name == b"." || e.name == b".." => {}
-            _ => wrong = Some(format!("entry {}: attributes {attr:?}", show(e.name))),
+            _ => strange = Some(format!("entry {}: attributes {attr:?}", show(e.name))),
         }
         true
     })
-    .map_err(|e| format!("readdir_plus: {e}"))?;
+    .map_err(failed("readdir_plus"))?;
     for (_, ino, _, name) in &plus {
         if name != b"." && name != b".." {
             fs.forget(*ino, 1);
         }
     }
-    if let Some(wrong) = wrong {
-        return Err(wrong);
+    if let Some(strange) = strange {
+        return wrong(strange);
     }
     if plain != plus {
-        return Err("readdir and readdir_plus differ".into());
+        return wrong("readdir and readdir_plus differ");
     }
     resumes(fs, dir, &plain)?;
     let dots: Vec<_> = plain.iter().take(2).map(|e| e.3.as_slice()).collect();
     if dots != [&b"."[..], b".."] {
-        return Err("the first entries are not . and ..".into());
+        return wrong("the first entries are not . and ..");
     }
     let mut entries = Vec::new();
     for (_, ino, file_type, name) in plain.into_iter().skip(2) {
-        let attr = fs.lookup(dir, &name).map_err(|e| format!("lookup {}: {e}", show(&name)))?;
+        let attr = fs.lookup(dir, &name).map_err(failed(format!("lookup {}", show(&name))))?;
         fs.forget(attr.ino, 1);
         if attr.ino != ino {
-            return Err(format!("{} is inode {} and {ino}", show(&name), attr.ino));
+            return wrong(format!("{} is inode {} and {ino}", show(&name), attr.ino));
         }
         entries.push((name, ino, file_type == mode::DIRECTORY));
     }
@@ -251,51 +302,53 @@ fn read_dir(fs: &dyn Filesystem, dir: Ino) -> Result<Vec<(Vec<u8>, Ino, bool)>, 
 }
 
 /// Reading goes on after any entry with the one that follows.
-fn resumes(fs: &dyn Filesystem, dir: Ino, all: &[(u64, Ino, u32, Vec<u8>)]) -> Result<(), String> {
+fn resumes(fs: &dyn Filesystem, dir: Ino, all: &[(u64, Ino, u32, Vec<u8>)]) -> Result<(), Trouble> {
     for pair in all.windows(2) {
         let mut next = None;
         fs.readdir(dir, pair[0].0, &mut |e| {
             next = Some(e.cookie);
             false
         })
-        .map_err(|e| format!("readdir: {e}"))?;
+        .map_err(failed("readdir"))?;
         if next != Some(pair[1].0) {
-            return Err(format!("after cookie {} comes {next:?}", pair[0].0));
+            return wrong(format!("after cookie {} comes {next:?}", pair[0].0));
         }
     }
     Ok(())
 }
 
-fn read_file(fs: &dyn Filesystem, ino: Ino) -> Result<File, String> {
-    let attr = fs.getattr(ino).map_err(|e| format!("getattr: {e}"))?;
+fn read_file(fs: &dyn Filesystem, ino: Ino) -> Result<File, Trouble> {
+    let attr = fs.getattr(ino).map_err(failed("getattr"))?;
     let file_type = attr.mode & mode::TYPE;
     let target = match file_type {
-        mode::SYMLINK => fs.readlink(ino).map_err(|e| format!("readlink: {e}"))?,
+        mode::SYMLINK => fs.readlink(ino).map_err(failed("readlink"))?,
         _ => Vec::new(),
     };
     if file_type == mode::SYMLINK && attr.size != target.len() as u64 {
-        return Err(format!("size {} of a symlink to {} bytes", attr.size, target.len()));
+        return wrong(format!("size {} of a symlink to {} bytes", attr.size, target.len()));
     }
     let content = match file_type {
         mode::REGULAR => Some(read_content(fs, &attr)?),
         _ => None,
     };
-    Ok(File { ino: ino.0, facts: facts(&attr, target, read_xattrs(fs, ino)?), content })
+    let facts = facts(&attr, target, read_xattrs(fs, ino)?);
+    Ok(File { ino: ino.0, mtime: attr.mtime, facts, content })
 }
 
-fn read_xattrs(fs: &dyn Filesystem, ino: Ino) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, String> {
-    let list = fs.listxattr(ino).map_err(|e| format!("listxattr: {e}"))?;
+fn read_xattrs(fs: &dyn Filesystem, ino: Ino) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Trouble> {
+    let list = fs.listxattr(ino).map_err(failed("listxattr"))?;
     let mut xattrs = BTreeMap::new();
     for name in list.split(|b| *b == 0).filter(|name| !name.is_empty()) {
-        let value = fs.getxattr(ino, name).map_err(|e| format!("getxattr {}: {e}", show(name)))?;
+        let what = format!("getxattr {}", show(name));
+        let value = fs.getxattr(ino, name).map_err(failed(what))?;
         if xattrs.insert(name.to_vec(), value).is_some() {
-            return Err(format!("attribute {} twice", show(name)));
+            return wrong(format!("attribute {} twice", show(name)));
         }
     }
     Ok(xattrs)
 }
 
-fn read_content(fs: &dyn Filesystem, attr: &Attr) -> Result<Content, String> {
+fn read_content(fs: &dyn Filesystem, attr: &Attr) -> Result<Content, Trouble> {
     let mut content = Content::default();
     content.truncate(attr.size);
     let mut buf = vec![0; READ_STEP];
@@ -305,15 +358,15 @@ fn read_content(fs: &dyn Filesystem, attr: &Attr) -> Result<Content, String> {
             match fs.seek(attr.ino, offset, Seek::Data) {
                 Ok(data) => offset = data,
                 Err(Error::Posix(fs_core::error::Errno::NxIo)) => break,
-                Err(error) => return Err(format!("seek at {offset}: {error}")),
+                Err(error) => return Err(failed(format!("seek at {offset}"))(error)),
             }
         }
         let want = (attr.size - offset).min(READ_STEP as u64) as usize;
         let count = fs
             .read(attr.ino, offset, &mut buf[..want])
-            .map_err(|e| format!("read at {offset}: {e}"))?;
+            .map_err(failed(format!("read at {offset}")))?;
         if count != want {
-            return Err(format!("read at {offset}: {count} bytes of {want}"));
+            return wrong(format!("read at {offset}: {count} bytes of {want}"));
         }
         let mut done = 0;
         while done < count {

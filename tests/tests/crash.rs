@@ -8,7 +8,7 @@ use cairn_tests::subject::{Pool, Subject};
 
 /// A run ends after so many stories that failed.
 const FAILURES_MAX: usize = 3;
-/// One state in so many is closed and opened again.
+/// One state in so many is closed and opened again, and one loses power again.
 const REOPEN_EVERY: u64 = 16;
 
 fn plan(seed: u64) -> Plan {
@@ -18,6 +18,7 @@ fn plan(seed: u64) -> Plan {
 fn depth(state: &CrashState) -> Depth {
     match (state.boundary as u64 * 5 + u64::from(state.variant)) % REOPEN_EVERY {
         0 => Depth::Reopen,
+        7 => Depth::Twice,
         _ => Depth::Open,
     }
 }
@@ -28,10 +29,11 @@ fn look(test: &str, subject: &dyn Subject, plan: Plan) -> Result<u64, String> {
         .map_err(|e| format!("{e}\nsee it again: CAIRN_SEED={} cargo test {test}", plan.seed))?;
     if let Some((boundary, variant)) = asked_state() {
         let state = story.state(boundary, variant);
-        return match story.judge(subject, &state, Depth::Reopen) {
-            Ok(()) => Ok(1),
-            Err(what) => Err(story.report(test, &state, &what)),
-        };
+        for depth in [Depth::Open, Depth::Reopen, Depth::Twice] {
+            let judged = story.judge(subject, &state, depth);
+            judged.map_err(|what| story.report(test, &state, &what))?;
+        }
+        return Ok(1);
     }
     let mut count = 0;
     for state in story.states() {

@@ -7,8 +7,9 @@
 //! | `build` | builds `cairn.ko` and checks what came out |
 //! | `smoke` | loads it in a virtual machine, where it tests itself |
 //!
-//! Each command does what the ones above it do first (`build` does not need `check185`). What is set
-//! up stays in a cache directory, see `docs/kernel-module.md`; what is built is in `target/kmod`.
+//! Each command does what the ones above it do first (`build` does not need `check185`). What is
+//! set up stays in a cache directory, see `docs/kernel-module.md`; what is built is in
+//! `target/kmod`.
 
 mod build;
 mod gates;

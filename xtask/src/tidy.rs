@@ -16,9 +16,9 @@ use std::path::Path;
 /// The rows of `fs-core`, lowest first. A module may use the rows below its own; those of the
 /// lowest row may use each other.
 const LAYERS: &[&[&str]] = &[
-    &["platform", "sync", "error", "units", "buf"],
-    &["codec"],
+    &["platform", "sync", "error", "units", "buf", "testing"],
     &["format"],
+    &["codec"],
     &["device"],
     &["pool"],
     &["space"],
@@ -309,8 +309,8 @@ fn skipped_bytes(rest: &str) -> usize {
             return rest.len() - body.len() + end;
         }
     }
-    if rest.starts_with('"') {
-        return 1 + literal_end(&rest[1..], '"');
+    if let Some(tail) = rest.strip_prefix('"') {
+        return 1 + literal_end(tail, '"');
     }
     if let Some(tail) = rest.strip_prefix('\'') {
         // A lifetime has no closing quote after its first character.

@@ -62,26 +62,31 @@ pub mod rules {
         // Labels and superblocks.
         LABEL "W-LABEL" Warning "one of a device's labels is damaged or out of date";
         SUPERBLOCK_COPY "W-SUPERBLOCK-COPY" Warning "a copy of the newest superblock is damaged";
-        SUPERBLOCK_USAGE "W-SUPERBLOCK-USAGE" Warning "the superblock counts other space than is in use";
+        SUPERBLOCK_USAGE "W-SUPERBLOCK-USAGE" Warning
+            "the superblock counts other space than is in use";
         // Blocks.
         BLOCK "E-BLOCK" Loss "a metadata block cannot be had from any copy";
-        BLOCK_COPY "W-BLOCK-COPY" Warning "one copy of a metadata block is damaged; another is good";
+        BLOCK_COPY "W-BLOCK-COPY" Warning
+            "one copy of a metadata block is damaged; another is good";
         NODE_PLACE "E-NODE-PLACE" Error "a metadata block is in a chunk of another kind";
         ITEM_KIND "E-ITEM-KIND" Error "an item is of a kind that its tree does not have";
         ITEM "E-ITEM" Error "an item breaks a rule of the format";
         // Chunks and devices.
         CHUNK_OVERLAP "E-CHUNK-OVERLAP" Loss "a chunk cannot be where it says it is";
         CHUNK_NEXT "E-CHUNK-NEXT" Error "the next chunk's address is not beyond all chunks";
-        CHUNK_SYSTEM "E-CHUNK-SYSTEM" Error "the superblock and the chunk tree differ in a system chunk";
+        CHUNK_SYSTEM "E-CHUNK-SYSTEM" Error
+            "the superblock and the chunk tree differ in a system chunk";
         DEVICE_ITEM "E-DEVICE-ITEM" Error "a device's item contradicts its label or is missing";
-        DEVICE_ALLOCATED "E-DEVICE-ALLOCATED" Error "a device's item counts other bytes than its chunks take";
+        DEVICE_ALLOCATED "E-DEVICE-ALLOCATED" Error
+            "a device's item counts other bytes than its chunks take";
         // Space.
         SPACE_SHARED "E-SPACE-SHARED" Loss "a sector is used twice by what cannot be shared";
         SPACE_UNMAPPED "E-SPACE-UNMAPPED" Loss "something is stored in no chunk, or across two";
         SPACE_IN_USE "E-SPACE-IN-USE" Loss "sectors in use are recorded as free";
         SPACE_LEAK "W-SPACE-LEAK" Warning "sectors are recorded as used by nothing";
         SPACE_ITEM "E-SPACE-ITEM" Error "an item of the space tree belongs to no region or chunk";
-        SPACE_SUMMARY "E-SPACE-SUMMARY" Error "a chunk's summary differs from its bitmaps, or is missing";
+        SPACE_SUMMARY "E-SPACE-SUMMARY" Error
+            "a chunk's summary differs from its bitmaps, or is missing";
         SPACE_RESIDUE "E-SPACE-RESIDUE" Error "the residue contradicts the space tree";
         // References.
         REF_COUNT "E-REF-COUNT" Loss "extents have more or fewer references than are counted";
@@ -90,7 +95,8 @@ pub mod rules {
         SUBVOL_ID "E-SUBVOL-ID" Error "a subvolume's id is out of range";
         SUBVOL_DEFAULT "E-SUBVOL-DEFAULT" Error "the default subvolume does not exist";
         SUBVOL_SUMS "E-SUBVOL-SUMS" Error "a subvolume's counts differ from what it holds";
-        SUBVOL_NEXT_INO "E-SUBVOL-NEXT-INO" Error "an inode's number is not below the next one to hand out";
+        SUBVOL_NEXT_INO "E-SUBVOL-NEXT-INO" Error
+            "an inode's number is not below the next one to hand out";
         DEAD_LIST "E-DEAD-LIST" Error "there is a dead list, but no snapshot";
         // Inodes.
         INODE_MISSING "E-INODE-MISSING" Loss "items belong to an inode that does not exist";
@@ -99,14 +105,16 @@ pub mod rules {
         LINK_COUNT "E-LINK-COUNT" Error "an inode's link count differs from its names";
         LINK_ITEMS "E-LINK-ITEMS" Error "an inode counts other further names than it has items for";
         LINK_KEY "E-LINK-KEY" Error "a link item stands at another key than its content asks for";
-        ORPHAN_LISTED "E-ORPHAN-LISTED" Error "an inode is listed as nameless and is not, or does not exist";
+        ORPHAN_LISTED "E-ORPHAN-LISTED" Error
+            "an inode is listed as nameless and is not, or does not exist";
         ORPHAN_UNLISTED "E-ORPHAN-UNLISTED" Error "an inode without names is not listed as such";
         // Names.
         NAME_NO_INODE "E-NAME-NO-INODE" Loss "a name stands for an inode that does not exist";
         NAME_TYPE "E-NAME-TYPE" Error "a name says another file type than its inode";
         NAME_BACKLINK "E-NAME-BACKLINK" Error "a name that its inode does not know";
         BACKLINK_NAME "E-BACKLINK-NAME" Error "an inode knows a name that does not exist";
-        NAME_HASH "E-NAME-HASH" Loss "a name has no hash item, or a wrong one: it cannot be looked up";
+        NAME_HASH "E-NAME-HASH" Loss
+            "a name has no hash item, or a wrong one: it cannot be looked up";
         HASH_NAME "E-HASH-NAME" Error "a hash item names an entry that does not exist";
         NAME_TWICE "E-NAME-TWICE" Error "a directory has one name twice";
         NAME_COOKIE "E-NAME-COOKIE" Error "an entry's cookie is out of range";
@@ -115,19 +123,23 @@ pub mod rules {
         // Content.
         EXTENT_OVERLAP "E-EXTENT-OVERLAP" Loss "extents of a file overlap";
         EXTENT_SIZE "E-EXTENT-SIZE" Error "an extent lies beyond the end of its file";
-        EXTENT_INLINE "E-EXTENT-INLINE" Loss "inline data is not the whole file, or does not expand";
+        EXTENT_INLINE "E-EXTENT-INLINE" Loss
+            "inline data is not the whole file, or does not expand";
         EXTENT_SUMS "E-EXTENT-SUMS" Error "an inode's byte counts differ from its extents";
         BLOB_WINDOW "E-BLOB-WINDOW" Error "a blob is described in two ways";
         DATA "E-DATA" Loss "data of a file cannot be had from any copy";
         DATA_COPY "W-DATA-COPY" Warning "one copy of a file's data is damaged; another is good";
         SYMLINK "E-SYMLINK" Loss "a symlink has no target, or one of another length";
         XATTR_HASH "E-XATTR-HASH" Loss "an attribute stands at another hash than its name's";
-        XATTR_HINT "E-XATTR-HINT" Loss "an inode says it lacks attributes that it has, or has ones it lacks";
-        XATTR_PARTS "E-XATTR-PARTS" Loss "parts of an attribute's value are missing, stray or of a wrong length";
+        XATTR_HINT "E-XATTR-HINT" Loss
+            "an inode says it lacks attributes that it has, or has ones it lacks";
+        XATTR_PARTS "E-XATTR-PARTS" Loss
+            "parts of an attribute's value are missing, stray or of a wrong length";
         // The log.
         LOG "E-LOG" Error "the intent log cannot be where the superblock says";
         // The check itself.
-        INCOMPLETE "W-INCOMPLETE" Warning "not everything could be compared, because blocks are damaged";
+        INCOMPLETE "W-INCOMPLETE" Warning
+            "not everything could be compared, because blocks are damaged";
     }
 }
 

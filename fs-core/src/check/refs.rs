@@ -87,8 +87,8 @@ fn overlay(runs: &mut [Run]) -> Result<Vec<Counted>> {
     Ok(counted)
 }
 
-/// Where two lists differ: the run, what the first says, what the second says. Both lists are sorted
-/// and do not overlap within themselves.
+/// Where two lists differ: the run, what the first says, what the second says. Both lists are
+/// sorted and do not overlap within themselves.
 fn differences(first: &[Counted], second: &[Counted]) -> Result<Vec<(Run, u64, u64)>> {
     let mut edges: Vec<u64> = Vec::new();
     for counted in first.iter().chain(second) {

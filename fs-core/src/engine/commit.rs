@@ -13,10 +13,11 @@ use crate::format::space::{Residue, Run};
 use crate::format::superblock::Superblock;
 use crate::subvol::extents::{resolve, Resolved};
 use crate::subvol::inode::Inode;
-use crate::subvol::store::{GroupDebts, Result};
 use crate::subvol::store::View;
+use crate::subvol::store::{GroupDebts, Result};
 use crate::subvol::{DataDelta, Subvol};
 use crate::units::{TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -26,7 +27,7 @@ pub struct Committer {
     /// Roots of the published group.
     pub roots: Roots,
     /// The superblock that published it.
-    pub superblock: Superblock,
+    pub superblock: Box<Superblock>,
     /// Items of the pool tree to write with the next group.
     pub pool_edits: Vec<(Key, Edit)>,
     /// Views that readers may still hold, oldest first.
@@ -35,7 +36,7 @@ pub struct Committer {
 
 impl Committer {
     /// The committer of a pool whose newest superblock is `superblock`.
-    pub fn new(superblock: Superblock) -> Committer {
+    pub fn new(superblock: Box<Superblock>) -> Committer {
         let tree = |id, root| Tree { id, root };
         let roots = Roots {
             pool: tree(TreeId::POOL, superblock.pool_root),
@@ -66,7 +67,8 @@ struct Written {
 }
 
 impl Engine {
-    /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after it.
+    /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after
+    /// it.
     pub(super) fn commit_group(&self, committer: &mut Committer, clean: bool) -> Result<()> {
         if self.store.has_failed() {
             return Err(Error::Failed);
@@ -224,17 +226,19 @@ impl Engine {
         Ok((sink.write_block(run, &encoded)?, residue))
     }
 
+    // What is large when inlined stays out of the frame of `commit_group`.
+    #[inline(never)]
     fn superblock_for(
         &self,
         committer: &Committer,
         txg: Txg,
         written: &Written,
         clean: bool,
-    ) -> Result<Superblock> {
+    ) -> Result<Box<Superblock>> {
         let pool = &self.store.pool;
         let usage = self.store.space.usage();
         let roots = &written.roots;
-        Ok(Superblock {
+        Ok(Box::new(Superblock {
             txg,
             written: self.store.now().secs,
             clean,
@@ -250,17 +254,18 @@ impl Engine {
             data_used: usage.data.used_bytes,
             metadata_used: usage.metadata.used_bytes + usage.system.used_bytes,
             system_chunks: pool.system_chunks(),
-            ..committer.superblock.clone()
-        })
+            ..Superblock::clone(&committer.superblock)
+        }))
     }
 
     /// The group is durable: everybody sees it.
+    #[inline(never)]
     fn publish(
         &self,
         committer: &mut Committer,
         txg: Txg,
         written: Written,
-        superblock: Superblock,
+        superblock: Box<Superblock>,
     ) {
         let store = &*self.store;
         let mut old_view = None;

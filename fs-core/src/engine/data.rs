@@ -5,10 +5,11 @@
 //!           --given addresses, in order--> written in large pieces --> put in the range maps
 //! ```
 //!
-//! Used early, for files that have gathered much in the open group, and by the writer of a group for
-//! the rest. No inode lock is held while bytes are compressed or written: a range that changed
+//! Used early, for files that have gathered much in the open group, and by the writer of a group
+//! for the rest. No inode lock is held while bytes are compressed or written: a range that changed
 //! meanwhile keeps its new bytes, and what was written for it becomes garbage.
 
+use crate::buf::{Buf, Slice};
 use crate::codec;
 use crate::error::Error;
 use crate::format::chunk::ChunkKind;
@@ -17,7 +18,6 @@ use crate::format::inode::{flag, InodeItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::space::Run;
 use crate::pool::RunWrite;
-use crate::buf::{Buf, Slice};
 use crate::subvol::extents::is_inline;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::ByteRun;
@@ -348,7 +348,8 @@ fn place(
             let mut from = 0;
             while from < window.len {
                 let run = taker.take(window.len - from, false)?;
-                writes.push(RunWrite { addr: run.addr, bufs: cut(&window.slices, from, run.bytes) });
+                writes
+                    .push(RunWrite { addr: run.addr, bufs: cut(&window.slices, from, run.bytes) });
                 let first = (from / SECTOR_BYTES) as usize * width;
                 let count = (run.bytes / SECTOR_BYTES) as usize * width;
                 let extent = Extent::Plain {

@@ -1,5 +1,6 @@
 //! Making a pool: an empty engine and its first commit.
 
+use crate::btree::Edit;
 use crate::engine::open::{assemble, Parts};
 use crate::error::Error;
 use crate::format::chunk::Profile;
@@ -8,12 +9,12 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem, FIRST_INO, ROOT_INO};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::superblock::Superblock;
-use crate::btree::Edit;
 use crate::platform::{DeviceRef, Platform};
 use crate::pool::{self, Pool};
 use crate::subvol::change::Change;
 use crate::subvol::store::{DataSettings, Result};
 use crate::units::{Ino, TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -160,8 +161,12 @@ pub(super) fn name_field(name: &[u8]) -> Result<[u8; 64]> {
     Ok(field)
 }
 
-fn first_superblock(pool: &Pool, options: &FormatOptions, hash_secret: [u8; 16]) -> Superblock {
-    Superblock {
+fn first_superblock(
+    pool: &Pool,
+    options: &FormatOptions,
+    hash_secret: [u8; 16],
+) -> Box<Superblock> {
+    Box::new(Superblock {
         txg: Txg(0),
         written: 0,
         pool_id: pool.pool_id(),
@@ -186,7 +191,7 @@ fn first_superblock(pool: &Pool, options: &FormatOptions, hash_secret: [u8; 16])
         data_used: 0,
         metadata_used: 0,
         system_chunks: Vec::new(),
-    }
+    })
 }
 
 fn make_root(subvol: &Arc<crate::subvol::Subvol>, options: &FormatOptions) {

@@ -1,13 +1,13 @@
 //! fsync: making one file durable without a commit.
 //!
 //! All who wait at one moment share a frame and a flush: the first becomes the leader, takes
-//! everybody's requests, and writes. What a frame holds, in this order, for each requested file: the
-//! part of the intent list that the log does not have yet, then the file's fields and the ranges the log
-//! does not have. Both are taken under the file's lock, so the fields agree with the names around
-//! them.
+//! everybody's requests, and writes. What a frame holds, in this order, for each requested file:
+//! the part of the intent list that the log does not have yet, then the file's fields and the
+//! ranges the log does not have. Both are taken under the file's lock, so the fields agree with the
+//! names around them.
 //!
-//! When a frame cannot be had (the list overflowed, no room for a segment, too much for one frame) a
-//! commit does instead.
+//! When a frame cannot be had (the list overflowed, no room for a segment, too much for one frame)
+//! a commit does instead.
 
 use crate::buf::{Buf, Slice};
 use crate::engine::{data, Engine};
@@ -404,7 +404,8 @@ fn collect_inode(payload: &mut Payload, tree: TreeId, inode: &Inode, state: &mut
     if let Some(aside) = &mut state.aside {
         if !aside.gone {
             let txg = aside.txg;
-            // The group's writer may share it; then it is logged again next time, which is harmless.
+            // The group's writer may share it; then it is logged again next time, which is
+            // harmless.
             match Arc::get_mut(aside) {
                 Some(aside) => {
                     collect_ranges(payload, txg, tree, inode.ino, aside.ranges.iter_mut());

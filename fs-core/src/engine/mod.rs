@@ -1,5 +1,5 @@
-//! The conductor: opening, the steps of a commit, log replay, closing. The only module that knows all
-//! below it.
+//! The conductor: opening, the steps of a commit, log replay, closing. The only module that knows
+//! all below it.
 //!
 //! | file | idea |
 //! | --- | --- |
@@ -115,7 +115,7 @@ impl Engine {
     /// The roots of the pool's trees and the superblock that names them.
     pub fn published(&self) -> (Roots, Superblock) {
         let committer = self.committer.lock();
-        (committer.roots.clone(), committer.superblock.clone())
+        (committer.roots.clone(), Superblock::clone(&committer.superblock))
     }
 
     /// How new data is stored by default.
@@ -165,19 +165,19 @@ impl Engine {
     pub fn has_changes(&self) -> bool {
         let groups = &self.store.groups;
         let (first, last) = (groups.published().next(), groups.open());
-        let changed = |subvol: &Arc<Subvol>| {
-            (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)))
-        };
+        let changed =
+            |subvol: &Arc<Subvol>| (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)));
         self.wanted.load(Ordering::Relaxed) || self.subvols.read().values().any(changed)
     }
 
-    /// Asks for a commit even if nothing seems to have changed, such as after a new name of the pool.
+    /// Asks for a commit even if nothing seems to have changed, such as after a new name of the
+    /// pool.
     pub fn want_commit(&self) {
         self.wanted.store(true, Ordering::Relaxed);
     }
 
-    /// Called every now and then: commits when the open group is old or much is dirty, removes files
-    /// without names.
+    /// Called every now and then: commits when the open group is old or much is dirty, removes
+    /// files without names.
     pub fn tick(&self) {
         if self.store.writable().is_err() {
             return;
@@ -216,9 +216,9 @@ impl Engine {
     }
 
     /// What all unpublished groups can write of metadata at most, in bytes, if an operation adds
-    /// `more`. There are two such groups. Each writes a node that exists at most once, and new nodes
-    /// for what it adds; an item takes at most three times its bytes in nodes that have just been
-    /// split, and what is added is dirty memory.
+    /// `more`. There are two such groups. Each writes a node that exists at most once, and new
+    /// nodes for what it adds; an item takes at most three times its bytes in nodes that have just
+    /// been split, and what is added is dirty memory.
     fn metadata_bound(&self, more: u64) -> u64 {
         let existing = self.metadata_used.load(Ordering::Relaxed);
         let added = self.store.dirty.bytes().saturating_mul(3);
@@ -283,8 +283,8 @@ impl Engine {
         self.store.pool.set_name(format::name_field(name)?)
     }
 
-    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are free,
-    /// in runs of at least `min_len` bytes. Returns how many bytes that were.
+    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are
+    /// free, in runs of at least `min_len` bytes. Returns how many bytes that were.
     ///
     /// # Errors
     /// Errors of the device or the space tree.

@@ -96,12 +96,7 @@ impl NodeSink for GroupSink<'_> {
         Ok(places)
     }
 
-    fn write(
-        &self,
-        tree: TreeId,
-        level: u8,
-        nodes: Vec<(Logical, Buf)>,
-    ) -> Result<Vec<BlockPtr>> {
+    fn write(&self, tree: TreeId, level: u8, nodes: Vec<(Logical, Buf)>) -> Result<Vec<BlockPtr>> {
         let sums: Vec<Mutex<[u8; 32]>> = nodes.iter().map(|_| Mutex::new([0; 32])).collect();
         let codecs = &self.store.platform.codecs;
         self.store.platform.workers.parallel_for(nodes.len(), &|index| {
@@ -122,7 +117,8 @@ impl NodeSink for GroupSink<'_> {
                 checksum: sum.into_inner(),
             };
             // What is about to be written passes the same check as what is read.
-            let node = Node::decode(buf.into_slice(), &ptr, tree, &self.pool_id(), self.store.node_bytes)?;
+            let node =
+                Node::decode(buf.into_slice(), &ptr, tree, &self.pool_id(), self.store.node_bytes)?;
             writes.push(RunWrite { addr, bufs: alloc::vec![node.bytes().clone()] });
             ready.push(Arc::new(node));
             ptrs.push(ptr);

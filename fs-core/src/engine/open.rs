@@ -86,7 +86,7 @@ pub fn open(
     let engine = assemble(Parts {
         platform,
         pool: Arc::new(pool),
-        superblock: superblock.clone(),
+        superblock: Box::new(superblock.clone()),
         subvols: Vec::new(),
         settings: DataSettings {
             compression: CompressionKind::None,
@@ -118,7 +118,7 @@ pub fn open(
 pub(super) struct Parts {
     pub platform: Platform,
     pub pool: Arc<Pool>,
-    pub superblock: Superblock,
+    pub superblock: Box<Superblock>,
     pub subvols: Vec<(TreeId, SubvolItem)>,
     pub settings: DataSettings,
     pub cache_bytes: usize,
@@ -182,19 +182,19 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
 fn each_item(
     source: &dyn NodeSource,
     tree: &Tree,
-    each: &mut dyn FnMut(Key, &[u8], Txg) -> Result<()>,
+    mut each: impl FnMut(Key, &[u8]) -> Result<()>,
 ) -> Result<()> {
     let mut cursor = tree.cursor();
     cursor.seek(source, &Key::MIN)?;
     while let Some((key, value)) = cursor.next(source)? {
-        each(key, &value, value.birth())?;
+        each(key, &value)?;
     }
     Ok(())
 }
 
 fn load_chunks(store: &Store, tree: &Tree) -> Result<()> {
     let mut chunks = Vec::new();
-    each_item(store, tree, &mut |key, value, _| {
+    each_item(store, tree, |key, value| {
         let bad = |b: crate::format::BadBytes| b.in_item(TreeId::CHUNK, key.object);
         match key.kind {
             kind::CHUNK => {
@@ -237,8 +237,7 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
     if let Some(ptr) = &superblock.residue {
         let block = store.pool.read_block(ptr)?;
         let bytes = block.get(..ptr.logical as usize).unwrap_or(&block);
-        let residue =
-            Residue::decode(bytes, superblock.txg.0).map_err(|bad| bad.at(ptr.addr))?;
+        let residue = Residue::decode(bytes, superblock.txg.0).map_err(|bad| bad.at(ptr.addr))?;
         store.space.load_residue(residue)?;
     }
     Ok(())
@@ -252,7 +251,7 @@ impl Engine {
         };
         let mut settings = self.store.settings();
         let mut subvols = BTreeMap::new();
-        each_item(&*self.store, &tree, &mut |key, value, _| {
+        each_item(&*self.store, &tree, |key, value| {
             match (key.kind, key.offset) {
                 (kind::SUBVOL, 0) => {
                     let item = SubvolItem::decode(value)

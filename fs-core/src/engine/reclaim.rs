@@ -1,9 +1,9 @@
 //! Removing files without names.
 //!
-//! A file that loses its last name gets an ORPHAN item in the same group. When no driver holds on to it
-//! any more it is taken apart: a file with many extents from its end, so many of them a group, the rest
-//! in one piece with the inode, its attributes and the ORPHAN item. A crash in between finds the
-//! ORPHAN item and goes on.
+//! A file that loses its last name gets an ORPHAN item in the same group. When no driver holds on
+//! to it any more it is taken apart: a file with many extents from its end, so many of them a
+//! group, the rest in one piece with the inode, its attributes and the ORPHAN item. A crash in
+//! between finds the ORPHAN item and goes on.
 
 use crate::btree::Cursor;
 use crate::engine::Engine;

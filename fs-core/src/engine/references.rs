@@ -1,8 +1,9 @@
 //! The shared-reference tree: extra references of runs.
 //!
-//! Most runs have one reference and no item here. Items cover runs that do not overlap, each with the
-//! number of references beyond the first. A group first adds the references it made, then takes
-//! away those it dropped: a drop of a run with extra references takes one of them; what has none is dead.
+//! Most runs have one reference and no item here. Items cover runs that do not overlap, each with
+//! the number of references beyond the first. A group first adds the references it made, then takes
+//! away those it dropped: a drop of a run with extra references takes one of them; what has none is
+//! dead.
 //!
 //! Both lists are sorted and merged with the items they touch, so the cost is that of what changed.
 
@@ -44,8 +45,7 @@ pub fn settle(
     mut gained: Vec<Run>,
     mut lost: Vec<Run>,
 ) -> Result<Settled> {
-    let mut counts =
-        Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
+    let mut counts = Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
     gained.sort_unstable();
     lost.sort_unstable();
     for run in gained {
@@ -159,8 +159,11 @@ impl Counts<'_> {
                 _ => joined.push((start, end, extra)),
             }
         }
-        let mut edits: BTreeMap<u64, Edit> =
-            self.stored.keys().map(|start| (*start, Edit::Delete)).collect();
+        // One by one: collecting into a map sorts, with much of it on the stack.
+        let mut edits = BTreeMap::new();
+        for start in self.stored.keys() {
+            edits.insert(*start, Edit::Delete);
+        }
         for (start, end, extra) in joined {
             if self.stored.get(&start) == Some(&(end, extra)) {
                 edits.remove(&start);
@@ -169,9 +172,6 @@ impl Counts<'_> {
             let item = RefItem { bytes: end - start, extra };
             edits.insert(start, Edit::Put(item.to_bytes().to_vec()));
         }
-        edits
-            .into_iter()
-            .map(|(start, edit)| (Key::new(start, kind::REF, 0), edit))
-            .collect()
+        edits.into_iter().map(|(start, edit)| (Key::new(start, kind::REF, 0), edit)).collect()
     }
 }

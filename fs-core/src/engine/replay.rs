@@ -1,13 +1,15 @@
 //! Replaying the intent log.
 //!
-//! Records are put where the operations had put them: items into the overlay, fields and ranges into
-//! inodes. What follows is an ordinary commit. So replay can be interrupted anywhere: until that
-//! commit is published the log is still there, and replaying it again gives the same.
+//! Records are put where the operations had put them: items into the overlay, fields and ranges
+//! into inodes. What follows is an ordinary commit. So replay can be interrupted anywhere: until
+//! that commit is published the log is still there, and replaying it again gives the same.
 //!
 //! - Segments are taken out of free space first: replay must not write over what it reads.
-//! - A range that names an extent is believed only after its data was read and verified: the frame may
-//!   have reached the device when the data had not. Replay ends there, as it ends at a torn frame.
+//! - A range that names an extent is believed only after its data was read and verified: the frame
+//!   may have reached the device when the data had not. Replay ends there, as it ends at a torn
+//!   frame.
 
+use crate::buf::Buf;
 use crate::engine::log::LogPlace;
 use crate::engine::Engine;
 use crate::error::{Error, Incident};
@@ -17,7 +19,6 @@ use crate::format::key::{kind, Key};
 use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
-use crate::buf::Buf;
 use crate::intent;
 use crate::pool::{DataRead, DataSource};
 use crate::subvol::inode::{Inode, State};

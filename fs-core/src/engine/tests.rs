@@ -19,13 +19,8 @@ fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
 
 fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
     let options = OpenOptions::default();
-    Volume::open(
-        std::vec![device.device()],
-        test.platform.clone(),
-        &options,
-        AccessTime::Relative,
-    )
-    .unwrap()
+    Volume::open(std::vec![device.device()], test.platform.clone(), &options, AccessTime::Relative)
+        .unwrap()
 }
 
 fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
@@ -40,7 +35,7 @@ fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
 }
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|i| (i as u64 * 2654435761 >> 13) as u8 ^ seed).collect()
+    (0..len).map(|i| ((i as u64 * 2654435761) >> 13) as u8 ^ seed).collect()
 }
 
 #[test]
@@ -99,7 +94,8 @@ fn a_removed_file_gives_its_space_back() {
     let before = fs.statfs().unwrap().available_bytes;
     for round in 0..20 {
         let file = create(&fs, fs.root(), b"file");
-        let data: Vec<u8> = (0..4_000_000u32).map(|i| (i.wrapping_mul(747796405 + round) >> 11) as u8).collect();
+        let data: Vec<u8> =
+            (0..4_000_000u32).map(|i| (i.wrapping_mul(747796405 + round) >> 11) as u8).collect();
         fs.write(file, 0, &data, WriteFlags::default()).unwrap();
         fs.sync().unwrap();
         fs.forget(file, 1);
@@ -116,7 +112,8 @@ fn a_full_pool_says_so_and_lets_files_be_removed() {
     let fs = mount(&device, &test);
     let file = create(&fs, fs.root(), b"file");
     let mut at = 0;
-    let chunk: Vec<u8> = (0..65536u32).map(|i| (i.wrapping_mul(i ^ 0x5bd1e995) >> 7) as u8).collect();
+    let chunk: Vec<u8> =
+        (0..65536u32).map(|i| (i.wrapping_mul(i ^ 0x5bd1e995) >> 7) as u8).collect();
     let error = loop {
         match fs.write(file, at, &chunk, WriteFlags::default()) {
             Ok(_) => at += chunk.len() as u64,

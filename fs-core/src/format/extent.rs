@@ -40,9 +40,11 @@ disk_struct! {
         0x08 birth: u64,
         /// Logical address of the first stored byte; zero for inline and promised.
         0x10 addr: u64,
-        /// Packed: bytes of the blob before rounding up to sectors. Inline: bytes that follow. Otherwise zero.
+        /// Packed: bytes of the blob before rounding up to sectors. Inline: bytes that follow.
+        /// Otherwise zero.
         0x18 stored: u32,
-        /// Packed: bytes of the blob after expanding. Inline: bytes after expanding. Otherwise zero.
+        /// Packed: bytes of the blob after expanding. Inline: bytes after expanding. Otherwise
+        /// zero.
         0x1c logical: u32,
         /// Packed: where in the expanded blob this item starts. Otherwise zero.
         0x20 offset: u32,

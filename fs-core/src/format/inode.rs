@@ -28,7 +28,8 @@ disk_struct! {
         0x30 parent_cookie: u64,
         /// Directories: number of entries.
         0x38 entries: u64,
-        /// Directories: cookie of the next entry; cookies are never reused. Others: id of the next large attribute value.
+        /// Directories: cookie of the next entry; cookies are never reused. Others: id of the next
+        /// large attribute value.
         0x40 next_cookie: u64,
         /// Counts changes, as the NFS change attribute wants.
         0x48 version: u64,

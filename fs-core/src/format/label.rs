@@ -6,8 +6,8 @@
 //! ```
 //!
 //! `end` is the device's size rounded down to 4 KiB. A label area is 128 KiB: the label in its
-//! first 4 KiB, and from 64 KiB on the ring of superblocks (`superblock`). Both areas hold the same.
-//! The first 4 KiB of the device are zero, so that nothing else is recognised there.
+//! first 4 KiB, and from 64 KiB on the ring of superblocks (`superblock`). Both areas hold the
+//! same. The first 4 KiB of the device are zero, so that nothing else is recognised there.
 
 use super::{rule, BadBytes, DiskField, Skipped, FORMAT_VERSION};
 use crate::disk_struct;
@@ -46,7 +46,8 @@ pub fn ring_slot(area: Physical, slot: u64) -> Physical {
 }
 
 disk_struct! {
-    /// Says that a device belongs to a pool. Written by mkfs and by changes to the set of devices, never by a commit.
+    /// Says that a device belongs to a pool. Written by mkfs and by changes to the set of devices,
+    /// never by a commit.
     pub struct Label [4096] {
         /// Magic.
         0x000 magic: [u8; 8],

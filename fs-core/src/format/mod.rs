@@ -1,12 +1,13 @@
 //! Every structure that reaches a disk: bytes to checked values and back, nothing else.
 //!
-//! All integers are little-endian. A structure is declared once with [`disk_struct!`], which refuses
-//! holes and overlaps at compile time and yields the accessors, and the field table that
-//! `docs/format.md` and `cairn inspect` print. Reserved bytes are written as zero and checked.
+//! All integers are little-endian. A structure is declared once with
+//! [`disk_struct!`](crate::disk_struct), which refuses holes and overlaps at compile time and
+//! yields the accessors, and the field table that `docs/format.md` and `cairn inspect` print.
+//! Reserved bytes are written as zero and checked.
 //!
-//! `decode` functions turn untrusted bytes into values that need no further check; `encode` is their
-//! inverse. Nothing here reads a device, allocates by a size found on disk without a bound, or
-//! panics on any input.
+//! `decode` functions turn untrusted bytes into values that need no further check; `encode` is
+//! their inverse. Nothing here reads a device, allocates by a size found on disk without a bound,
+//! or panics on any input.
 
 pub mod chunk;
 pub mod dir;
@@ -71,7 +72,7 @@ impl<const N: usize> DiskField for [u8; N] {
 /// Bytes of a structure that its Rust value does not hold, so that the value stays small enough for
 /// a kernel stack. They are written as zeros; of what was read, only whether all were zero is kept.
 ///
-/// For long reserved fields, and for fields whose content is read in place ([`place_of`]).
+/// For long reserved fields, and for fields whose content is read in place (`place_of`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Skipped<const N: usize> {
     is_zero: bool,

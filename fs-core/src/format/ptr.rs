@@ -79,7 +79,8 @@ disk_struct! {
         0x1b flags: u8,
         /// Reserved for the number of an encryption key.
         0x1c key_id: u32,
-        /// Checksum of the stored bytes, padded with zeros. With encryption the second half will hold a MAC.
+        /// Checksum of the stored bytes, padded with zeros. With encryption the second half will
+        /// hold a MAC.
         0x20 checksum: [u8; 32],
     }
 }

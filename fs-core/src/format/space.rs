@@ -6,8 +6,8 @@
 //! sectors, so that opening reads a few bytes a chunk and bitmaps are read when first needed.
 //!
 //! The space tree says what was in use when the cut of the group was made. What the writing of the
-//! space tree itself used and freed is in the *residue*, a list of [`ResidueItem`]s in a block named
-//! by the superblock; the next group folds it into the tree.
+//! space tree itself used and freed is in the *residue*, a list of [`ResidueItem`]s in a block
+//! named by the superblock; the next group folds it into the tree.
 
 use super::{rule, BadBytes, DiskField};
 use crate::disk_struct;

@@ -46,7 +46,8 @@ disk_struct! {
         0x05a data_profile: u8,
         /// Metadata profile of new chunks.
         0x05b metadata_profile: u8,
-        /// 1 when the pool was closed with nothing left to do, so that a reader may skip orphans and the log.
+        /// 1 when the pool was closed with nothing left to do, so that a reader may skip orphans
+        /// and the log.
         0x05c clean: u8,
         /// Number of embedded system chunks.
         0x05d system_chunks: u8,

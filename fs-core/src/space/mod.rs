@@ -98,6 +98,7 @@ mod group;
 mod reserve;
 mod runs;
 mod state;
+mod supply;
 #[cfg(test)]
 mod tests;
 

@@ -1,9 +1,9 @@
 //! One operation's changes.
 //!
 //! A [`Change`] is made when the operation has its locks and has entered the group. It collects
-//! items and redo records; [`Change::finish`] puts the items into the overlay and the records, in one
-//! piece, into the intent list. An operation that fails half way drops its change, and nothing has
-//! happened: so everything that can fail comes before the inodes' states are changed.
+//! items and redo records; [`Change::finish`] puts the items into the overlay and the records, in
+//! one piece, into the intent list. An operation that fails half way drops its change, and nothing
+//! has happened: so everything that can fail comes before the inodes' states are changed.
 
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
@@ -76,9 +76,9 @@ impl<'a> Change<'a> {
         }
     }
 
-    /// Gives an inode new fields that the namespace depends on, and records them. Size and space of a
-    /// regular file are left out of the record: they follow its data. Only when nothing can fail any
-    /// more.
+    /// Gives an inode new fields that the namespace depends on, and records them. Size and space of
+    /// a regular file are left out of the record: they follow its data. Only when nothing can fail
+    /// any more.
     pub fn log_inode(&mut self, inode: &Arc<Inode>, state: &mut State, item: InodeItem) {
         self.touch(inode, state);
         state.item = item;

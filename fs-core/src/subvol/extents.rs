@@ -1,11 +1,12 @@
 //! What files are made of: reading through the layers, and resolving a group's ranges into items.
 //!
 //! [`Subvol::layout`] answers what a range of a file is now. [`resolve`] is run by the writer of a
-//! group, when the group before is published: it cuts the items that the group's ranges cover, puts the
-//! new ones, and says exactly which runs lost or gained a reference.
+//! group, when the group before is published: it cuts the items that the group's ranges cover, puts
+//! the new ones, and says exactly which runs lost or gained a reference.
 //!
-//! A blob is referenced by a file once per anchor (`format::extent`). So for each (blob, anchor) that
-//! a group's ranges touch, what counts is whether any item named it before, and whether any does after:
+//! A blob is referenced by a file once per anchor (`format::extent`). So for each (blob, anchor)
+//! that a group's ranges touch, what counts is whether any item named it before, and whether any
+//! does after:
 //!
 //! | before | after | |
 //! | --- | --- | --- |
@@ -95,8 +96,7 @@ impl Segment {
 }
 
 fn decode(tree: &Tree, key: Key, value: &crate::btree::Value) -> Result<(Extent, Txg)> {
-    Extent::decode(value, key.offset, value.birth())
-        .map_err(|bad| bad.in_item(tree.id, key.object))
+    Extent::decode(value, key.offset, value.birth()).map_err(|bad| bad.in_item(tree.id, key.object))
 }
 
 /// Bytes of the file an extent stands for, an inline one rounded up to its sector.
@@ -107,7 +107,8 @@ fn span(extent: &Extent) -> u64 {
     }
 }
 
-/// Calls `each` for the items of a file that overlap `start..end`, ascending, until it returns false.
+/// Calls `each` for the items of a file that overlap `start..end`, ascending, until it returns
+/// false.
 ///
 /// # Errors
 /// Errors of the device or the tree; [`Error::BadItem`] when items overlap.
@@ -159,9 +160,7 @@ fn cover(map: &RangeMap, gaps: Vec<(u64, u64)>, out: &mut Vec<Segment>) -> Vec<(
             }
             let place = match &piece.content {
                 Content::Bytes { data, .. } => Place::Memory(data.clone()),
-                Content::Written(extent) | Content::Shared(extent) => {
-                    Place::Extent(extent.clone())
-                }
+                Content::Written(extent) | Content::Shared(extent) => Place::Extent(extent.clone()),
                 Content::Hole => Place::Zeros { promised: false },
                 Content::Promised => Place::Zeros { promised: true },
             };
@@ -177,9 +176,9 @@ fn cover(map: &RangeMap, gaps: Vec<(u64, u64)>, out: &mut Vec<Segment>) -> Vec<(
 }
 
 impl Subvol {
-    /// What `start..end` of a file is made of now, ascending and without gaps. Both are multiples of
-    /// the sector size. The caller holds the inode's lock, and holds `view`, taken after the lock, for
-    /// as long as it uses the extents.
+    /// What `start..end` of a file is made of now, ascending and without gaps. Both are multiples
+    /// of the sector size. The caller holds the inode's lock, and holds `view`, taken after the
+    /// lock, for as long as it uses the extents.
     ///
     /// # Errors
     /// Errors of the device or the tree.
@@ -265,12 +264,7 @@ struct Resolver<'a> {
 ///
 /// # Errors
 /// Errors of the device or the tree.
-pub fn resolve(
-    source: &dyn NodeSource,
-    tree: &Tree,
-    ino: Ino,
-    aside: &Aside,
-) -> Result<Resolved> {
+pub fn resolve(source: &dyn NodeSource, tree: &Tree, ino: Ino, aside: &Aside) -> Result<Resolved> {
     let mut resolver = Resolver {
         source,
         tree,
@@ -404,10 +398,11 @@ impl Resolver<'_> {
     }
 
     fn count_blobs(&mut self) -> Result<()> {
-        let touched: BTreeSet<BlobRef> = [&self.cut_blobs, &self.written_blobs, &self.shared_blobs]
-            .into_iter()
-            .flat_map(|map| map.keys().copied())
-            .collect();
+        // Not collected: that sorts, with much of it on the stack.
+        let mut touched: BTreeSet<BlobRef> = BTreeSet::new();
+        for map in [&self.cut_blobs, &self.written_blobs, &self.shared_blobs] {
+            touched.extend(map.keys().copied());
+        }
         for key in touched {
             let blob = *[&self.cut_blobs, &self.written_blobs, &self.shared_blobs]
                 .into_iter()
@@ -447,9 +442,10 @@ impl Resolver<'_> {
     /// Whether an item of the new tree names the blob.
     fn names(&self, key: BlobRef, blob: &Blob) -> Result<bool> {
         let (start, end) = window(key.1, blob);
-        let changed = self.items.range(start..end).any(
-            |(at, item)| matches!(item, Some((extent, _)) if names(extent, *at, key)),
-        );
+        let changed = self
+            .items
+            .range(start..end)
+            .any(|(at, item)| matches!(item, Some((extent, _)) if names(extent, *at, key)));
         if changed {
             return Ok(true);
         }
@@ -490,7 +486,8 @@ fn names(extent: &Extent, at: u64, key: BlobRef) -> bool {
         if (blob.addr, anchor(at, *offset)) == key)
 }
 
-/// File offsets at which an item may name a blob with that anchor. An anchor before zero has wrapped.
+/// File offsets at which an item may name a blob with that anchor. An anchor before zero has
+/// wrapped.
 fn window(anchor: u64, blob: &Blob) -> (u64, u64) {
     let end = anchor.wrapping_add(u64::from(blob.logical));
     if end < anchor {

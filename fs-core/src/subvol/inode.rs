@@ -11,8 +11,8 @@
 //! ```
 //!
 //! - `State::txg` is the group of the current changes; zero when there are none.
-//! - `State::aside` is what group *n* made of the inode while *n* is being written. There is at most
-//!   one: the group before *n* is published before *n* closes.
+//! - `State::aside` is what group *n* made of the inode while *n* is being written. There is at
+//!   most one: the group before *n* is published before *n* closes.
 //! - The fields that follow from extents (`stored_bytes`, `promised_bytes`) are those of the newest
 //!   resolved group; [`State::settle`] carries them over.
 //!
@@ -129,8 +129,8 @@ impl State {
         }
     }
 
-    /// The ranges of group `txg`, to replace bytes by where they were written. `None` when the group's
-    /// writer has them already, or the group changed nothing.
+    /// The ranges of group `txg`, to replace bytes by where they were written. `None` when the
+    /// group's writer has them already, or the group changed nothing.
     pub fn ranges_of(&mut self, txg: Txg) -> Option<&mut RangeMap> {
         if self.txg == txg {
             return Some(&mut self.ranges);

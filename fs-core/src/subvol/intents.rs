@@ -1,8 +1,9 @@
 //! The intent list: item changes of unpublished groups, in the order in which they happened.
 //!
 //! Every operation appends its records, already encoded, while it still holds its inodes' locks; so
-//! any prefix of the list is a state the namespace once had. `fsync` takes the part that the log does
-//! not have yet. Bytes of files are not here: they are taken from range maps when a file is synced.
+//! any prefix of the list is a state the namespace once had. `fsync` takes the part that the log
+//! does not have yet. Bytes of files are not here: they are taken from range maps when a file is
+//! synced.
 //!
 //! The list is bounded. When a group's part grows too long it is dropped, and until that group is
 //! published `fsync` makes a whole commit instead, which then is the better deal anyway.

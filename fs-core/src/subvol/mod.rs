@@ -8,9 +8,10 @@
 //! published tree                 view
 //! ```
 //!
-//! and for inodes and ranges of files likewise ([`inode`], [`ranges`]). When a group is published the
-//! view is swapped first and its overlay cleared after, so a reader that looks at overlays first and
-//! takes the view last sees every change exactly once or twice with the same value, never not at all.
+//! and for inodes and ranges of files likewise ([`inode`], [`ranges`]). When a group is published
+//! the view is swapped first and its overlay cleared after, so a reader that looks at overlays
+//! first and takes the view last sees every change exactly once or twice with the same value, never
+//! not at all.
 //!
 //! - Items of an inode (names in a directory, attributes) change under the inode's state lock.
 //! - A [`View`] pins what it can reach: the space of replaced nodes and extents is reused only when

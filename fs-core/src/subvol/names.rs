@@ -1,8 +1,8 @@
 //! Directories: names, their hash items, and which name of a file is its first.
 //!
-//! Callers hold the directory's lock (exclusively to change it) and, where a name comes or goes, the
-//! lock of the inode it stands for. What changes is a *draft*: a copy of the inode's fields, which the
-//! operation puts back when nothing can fail any more.
+//! Callers hold the directory's lock (exclusively to change it) and, where a name comes or goes,
+//! the lock of the inode it stands for. What changes is a *draft*: a copy of the inode's fields,
+//! which the operation puts back when nothing can fail any more.
 
 use crate::error::{Errno, Error};
 use crate::format::dir::{self, Entry};
@@ -170,8 +170,7 @@ impl Subvol {
             return Ok(());
         }
         let mut next = None;
-        let (from, to) =
-            (Key::new(ino.0, kind::LINK, 0), Key::new(ino.0, kind::LINK, u64::MAX));
+        let (from, to) = (Key::new(ino.0, kind::LINK, 0), Key::new(ino.0, kind::LINK, u64::MAX));
         self.scan(from, to, &mut |key, value| {
             next = Some((key, LinkItem::decode(value).map_err(|b| b.in_item(self.id, ino.0))?));
             Ok(false)
@@ -184,8 +183,9 @@ impl Subvol {
         Ok(())
     }
 
-    /// The path of an inode from the root of the subvolume, as far as it can be found: for messages.
-    /// Takes shared locks of the inodes on the way, one at a time; the caller holds none of them.
+    /// The path of an inode from the root of the subvolume, as far as it can be found: for
+    /// messages. Takes shared locks of the inodes on the way, one at a time; the caller holds none
+    /// of them.
     pub fn path_of(&self, inode: &Arc<Inode>) -> Vec<u8> {
         let mut parts: Vec<Vec<u8>> = Vec::new();
         let mut current = inode.clone();

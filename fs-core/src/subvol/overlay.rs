@@ -1,11 +1,12 @@
 //! Overlays: items that one group has put or deleted and no published tree has yet.
 //!
-//! Sharded by object, so that operations on unrelated inodes do not meet. All items of one object are
-//! in one shard, which makes a range of them one lock and one walk.
+//! Sharded by object, so that operations on unrelated inodes do not meet. All items of one object
+//! are in one shard, which makes a range of them one lock and one walk.
 
 use crate::btree::Edit;
 use crate::format::key::Key;
 use crate::sync::RwLock;
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -17,12 +18,13 @@ pub type Change = Option<Arc<[u8]>>;
 
 /// The items one group changed in one subvolume.
 pub struct Overlay {
-    shards: [RwLock<BTreeMap<Key, Change>>; SHARDS],
+    /// On the heap: an array of them would pass over the stack while it is made.
+    shards: Box<[RwLock<BTreeMap<Key, Change>>]>,
 }
 
 impl Default for Overlay {
     fn default() -> Overlay {
-        Overlay { shards: core::array::from_fn(|_| RwLock::new(BTreeMap::new())) }
+        Overlay { shards: (0..SHARDS).map(|_| RwLock::new(BTreeMap::new())).collect() }
     }
 }
 
@@ -41,9 +43,7 @@ impl Overlay {
     pub fn set(&self, key: Key, change: Change) -> u64 {
         let bytes = ENTRY_BYTES + change.as_ref().map_or(0, |v| v.len() as u64);
         match self.shard(key.object).write().insert(key, change) {
-            Some(old) => {
-                bytes.saturating_sub(ENTRY_BYTES + old.map_or(0, |v| v.len() as u64))
-            }
+            Some(old) => bytes.saturating_sub(ENTRY_BYTES + old.map_or(0, |v| v.len() as u64)),
             None => bytes,
         }
     }

@@ -5,8 +5,8 @@
 //! the offset space (truncation). Putting a piece cuts what was there; space that a cut piece had
 //! been given in this same group is handed back to the caller, to be freed.
 //!
-//! Bytes carry an id that is unique in the map: when the writer comes back with extents for bytes it
-//! took out of the map, ids tell which of them are still current.
+//! Bytes carry an id that is unique in the map: when the writer comes back with extents for bytes
+//! it took out of the map, ids tell which of them are still current.
 
 use crate::buf::Slice;
 use crate::format::extent::{Blob, Extent};
@@ -157,7 +157,9 @@ impl RangeMap {
                 _ => {}
             }
         }
-        dead_blobs.dedup();
+        // Parts of one blob need not be neighbours: another may have been written in between.
+        dead_blobs.sort_unstable_by_key(|(anchor, blob)| (blob.addr, *anchor));
+        dead_blobs.dedup_by_key(|(anchor, blob)| (blob.addr, *anchor));
         for (anchor, blob) in dead_blobs {
             if !self.names_blob(anchor, &blob) {
                 garbage.push(Run { addr: blob.addr, bytes: blob.allocated() });
@@ -200,10 +202,8 @@ impl RangeMap {
             self.cut(from, to - from, &mut none);
             debug_assert!(none.is_empty(), "bytes have no space to give back");
             let part = extent.part(from - at, to - from);
-            self.pieces.insert(
-                from,
-                Piece { len: to - from, content: Content::Written(part), logged },
-            );
+            self.pieces
+                .insert(from, Piece { len: to - from, content: Content::Written(part), logged });
             used_to = to;
             used = true;
         }
@@ -220,7 +220,8 @@ impl RangeMap {
     /// Joins neighbouring plain pieces that are neighbours on disk too, so that one write's pieces
     /// become as few items as possible.
     fn join_written(&mut self, start: u64, end: u64) {
-        let starts: Vec<u64> = self.overlapping(start.saturating_sub(1), end).map(|p| p.0).collect();
+        let starts: Vec<u64> =
+            self.overlapping(start.saturating_sub(1), end).map(|p| p.0).collect();
         let mut last: Option<u64> = None;
         for at in starts {
             if let Some(left) = last {

@@ -54,8 +54,8 @@ impl Subvol {
         Ok(view.tree.lookup(&*self.store, key)?.map(ItemValue::Stored))
     }
 
-    /// Calls `each` for every current item from `from` to `to`, both of one object, ascending, until
-    /// it returns false.
+    /// Calls `each` for every current item from `from` to `to`, both of one object, ascending,
+    /// until it returns false.
     ///
     /// # Errors
     /// Errors of the device or the tree, and those of `each`.

@@ -1,8 +1,8 @@
 //! What every subvolume stands on: the pool, its space, cached nodes, and the group's loose ends.
 //!
 //! One [`Store`] a pool, shared by all subvolumes and by the engine. It reads nodes through the
-//! cache and collects, per group, the runs that became garbage and the references that were added, for
-//! the writer of the group to turn into edits of the reference and space trees.
+//! cache and collects, per group, the runs that became garbage and the references that were added,
+//! for the writer of the group to turn into edits of the reference and space trees.
 
 use crate::btree::cache::NodeCache;
 use crate::btree::{Node, NodeSource, Tree};

@@ -1,13 +1,15 @@
 //! The table of inodes in memory.
 //!
-//! Sharded by number. An inode stays while it is dirty, while a driver holds on to it *and* it has no
-//! names left, or while someone uses it; others are dropped when the table grows beyond its bound,
-//! those not used lately first (CLOCK). A dropped inode is loaded from the tree again when wanted:
-//! lookup counts of inodes that still have names are not kept by the inode but by [`Table::hold`].
+//! Sharded by number. An inode stays while it is dirty, while a driver holds on to it *and* it has
+//! no names left, or while someone uses it; others are dropped when the table grows beyond its
+//! bound, those not used lately first (CLOCK). A dropped inode is loaded from the tree again when
+//! wanted: lookup counts of inodes that still have names are not kept by the inode but by
+//! [`Table::hold`].
 
 use crate::subvol::inode::Inode;
 use crate::sync::Mutex;
 use crate::units::Ino;
+use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -27,12 +29,13 @@ struct Shard {
 
 /// Inodes in memory.
 pub struct Table {
-    shards: [Mutex<Shard>; SHARDS],
+    /// On the heap: an array of them would pass over the stack while it is made.
+    shards: Box<[Mutex<Shard>]>,
 }
 
 impl Default for Table {
     fn default() -> Table {
-        Table { shards: core::array::from_fn(|_| Mutex::new(Shard::default())) }
+        Table { shards: (0..SHARDS).map(|_| Mutex::new(Shard::default())).collect() }
     }
 }
 

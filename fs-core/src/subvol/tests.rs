@@ -1,1 +1,52 @@
+//! Range maps by themselves.
 
+use crate::buf::Buf;
+use crate::format::extent::{Blob, Extent};
+use crate::format::ptr::{ChecksumKind, CompressionKind};
+use crate::subvol::ranges::{Content, RangeMap};
+use crate::units::Logical;
+use std::vec::Vec;
+
+fn packed(addr: u64, logical: u32) -> Extent {
+    let blob = Blob {
+        addr: Logical(addr),
+        stored: 4096,
+        logical,
+        compression: CompressionKind::Zstd,
+        checksum_kind: ChecksumKind::Crc32c,
+        checksum: [0; 32],
+    };
+    Extent::Packed { blob, offset: 0, len: u64::from(logical) }
+}
+
+#[test]
+fn a_blob_cut_in_two_by_another_is_given_back_once() {
+    let mut map = RangeMap::default();
+    let mut garbage = Vec::new();
+    map.put(0, 65536, Content::Written(packed(1 << 20, 65536)), &mut garbage);
+    map.put(16384, 8192, Content::Written(packed(2 << 20, 8192)), &mut garbage);
+    assert!(garbage.is_empty());
+    map.put_bytes(0, Buf::zeroed(65536).unwrap().into_slice(), &mut garbage);
+    garbage.sort_unstable();
+    let addrs: Vec<u64> = garbage.iter().map(|run| run.addr.0).collect();
+    assert_eq!(addrs, [1 << 20, 2 << 20]);
+}
+
+#[test]
+fn bytes_that_changed_while_they_were_written_stay() {
+    let mut map = RangeMap::default();
+    let mut garbage = Vec::new();
+    map.put_bytes(0, Buf::zeroed(65536).unwrap().into_slice(), &mut garbage);
+    let ids = map.byte_runs()[0].ids.clone();
+    map.put_bytes(4096, Buf::zeroed(4096).unwrap().into_slice(), &mut garbage);
+    let extent = Extent::Plain {
+        addr: Logical(1 << 20),
+        len: 65536,
+        checksum_kind: ChecksumKind::None,
+        checksums: Vec::new(),
+    };
+    map.written(0, &extent, &ids, &mut garbage);
+    assert_eq!(map.data_bytes(), 4096);
+    assert_eq!(garbage.len(), 1);
+    assert_eq!((garbage[0].addr.0, garbage[0].bytes), ((1 << 20) + 4096, 4096));
+}

@@ -183,8 +183,5 @@ impl Subvol {
 }
 
 fn part_keys(ino: Ino, id: u64) -> (Key, Key) {
-    (
-        Key::new(ino.0, kind::XATTR_PART, id << 8),
-        Key::new(ino.0, kind::XATTR_PART, id << 8 | 0xff),
-    )
+    (Key::new(ino.0, kind::XATTR_PART, id << 8), Key::new(ino.0, kind::XATTR_PART, id << 8 | 0xff))
 }

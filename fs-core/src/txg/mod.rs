@@ -7,16 +7,16 @@
 //! published(n)   a superblock names it; opening the pool finds it
 //! ```
 //!
-//! - [`Groups::enter`] never waits. It is called with the locks of all objects of the operation held,
-//!   so the groups of one object's changes never go backwards: an operation that finds a change of
-//!   group *n* on its object entered *n* or later, because the open group only grows.
+//! - [`Groups::enter`] never waits. It is called with the locks of all objects of the operation
+//!   held, so the groups of one object's changes never go backwards: an operation that finds a
+//!   change of group *n* on its object entered *n* or later, because the open group only grows.
 //! - At most two groups are unpublished. [`Groups::close`] is called by the one committer, and only
 //!   when the group before is published.
 //! - [`Dirty`] bounds the memory of changes: above the soft limit the committer is wanted, above
 //!   the hard limit those who are about to add wait, before they take any lock.
 //!
-//! Never: hold a [`Handle`] while waiting for a commit, a reservation or dirty memory. The committer
-//! waits for handles.
+//! Never: hold a [`Handle`] while waiting for a commit, a reservation or dirty memory. The
+//! committer waits for handles.
 
 use crate::sync::Signal;
 use crate::units::Txg;

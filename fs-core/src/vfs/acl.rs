@@ -1,5 +1,6 @@
-//! POSIX access control lists, as far as a filesystem must understand them: what `chmod` does to them,
-//! what they do to the mode, and what a new file inherits. Who may do what is decided by the caller.
+//! POSIX access control lists, as far as a filesystem must understand them: what `chmod` does to
+//! them, what they do to the mode, and what a new file inherits. Who may do what is decided by the
+//! caller.
 //!
 //! The form is that of the `system.posix_acl_*` attributes: version 2, then entries of tag,
 //! permissions and id. See acl(5) and POSIX 1003.1e draft 17, section 23.
@@ -140,13 +141,8 @@ mod tests {
 
     #[test]
     fn chmod_changes_the_mask_and_not_the_owning_group() {
-        let bytes = acl(&[
-            (USER_OBJ, 7, 0),
-            (USER, 7, 5),
-            (GROUP_OBJ, 5, 0),
-            (MASK, 7, 0),
-            (OTHER, 0, 0),
-        ]);
+        let bytes =
+            acl(&[(USER_OBJ, 7, 0), (USER, 7, 5), (GROUP_OBJ, 5, 0), (MASK, 7, 0), (OTHER, 0, 0)]);
         let mut list = Acl::decode(&bytes).unwrap();
         assert_eq!(list.mode_bits(), 0o770);
         list.chmod(0o641);

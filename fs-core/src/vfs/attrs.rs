@@ -136,11 +136,9 @@ impl Volume {
             return;
         }
         // Not worth waiting or failing for.
-        let Ok(reservation) = self.engine.store.space.reserve(
-            0,
-            self.engine.store.node_bytes as u64,
-            Class::Normal,
-        ) else {
+        let Ok(reservation) =
+            self.engine.store.space.reserve(0, self.engine.store.node_bytes as u64, Class::Normal)
+        else {
             return;
         };
         let mut state = inode.state.write();
@@ -231,11 +229,7 @@ impl Volume {
 }
 
 /// What setting an access list does to the mode, and what of it is stored.
-fn apply_acl<'a>(
-    name: &[u8],
-    value: &'a [u8],
-    item: &mut InodeItem,
-) -> Result<Option<&'a [u8]>> {
+fn apply_acl<'a>(name: &[u8], value: &'a [u8], item: &mut InodeItem) -> Result<Option<&'a [u8]>> {
     if item.file_type() == mode::SYMLINK {
         return Err(Errno::OpNotSupp.into());
     }

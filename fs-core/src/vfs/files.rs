@@ -1,8 +1,8 @@
 //! Operations on the content of files.
 //!
-//! Ranges are kept in whole sectors, the last one padded with zeros. A write that covers a sector in
-//! part reads the rest of it first. Whatever cuts bytes off writes zeros over the rest of the last
-//! sector, so growing a file again shows zeros.
+//! Ranges are kept in whole sectors, the last one padded with zeros. A write that covers a sector
+//! in part reads the rest of it first. Whatever cuts bytes off writes zeros over the rest of the
+//! last sector, so growing a file again shows zeros.
 
 use crate::buf::{Buf, Slice};
 use crate::engine::data;
@@ -57,8 +57,8 @@ struct Wanted {
     len: usize,
 }
 
-/// The part of `start..end` that a segment has: offset in the segment, offset in the caller's buffer,
-/// length.
+/// The part of `start..end` that a segment has: offset in the segment, offset in the caller's
+/// buffer, length.
 fn overlap(segment: &Segment, start: u64, end: u64) -> (usize, usize, usize) {
     let from = start.max(segment.at);
     let to = end.min(segment.at + segment.len);
@@ -154,8 +154,9 @@ impl Volume {
             Extent::Packed { blob, offset, .. } => {
                 let from = *offset as usize + skip;
                 // Neighbouring items may name one blob: it is read once.
-                let same = |read: &DataRead| {
-                    matches!(&read.source, DataSource::Packed { blob: b } if b == blob)
+                let same = |read: &DataRead| match &read.source {
+                    DataSource::Packed { blob: other } => other == blob,
+                    DataSource::Plain { .. } => false,
                 };
                 let read = match reads.last().is_some_and(same) {
                     true => reads.len() - 1,
@@ -211,14 +212,7 @@ impl Volume {
     }
 
     /// Puts content in place of a range; the inode has been touched.
-    fn put(
-        &self,
-        change: &mut Change<'_>,
-        state: &mut State,
-        at: u64,
-        len: u64,
-        content: Content,
-    ) {
+    fn put(&self, change: &mut Change<'_>, state: &mut State, at: u64, len: u64, content: Content) {
         let before = state.ranges.data_bytes();
         state.ranges.put(at, len, content, change.garbage());
         self.engine.store.dirty.adjust(before, state.ranges.data_bytes());
@@ -270,8 +264,7 @@ impl Volume {
         }
         item.size = item.size.max(end);
         self.stamp(&mut item);
-        let is_new_mode =
-            item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
+        let is_new_mode = item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
         if is_new_mode {
             change.log_inode(&inode, &mut state, item);
         } else {
@@ -431,7 +424,7 @@ impl Volume {
             Ok(segments.iter().filter(|s| hole(s)).map(|s| (s.at, s.len)).collect())
         };
         loop {
-            let wanted: u64 = missing(&*inode.state.read())?.iter().map(|(_, len)| len).sum();
+            let wanted: u64 = missing(&inode.state.read())?.iter().map(|(_, len)| len).sum();
             let reservation = self.reserve(wanted + SECTOR_BYTES, 6, Class::Normal)?;
             let mut state = inode.state.write();
             check_writable(&state)?;
@@ -660,7 +653,8 @@ impl Volume {
         if source % SECTOR_BYTES != 0 || target % SECTOR_BYTES != 0 {
             return Ok(0);
         }
-        let reservation = self.reserve(2 * SECTOR_BYTES, 8 + len.div_ceil(8 << 20), Class::Normal)?;
+        let reservation =
+            self.reserve(2 * SECTOR_BYTES, 8 + len.div_ceil(8 << 20), Class::Normal)?;
         let mut locked = Locked::new(&[from, to]);
         let source_state = locked.get(from.ino);
         check_writable(locked.get(to.ino))?;

@@ -8,8 +8,8 @@
 //!
 //! - Inodes are named by number. A driver tells how long it holds on to one: every successful call
 //!   that returns [`Attr`] for a *name* (`lookup`, `create`, `mkdir`, ..., and each entry of
-//!   `readdir_plus` it accepted) adds one to the inode's lookup count, `forget` takes away. An inode
-//!   without names lives until its count is zero.
+//!   `readdir_plus` it accepted) adds one to the inode's lookup count, `forget` takes away. An
+//!   inode without names lives until its count is zero.
 //! - Permissions are checked by the caller (the kernel's `default_permissions`, or its VFS): the
 //!   operations check what only they can know, such as immutable flags, and what they must do on
 //!   their own: set-id clearing, set-gid and ACL inheritance, from [`Caller`].

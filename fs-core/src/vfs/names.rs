@@ -165,8 +165,7 @@ impl Volume {
         let mut item = self.draft(&change, &dir_state.item, new, caller);
         let inherited = self.inherit(dir, &dir_state.item, &mut item, caller)?;
         let mut dir_item = dir_state.item;
-        let entry =
-            Entry { ino: ino.0, file_type: item.file_type(), name: name.to_vec() };
+        let entry = Entry { ino: ino.0, file_type: item.file_type(), name: name.to_vec() };
         let cookie = self.subvol.add_name(&mut change, dir, &mut dir_item, &entry)?;
         self.subvol.attach(&mut change, ino, &mut item, dir, cookie)?;
         self.put_inherited(&mut change, ino, &mut item, &inherited)?;
@@ -191,8 +190,7 @@ impl Volume {
         check_may_add(&dir_state)?;
         let ino = self.subvol.new_ino()?;
         let mut change = Change::begin(&self.subvol);
-        let new =
-            New { mode: mode::REGULAR | (mode & mode::PERMISSIONS), rdev: 0, target: &[] };
+        let new = New { mode: mode::REGULAR | (mode & mode::PERMISSIONS), rdev: 0, target: &[] };
         let mut item = self.draft(&change, &dir_state.item, &new, caller);
         let inherited = self.inherit(dir, &dir_state.item, &mut item, caller)?;
         self.put_inherited(&mut change, ino, &mut item, &inherited)?;
@@ -278,9 +276,7 @@ impl Volume {
         item: &mut InodeItem,
         inherited: &Inherited,
     ) -> Result<()> {
-        for (name, value) in
-            [(ACCESS_ACL, &inherited.access), (DEFAULT_ACL, &inherited.default)]
-        {
+        for (name, value) in [(ACCESS_ACL, &inherited.access), (DEFAULT_ACL, &inherited.default)] {
             if let Some(value) = value {
                 self.subvol.set_xattr(change, ino, item, name, Some(value))?;
             }
@@ -442,8 +438,11 @@ impl Volume {
                 return Err(Errno::Inval.into());
             }
             let key = Key::new(ino.0, kind::SYMLINK, 0);
-            let missing =
-                Error::BadItem { what: "symlink without a target", tree: self.subvol.id, object: ino.0 };
+            let missing = Error::BadItem {
+                what: "symlink without a target",
+                tree: self.subvol.id,
+                object: ino.0,
+            };
             self.subvol.get_item(&key)?.ok_or(missing)?.to_vec()
         };
         self.accessed(&inode);

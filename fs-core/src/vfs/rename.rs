@@ -29,6 +29,15 @@ struct Plan {
 struct Drafts(BTreeMap<Ino, InodeItem>);
 
 impl Drafts {
+    fn of(inodes: &[&Arc<Inode>], locked: &Locked<'_>) -> Drafts {
+        // One by one: collecting into a map sorts, with much of it on the stack.
+        let mut drafts = BTreeMap::new();
+        for inode in inodes {
+            drafts.insert(inode.ino, locked.get(inode.ino).item);
+        }
+        Drafts(drafts)
+    }
+
     fn get(&mut self, ino: Ino) -> &mut InodeItem {
         self.0.get_mut(&ino).expect("every inode involved has a draft")
     }
@@ -73,8 +82,7 @@ impl Volume {
                 return Ok(());
             }
             let mut change = Change::begin(&self.subvol);
-            let mut drafts =
-                Drafts(all.iter().map(|i| (i.ino, locked.get(i.ino).item)).collect());
+            let mut drafts = Drafts::of(&all, &locked);
             let mut whiteout = None;
             if flags.exchange {
                 self.exchange(&mut change, &mut drafts, from.0, to.0, &plan)?;
@@ -100,10 +108,13 @@ impl Volume {
             }
             // A name that stood for other content must not, after a crash, stand for a file whose
             // bytes were lost: they go to the log with the new name.
-            if locked.get(source.ino).item.is_file() {
-                self.engine.store.intents.need(self.subvol.id, source.ino);
+            let exchanged = target.as_ref().filter(|_| flags.exchange);
+            for named in [Some(&source), exchanged].into_iter().flatten() {
+                if locked.get(named.ino).item.is_file() {
+                    self.engine.store.intents.need(self.subvol.id, named.ino);
+                }
             }
-            all.sort_by_key(|inode| inode.ino);
+            all.sort_unstable_by_key(|inode| inode.ino);
             all.dedup_by_key(|inode| inode.ino);
             for inode in all {
                 change.log_inode(inode, locked.get_mut(inode.ino), *drafts.get(inode.ino));
@@ -130,7 +141,13 @@ impl Volume {
 
     /// A directory must not be moved below itself. The caller holds `moving` when the directories
     /// differ, so parents stay as they are.
-    fn check_no_cycle(&self, dir: Ino, new_dir: Ino, plan: &Plan, flags: RenameFlags) -> Result<()> {
+    fn check_no_cycle(
+        &self,
+        dir: Ino,
+        new_dir: Ino,
+        plan: &Plan,
+        flags: RenameFlags,
+    ) -> Result<()> {
         if dir == new_dir {
             return Ok(());
         }

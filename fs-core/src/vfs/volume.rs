@@ -204,7 +204,7 @@ impl<'a> Locked<'a> {
     /// Locks the inodes; naming one twice is fine.
     pub fn new(inodes: &[&'a Arc<Inode>]) -> Locked<'a> {
         let mut sorted: Vec<&'a Arc<Inode>> = inodes.to_vec();
-        sorted.sort_by_key(|inode| inode.ino);
+        sorted.sort_unstable_by_key(|inode| inode.ino);
         sorted.dedup_by_key(|inode| inode.ino);
         let guards = sorted.into_iter().map(|inode| (inode.ino, inode.state.write())).collect();
         Locked { guards }

@@ -37,11 +37,8 @@ impl Disk {
 
     fn open(&self) -> Result<Arc<Volume>, Failure> {
         // The machine is small.
-        let options = OpenOptions {
-            cache_bytes: 8 << 20,
-            dirty_bytes: 16 << 20,
-            ..OpenOptions::default()
-        };
+        let options =
+            OpenOptions { cache_bytes: 8 << 20, dirty_bytes: 16 << 20, ..OpenOptions::default() };
         let devices = vec![self.device.clone()];
         Volume::open(devices, self.platform.clone(), &options, AccessTime::Relative).map_err(failed)
     }
@@ -71,7 +68,7 @@ fn names(fs: &dyn Filesystem, dir: Ino) -> Result<Vec<String>, Error> {
         }
         true
     })?;
-    names.sort();
+    names.sort_unstable();
     Ok(names)
 }
 
@@ -123,7 +120,7 @@ fn verify(fs: &dyn Filesystem) -> Outcome {
 }
 
 /// What is written, committed and closed is there when the pool is opened again.
-pub fn a_filesystem_keeps_its_files_over_reopening() -> Outcome {
+pub(crate) fn a_filesystem_keeps_its_files_over_reopening() -> Outcome {
     let pool = Pool::for_this_machine().map_err(failed)?;
     let disk = Disk::new(&pool)?;
     let fs = disk.open()?;
@@ -140,7 +137,7 @@ pub fn a_filesystem_keeps_its_files_over_reopening() -> Outcome {
 }
 
 /// What was synced is there after everything stopped at once; what is there is whole.
-pub fn a_synced_file_survives_a_crash() -> Outcome {
+pub(crate) fn a_synced_file_survives_a_crash() -> Outcome {
     let pool = Pool::for_this_machine().map_err(failed)?;
     let disk = Disk::new(&pool)?;
     let fs = disk.open()?;
@@ -160,7 +157,7 @@ pub fn a_synced_file_survives_a_crash() -> Outcome {
 }
 
 /// Threads work side by side in directories of their own, and each finds what it wrote.
-pub fn threads_may_share_a_filesystem() -> Outcome {
+pub(crate) fn threads_may_share_a_filesystem() -> Outcome {
     let pool = Pool::for_this_machine().map_err(failed)?;
     let disk = Disk::new(&pool)?;
     let fs = disk.open()?;

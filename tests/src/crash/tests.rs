@@ -22,8 +22,8 @@ enum Mistake {
     OverwritesLive,
 }
 
-/// A counter kept as data at one of two places and a record that says which; record *n* is at sector
-/// 1 or 2 by turns, so that the one before survives a torn write.
+/// A counter kept as data at one of two places and a record that says which; record *n* is at
+/// sector 1 or 2 by turns, so that the one before survives a torn write.
 struct Journal {
     device: Arc<RamDevice>,
     mistake: Mistake,

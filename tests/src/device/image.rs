@@ -80,11 +80,12 @@ impl Image {
         out
     }
 
-    /// Places that are not known to be zero, as `(offset, bytes)`.
-    pub fn used(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.pages.iter().enumerate().filter_map(|(index, page)| {
-            let page = page.as_ref()?;
-            Some(((index * PAGE_BYTES) as u64, &page[..]))
+    /// Offsets of the 4 KiB sectors that are not all zero.
+    pub fn used_sectors(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.iter().enumerate().flat_map(|(index, page)| {
+            let sectors = page.iter().flat_map(|page| page.chunks(4096).enumerate());
+            let used = sectors.filter(|(_, sector)| sector.iter().any(|b| *b != 0));
+            used.map(move |(sector, _)| (index * PAGE_BYTES + sector * 4096) as u64)
         })
     }
 

@@ -1,8 +1,8 @@
 //! Devices in memory.
 //!
 //! A [`RamDevice`] keeps its content as an [`Image`], which is cloned in microseconds, so that a
-//! crash simulation can open tens of thousands of them. It can record every write and flush in order
-//! ([`Recording`]) and misbehave by name ([`Fault`]).
+//! crash simulation can open tens of thousands of them. It can record every write and flush in
+//! order ([`Recording`]) and misbehave by name ([`Fault`]).
 //!
 //! What a device was told to forget reads as garbage afterwards, because the core may not rely on
 //! anything else; requests that are not whole sectors panic, because only a bug makes them.

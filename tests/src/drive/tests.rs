@@ -63,6 +63,7 @@ fn the_generator_makes_every_operation_succeed_somewhere() {
         "Sync",
         "Tick",
         "Tmpfile",
+        "Trim",
         "Unlink",
         "Write",
     ];

@@ -31,7 +31,14 @@ impl Story {
     }
 
     fn then(&mut self, effect: Effect) -> u64 {
-        self.history.push(self.model.state(), effect)
+        self.history.push(self.model.state(), effect, Times::new())
+    }
+
+    /// As `then`, with times that matter.
+    fn then_timed(&mut self, effect: Effect) {
+        let state = self.model.state();
+        let times = state.nodes.iter().map(|(ino, node)| (*ino, node.mtime)).collect();
+        self.history.push(state, effect, times);
     }
 
     fn rename(&mut self, from: &[u8], to: &[u8], ino: Ino) {
@@ -42,8 +49,12 @@ impl Story {
 
     /// Whether what `other` shows may be left when the last operation had returned.
     fn allows(&self, other: &Model) -> bool {
+        self.check(&Tree::of_state(&other.state()))
+    }
+
+    fn check(&self, found: &Tree) -> bool {
         let done = self.history.points.len() as u64 - 1;
-        self.history.check(&Tree::of_state(&other.state()), done).is_ok()
+        self.history.check(found, done).is_ok()
     }
 }
 
@@ -138,4 +149,19 @@ fn a_renamed_file_comes_with_the_data_it_had() {
     assert!(story.allows(&with_file(b"target", &[(0, 1, 4096)])));
     assert!(story.allows(&with_file(b"target", &[(0, 2, 4096)])));
     assert!(!story.allows(&with_file(b"target", &[])));
+}
+
+#[test]
+fn a_synced_time_does_not_go_back() {
+    let mut story = Story::new();
+    let ino = story.file(b"f");
+    story.write(ino, 0, 1, 100);
+    story.then_timed(Effect::None);
+    let early = Tree::of_state(&story.model.state());
+    story.write(ino, 0, 1, 100);
+    story.then_timed(Effect::Data(ino.0));
+    assert!(story.check(&early));
+    story.then_timed(Effect::Inode(ino.0));
+    assert!(!story.check(&early));
+    assert!(story.check(&Tree::of_state(&story.model.state())));
 }

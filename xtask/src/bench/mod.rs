@@ -1,14 +1,14 @@
 //! `cargo xtask bench`: cairn next to other filesystems, in one run on one machine.
 //!
-//! Every measurement starts from a new filesystem on a loop device with direct I/O, over an image of the
-//! same size in the same directory. Within a round each workload goes through all subjects in turn, so
-//! that what drifts on the machine drifts for all; the median of the rounds is reported, and the ratio
-//! to Btrfs with zstd, the filesystem that promises the same. Caches are dropped before each workload,
-//! and the filesystem is mounted anew where reads are to be cold.
+//! Every measurement starts from a new filesystem on a loop device with direct I/O, over an image
+//! of the same size in the same directory. Within a round each workload goes through all subjects
+//! in turn, so that what drifts on the machine drifts for all; the median of the rounds is
+//! reported, and the ratio to Btrfs with zstd, the filesystem that promises the same. Caches are
+//! dropped before each workload, and the filesystem is mounted anew where reads are to be cold.
 //!
-//! Two floors stand beside them: the bare device, and a FUSE filesystem without storage, whose cost is
-//! that of the round trips alone. The workloads are this program's own, so that they are the same for
-//! all.
+//! Two floors stand beside them: the bare device, and a FUSE filesystem without storage, whose cost
+//! is that of the round trips alone. The workloads are this program's own, so that they are the
+//! same for all.
 
 mod plot;
 mod report;
@@ -119,8 +119,8 @@ fn contenders(names: &[String]) -> Result<Vec<(String, Contender)>> {
     Ok(found)
 }
 
-/// One workload on every contender it makes sense for. A contender that fails is noted, and the rest
-/// goes on.
+/// One workload on every contender it makes sense for. A contender that fails is noted, and the
+/// rest goes on.
 fn one_workload(
     workload: &Workload,
     scale: &Scale,

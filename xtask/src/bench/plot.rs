@@ -1,5 +1,5 @@
-//! The results as a picture: for each metric, every subject's ratio to the reference on a logarithmic
-//! axis. To the right is better.
+//! The results as a picture: for each metric, every subject's ratio to the reference on a
+//! logarithmic axis. To the right is better.
 
 use super::report::{number, Results, Row};
 use std::fmt::Write as _;

@@ -68,8 +68,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// The file that a workload on one file works on. The FUSE filesystem without storage has one of
-    /// that name.
+    /// The file that a workload on one file works on. The FUSE filesystem without storage has one
+    /// of that name.
     fn file(&self) -> PathBuf {
         if self.is_device {
             self.path.clone()

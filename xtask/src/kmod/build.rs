@@ -2,11 +2,13 @@
 //!
 //! Inside the build root there is no network, and its cargo must not see the rest of the workspace,
 //! whose crates need a newer compiler. So `target/kmod` holds a small workspace of its own with
-//! nothing but `fs-core` (a link to it), a lock file with the same versions, vendored sources, and a
-//! copy of `fs-kmod` for the kernel's build system to fill with objects.
+//! nothing but `fs-core` (a link to it), a lock file with the same versions, vendored sources, and
+//! a copy of `fs-kmod` for the kernel's build system to fill with objects.
 
 use super::setup::BuildRoot;
-use super::{capture, checkout, gates, out_dir, program, remove_tree, say, write_if_changed, Failure};
+use super::{
+    capture, checkout, gates, out_dir, program, remove_tree, say, write_if_changed, Failure,
+};
 use std::fs;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -49,9 +51,6 @@ fn build(root: &BuildRoot) -> Result<PathBuf, String> {
     make.arg(format!("CAIRN_CORE_MANIFEST={}", stage.manifest.display()));
     make.arg(format!("CAIRN_CARGO_CONFIG={}", stage.config.display()));
     let said = capture(make.arg("modules"))?;
-    for line in said.lines().filter(|line| line.contains("warning")) {
-        println!("{line}");
-    }
     let module = dir.join("cairn.ko");
     gates::pass(root, &module, &said).inspect_err(|_| {
         // What the linker complains of, it says only when it links: make it say so again.
@@ -118,11 +117,13 @@ impl Stage {
         symlink(checkout().join("fs-core"), dir.join("fs-core"))
             .map_err(|error| format!("{}: {error}", dir.display()))?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut vendor = program(&cargo.to_string_lossy(), ["vendor", "--quiet", "--versioned-dirs"]);
+        let mut vendor =
+            program(&cargo.to_string_lossy(), ["vendor", "--quiet", "--versioned-dirs"]);
         vendor.current_dir(&dir).arg(dir.join("vendor"));
         capture(&mut vendor)?;
         let sources = format!(
-            "[source.crates-io]\nreplace-with = \"vendored\"\n\n[source.vendored]\ndirectory = {:?}\n",
+            "[source.crates-io]\nreplace-with = \"vendored\"\n\n\
+             [source.vendored]\ndirectory = {:?}\n",
             dir.join("vendor")
         );
         write_if_changed(&config, sources.as_bytes())?;
@@ -155,7 +156,8 @@ mod tests {
                          exclude = [\"c\"]\n\n[profile.release]\ndebug = 1\n";
         assert_eq!(
             only_the_core(workspace).unwrap(),
-            "[workspace]\nresolver = \"3\"\nmembers = [\"fs-core\"]\n\n[profile.release]\ndebug = 1\n"
+            "[workspace]\nresolver = \"3\"\nmembers = [\"fs-core\"]\n\n\
+             [profile.release]\ndebug = 1\n"
         );
         assert!(only_the_core("[package]").is_err());
     }

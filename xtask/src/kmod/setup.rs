@@ -22,8 +22,24 @@ const SERIES: &str = "7.3";
 const CACHE: &str = "CAIRN_KMOD_CACHE";
 /// What building needs inside, apart from the kernel's own packages.
 const PACKAGES: &[&str] = &[
-    "bc", "bindgen", "bison", "cargo", "clang", "cpio", "flex", "gcc-14", "kmod", "libelf-dev",
-    "libssl-dev", "llvm", "make", "perl", "python3-minimal", "rust-src", "rustc", "rustfmt",
+    "bc",
+    "bindgen",
+    "bison",
+    "cargo",
+    "clang",
+    "cpio",
+    "flex",
+    "gcc-14",
+    "kmod",
+    "libelf-dev",
+    "libssl-dev",
+    "llvm",
+    "make",
+    "perl",
+    "python3-minimal",
+    "rust-src",
+    "rustc",
+    "rustfmt",
     "xz-utils",
 ];
 /// What the machine itself needs: a program, and the package that has it.
@@ -76,8 +92,10 @@ exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/roo
 "#;
 
 fn inside(root: &Path, name: &str) -> Command {
-    let mut command =
-        program("unshare", ["--mount", "--propagation", "private", "--", "sh", "-c", ENTER, "enter"]);
+    let mut command = program(
+        "unshare",
+        ["--mount", "--propagation", "private", "--", "sh", "-c", ENTER, "enter"],
+    );
     command.arg(root).arg(super::checkout()).arg(name);
     command
 }
@@ -208,9 +226,13 @@ fn put(path: &Path, content: &str) -> Result<(), String> {
 
 /// Gives the build root this machine's way to the network, which may have changed.
 fn configure_apt(dir: &Path) -> Result<(), String> {
-    let dump = capture(&mut program("apt-config", ["dump", "--format", "%f \"%v\";%n", "Acquire"]))?;
-    let mut conf: String =
-        dump.lines().filter(|line| line.contains("::Proxy")).map(|line| format!("{line}\n")).collect();
+    let dump =
+        capture(&mut program("apt-config", ["dump", "--format", "%f \"%v\";%n", "Acquire"]))?;
+    let mut conf: String = dump
+        .lines()
+        .filter(|line| line.contains("::Proxy"))
+        .map(|line| format!("{line}\n"))
+        .collect();
     conf.push_str("APT::Install-Recommends \"false\";\nAcquire::Retries \"3\";\n");
     put(&dir.join("etc/apt/apt.conf.d/90host"), &conf)?;
     for file in ["etc/resolv.conf", "etc/hosts"] {
@@ -230,7 +252,8 @@ fn choose_kernel(cache: &Path, dir: &Path) -> Result<String, String> {
     say("looking for the newest kernel");
     capture(inside(dir, "apt-get").args(["-qq", "update"]))?;
     let source = package_version(dir, &format!("linux-source-{SERIES}"))?;
-    let pattern = format!("^linux-headers-{}\\.[0-9]+\\+deb[0-9]+-amd64$", SERIES.replace('.', "\\."));
+    let pattern =
+        format!("^linux-headers-{}\\.[0-9]+\\+deb[0-9]+-amd64$", SERIES.replace('.', "\\."));
     let found = capture(inside(dir, "apt-cache").args(["search", "--names-only", &pattern]))?;
     for package in found.lines().filter_map(|line| line.split_whitespace().next()) {
         if package_version(dir, package)? == source {

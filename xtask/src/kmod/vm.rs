@@ -31,24 +31,22 @@ pub fn selftest(root: &BuildRoot, module: &Path) -> Result<String, Failure> {
         say(line.trim_start_matches(':').trim());
     }
     let passed = |line: &&&str| line.starts_with(':') && line.ends_with(" passed, 0 failed");
-    match results.iter().filter(passed).last() {
+    match results.iter().rfind(passed) {
         Some(line) => Ok(format!("in the kernel: {}", line.trim_start_matches(':').trim())),
         None => Err(Failure::Failed(format!("the self-test said nothing:\n{console}"))),
     }
 }
 
-/// Runs a machine that holds scripts of `tools/vm` and other files under `/test`, each with the name
-/// it is to have; gives the console's output when it ended well.
+/// Runs a machine that holds scripts of `tools/vm` and other files under `/test`, each with the
+/// name it is to have; gives the console's output when it ended well.
 fn run(
     root: &BuildRoot,
     scripts: &[(&str, &str)],
     files: &[(&Path, &str)],
 ) -> Result<String, String> {
     let tools = checkout().join("tools/vm");
-    let mut content: Vec<(PathBuf, PathBuf)> = vec![
-        (busybox()?, "bin/busybox".into()),
-        (tools.join("init"), "init".into()),
-    ];
+    let mut content: Vec<(PathBuf, PathBuf)> =
+        vec![(busybox()?, "bin/busybox".into()), (tools.join("init"), "init".into())];
     content.extend(scripts.iter().map(|(from, to)| (tools.join(from), Path::new("test").join(to))));
     content.extend(files.iter().map(|(from, to)| (from.to_path_buf(), Path::new("test").join(to))));
     let image = initial_file_system(&content)?;
@@ -64,7 +62,11 @@ fn run(
         Some(other) => format!("the machine died (qemu ended with {other})"),
         None => format!("the machine did not end within {} s", LIMIT.as_secs()),
     };
-    Err(format!("{}\n{wrong}; all of the console is in {}", super::tail(&console, 80), log.display()))
+    Err(format!(
+        "{}\n{wrong}; all of the console is in {}",
+        super::tail(&console, 80),
+        log.display()
+    ))
 }
 
 /// The statically linked one.
@@ -103,7 +105,10 @@ fn boot(kernel: &Path, image: &Path, log: &Path) -> Result<Option<i32>, String> 
     qemu.args(["-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     qemu.arg("-kernel").arg(kernel).arg("-initrd").arg(image);
     // no_timer_check: emulated timers may be too late for the kernel's own test of them.
-    qemu.args(["-append", "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check"]);
+    qemu.args([
+        "-append",
+        "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check",
+    ]);
     let mut machine = qemu
         .stdin(Stdio::null())
         .stdout(console)

@@ -237,7 +237,8 @@ fn usage(suite: &Suite<'_>, scratch: &Path, good: &Path) -> Vec<(String, Result<
 /// # Errors
 /// Lists what went wrong.
 pub fn devices(suite: &Suite<'_>) -> Result<Outcome> {
-    let cases: &[(&str, fn(&Suite<'_>) -> Result<()>)] = &[
+    type Case = fn(&Suite<'_>) -> Result<()>;
+    let cases: &[(&str, Case)] = &[
         ("busy", busy),
         ("full", full),
         ("read-only device", read_only_device),

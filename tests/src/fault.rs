@@ -1,0 +1,256 @@
+//! Makes one request of a device fail, for every request there is in turn.
+//!
+//! A story is told on a device whose *n*-th read, write or flush goes wrong. It ends at the first
+//! operation that fails otherwise than the model says; then the device behaves again, the pool is
+//! opened as after a crash, and must show what [`History`] allows.
+
+use crate::crash::{Crashes, Sampling};
+use crate::device::{refs, Counts, Fault, Image, RamDevice, Recording};
+use crate::gen::{Generator, Op, Options};
+use crate::history::{Effect, History};
+use crate::model::Model;
+use crate::platform::{Spawn, TestPlatform};
+use crate::power::times;
+use crate::run::{compare, is_left_open, Runner};
+use crate::subject::{Mounted, Subject};
+use crate::tree::{Tree, Trouble};
+use fs_core::platform::Platform;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::Arc;
+
+/// A list of operations and where they are carried out.
+#[derive(Clone, Debug)]
+pub struct Script {
+    /// What chance follows from.
+    pub seed: u64,
+    /// The operations.
+    pub ops: Vec<Op>,
+    /// Bytes of the device.
+    pub device_bytes: u64,
+}
+
+/// What became of a script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The fault never struck.
+    NotReached,
+    /// It struck and nobody noticed: a second copy served, or it was a hint.
+    Unnoticed,
+    /// An operation failed, and everything that was promised is there.
+    Noticed,
+}
+
+struct Run<'a> {
+    subject: &'a dyn Subject,
+    device: Arc<RamDevice>,
+    /// The device before the recording.
+    base: Image,
+    core: Platform,
+    test: TestPlatform,
+    recording: Recording,
+    model: Arc<Model>,
+    history: History,
+}
+
+/// Requests that a script makes when nothing goes wrong, after it was opened.
+///
+/// # Errors
+/// When the script fails without any fault.
+pub fn requests(subject: &dyn Subject, script: &Script) -> Result<Counts, String> {
+    let mut run = Run::new(subject, script)?;
+    let before = run.device.counts();
+    if let Some((index, what)) = run.tell(script)? {
+        return Err(format!("operation {index} fails without any fault: {what}"));
+    }
+    let after = run.device.counts();
+    Ok(Counts {
+        reads: after.reads - before.reads,
+        writes: after.writes - before.writes,
+        flushes: after.flushes - before.flushes,
+    })
+}
+
+/// Carries out a script with a fault.
+///
+/// # Errors
+/// What is wrong with what is left.
+pub fn attempt(subject: &dyn Subject, script: &Script, fault: Fault) -> Result<End, String> {
+    let guarded = catch_unwind(AssertUnwindSafe(|| {
+        let mut run = Run::new(subject, script)?;
+        run.device.arm(fault);
+        let noticed = run.tell(script)?;
+        let struck = run.device.struck();
+        run.look()?;
+        Ok(match (struck, noticed) {
+            (false, _) => End::NotReached,
+            (true, None) => End::Unnoticed,
+            (true, Some(_)) => End::Noticed,
+        })
+    }));
+    guarded.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map_or("of an unknown kind", String::as_str);
+        Err(format!("panic: {text}"))
+    })
+}
+
+impl<'a> Run<'a> {
+    fn new(subject: &'a dyn Subject, script: &Script) -> Result<Run<'a>, String> {
+        let test = TestPlatform::new(script.seed, Spawn::AtOnce);
+        let core = test.platform();
+        let device = RamDevice::new("ram", script.device_bytes);
+        subject.format(&refs(&[device.clone()]), &core).map_err(|e| format!("format: {e}"))?;
+        let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
+        let history = History::new(model.state());
+        let (base, recording) = (device.image(), Recording::start(std::slice::from_ref(&device)));
+        Ok(Run { subject, device, base, core, test, recording, model, history })
+    }
+
+    /// Carries out the operations until one fails that should not, or reports damage; says which,
+    /// and how. An error is a wrong result.
+    fn tell(&mut self, script: &Script) -> Result<Option<(usize, String)>, String> {
+        let opened = self.subject.open(&refs(&[self.device.clone()]), &self.core);
+        let mounted = match opened {
+            Ok(mounted) => mounted,
+            Err(error) => return Ok(Some((0, format!("open: {error}")))),
+        };
+        let mut expected = Runner::new(self.model.clone());
+        let mut found = Runner::new(mounted.fs());
+        for (index, op) in script.ops.iter().enumerate() {
+            let before = self.model.state();
+            if is_left_open(&expected, &before, op) {
+                continue;
+            }
+            let effect = Effect::of(op, &expected, &before);
+            let want = expected.run(op);
+            self.pass_time(op, &*mounted);
+            let got = found.run(op);
+            if let Some(damage) = found.damage.take() {
+                // It may have been carried out or not.
+                self.history.push(self.model.state(), Effect::None, Default::default());
+                return Ok(Some((index + 1, damage.to_string())));
+            }
+            compare(&expected, &self.model.state(), op, &want, &got)
+                .map_err(|e| format!("operation {}: {e}", index + 1))?;
+            let effect = if got.result.is_ok() { effect } else { Effect::None };
+            // Looking at times may run into the fault as well.
+            let times = times(&*mounted.fs(), &self.model.state()).unwrap_or_default();
+            let mark = self.history.push(self.model.state(), effect, times);
+            self.recording.mark(mark);
+        }
+        match mounted.close() {
+            Ok(()) => {
+                let mark = self.history.push(self.model.state(), Effect::All, Default::default());
+                self.recording.mark(mark);
+                Ok(None)
+            }
+            Err(error) => Ok(Some((script.ops.len() + 1, format!("close: {error}")))),
+        }
+    }
+
+    fn pass_time(&self, op: &Op, mounted: &dyn Mounted) {
+        match op {
+            Op::DropCaches => mounted.drop_caches(),
+            Op::Tick => {
+                self.test.clock.advance_ms(6000);
+                self.test.workers.tick();
+                mounted.tick();
+            }
+            _ => {}
+        }
+    }
+
+    /// Looks at what is left on the device, and at what would be had power failed at the end.
+    fn look(&self) -> Result<(), String> {
+        let events = self.recording.events();
+        let sampling = Sampling { seed: 7, random: 2 };
+        for state in Crashes::at_end(vec![self.base.clone()], &events, sampling) {
+            let [image] = &state.images[..] else { unreachable!("one device, one image") };
+            self.look_at(image.clone(), state.mark)?;
+        }
+        Ok(())
+    }
+
+    fn look_at(&self, image: Image, mark: u64) -> Result<(), String> {
+        let devices = refs(&[RamDevice::of("ram", image)]);
+        let at = |what: &'static str| move |e| format!("after the fault, {what}: {e}");
+        let mounted = self.subject.open(&devices, &self.core).map_err(at("open"))?;
+        let tree = Tree::read(&*mounted.fs()).map_err(|e| format!("after the fault: {e}"))?;
+        self.history.check(&tree, mark).map_err(|e| format!("after the fault: {e}"))?;
+        mounted.close().map_err(at("close"))?;
+        let findings = self.subject.check(&devices, &self.core).map_err(at("check"))?;
+        match findings.is_empty() {
+            true => Ok(()),
+            false => Err(format!("after the fault, the check finds:\n{}", findings.join("\n"))),
+        }
+    }
+}
+
+/// Carries out a script on a device that lies once, and reads everything again: what can be read must
+/// be right.
+///
+/// # Errors
+/// What was wrong.
+pub fn lie(subject: &dyn Subject, script: &Script, fault: Fault) -> Result<End, String> {
+    let mut run = Run::new(subject, script)?;
+    run.device.arm(fault);
+    if run.tell(script)?.is_some() {
+        return Ok(End::Noticed);
+    }
+    if !run.device.struck() {
+        return Ok(End::NotReached);
+    }
+    run.device.disarm();
+    compare_with(subject, &run.core, run.device.image(), &Tree::of_state(&run.model.state()))
+}
+
+/// Whether an image shows exactly a tree, or reports damage.
+///
+/// # Errors
+/// What was wrong.
+pub fn compare_with(
+    subject: &dyn Subject,
+    core: &Platform,
+    image: Image,
+    expected: &Tree,
+) -> Result<End, String> {
+    let devices = refs(&[RamDevice::of("ram", image)]);
+    let mounted = match subject.open(&devices, core) {
+        Ok(mounted) => mounted,
+        Err(_) => return Ok(End::Noticed),
+    };
+    match Tree::read(&*mounted.fs()) {
+        Ok(tree) => match expected.difference(&tree) {
+            None => Ok(End::Unnoticed),
+            Some(difference) => Err(format!("wrong without an error: {difference}")),
+        },
+        Err(Trouble::Failed { error, .. }) if error.is_damage() => Ok(End::Noticed),
+        Err(trouble) => Err(format!("damage shows as: {trouble}")),
+    }
+}
+
+/// The operations that a seed makes.
+pub fn script(seed: u64, count: usize, options: Options, device_bytes: u64) -> Script {
+    let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
+    let mut runner = Runner::new(model.clone());
+    let mut generator = Generator::new(seed, options);
+    let mut ops = Vec::new();
+    while ops.len() < count {
+        let op = generator.next(&model.state());
+        if !is_left_open(&runner, &model.state(), &op) && runner.run(&op).result.is_ok() {
+            ops.push(op);
+        }
+    }
+    Script { seed, ops, device_bytes }
+}
+
+/// Carries out a script and closes; returns the image, what it shows, and the platform.
+///
+/// # Errors
+/// When that fails.
+pub fn built(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree, Platform), String> {
+    let mut run = Run::new(subject, script)?;
+    if let Some((index, what)) = run.tell(script)? {
+        return Err(format!("operation {index} fails without any fault: {what}"));
+    }
+    Ok((run.device.image(), Tree::of_state(&run.model.state()), run.core))
+}
