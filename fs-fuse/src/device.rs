@@ -1,7 +1,7 @@
 //! The transport over /dev/fuse.
 //!
 //! One read returns one request, one write delivers one reply. Each thread has a descriptor of its
-//! own ([`sys::clone_fuse`]) with its own list of requests under way; a reply goes back through the
+//! own (`sys::clone_fuse`) with its own list of requests under way; a reply goes back through the
 //! descriptor its request came from.
 //!
 //! A request is read into a buffer laid out so that the data of a WRITE, which begins behind 80
@@ -13,7 +13,7 @@
 //! The kernel keeps one queue and wakes its readers in the order in which they began to wait. With
 //! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted
 //! CPU costs several times what the request does. So normally *one* thread waits, the leader, and
-//! it stays on the CPU on which requests are made ([`Follow`]).
+//! it stays on the CPU on which requests are made (`Follow`).
 //!
 //! ```text
 //! leader:  wait -> answer -> wait -> ...

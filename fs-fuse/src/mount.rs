@@ -7,7 +7,7 @@
 //! | root | a block device | `fuseblk.cairn` | the new mount API |
 //! | root | an image file | `fuseblk.cairn` | a loop device over it as anchor, see below |
 //! | root | where the above fails | `fuse.cairn` | the new mount API |
-//! | anyone else | | `fuse.cairn` | fusermount3, see [`crate::fusermount`] |
+//! | anyone else | | `fuse.cairn` | fusermount3, see `fusermount.rs` |
 //!
 //! `fuseblk` is wanted because only with it the kernel passes on sync(2) and syncfs(2), and makes
 //! umount(2) wait until the daemon has committed and closed. It needs a block device that the

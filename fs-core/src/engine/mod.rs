@@ -200,7 +200,7 @@ impl Engine {
     /// [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Failed`].
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
         self.store.writable()?;
-        if data > 0 && self.store.dirty.over_hard() {
+        if self.store.dirty.over_hard() {
             self.commit()?;
         }
         for _ in 0..3 {

@@ -1,8 +1,9 @@
 //! Every structure that reaches a disk: bytes to checked values and back, nothing else.
 //!
-//! All integers are little-endian. A structure is declared once with [`disk_struct!`](crate::disk_struct), which
-//! refuses holes and overlaps at compile time and yields the accessors, and the field table that
-//! `docs/format.md` and `cairn inspect` print. Reserved bytes are written as zero and checked.
+//! All integers are little-endian. A structure is declared once with
+//! [`disk_struct!`](crate::disk_struct), which refuses holes and overlaps at compile time and
+//! yields the accessors, and the field table that `docs/format.md` and `cairn inspect` print.
+//! Reserved bytes are written as zero and checked.
 //!
 //! `decode` functions turn untrusted bytes into values that need no further check; `encode` is
 //! their inverse. Nothing here reads a device, allocates by a size found on disk without a bound,

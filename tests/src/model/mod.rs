@@ -1,6 +1,6 @@
 //! The oracle: a filesystem in memory, written to be read.
 //!
-//! It says what every operation of [`Filesystem`] does and which error it ends with, following
+//! It says what every operation of `Filesystem` does and which error it ends with, following
 //! POSIX and, where that is silent, what Linux does. It keeps no secrets from tests: its state is a
 //! value ([`State`]) that can be cloned at any moment to remember what things were like.
 //!
