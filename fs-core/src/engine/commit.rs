@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::format::chunk::ChunkKind;
 use crate::format::key::{kind, Key};
 use crate::format::ptr::BlockPtr;
-use crate::format::space::{Residue, Run};
+use crate::format::space::{Residue, ResidueHeader, ResidueItem, Run};
 use crate::format::superblock::Superblock;
 use crate::subvol::extents::{resolve, Resolved};
 use crate::subvol::inode::Inode;
@@ -210,7 +210,11 @@ impl Engine {
         let items = store.space.cut_bound(txg);
         let value = crate::format::space::REGION_BYTES as usize / 4096 / 8;
         let nodes = tree.apply_bound(items, items * value, store.node_bytes);
-        nodes * store.node_bytes as u64 + RESIDUE_BYTES
+        // The residue names nodes taken and nodes freed, and itself. To set more aside would make
+        // a commit fail in a pool that is small or nearly full.
+        let named = 2 * nodes + RESIDUE_SLACK;
+        let residue = ResidueHeader::BYTES as u64 + named * ResidueItem::BYTES as u64;
+        nodes * store.node_bytes as u64 + residue.next_multiple_of(store.node_bytes as u64)
     }
 
     fn write_residue(&self, sink: &GroupSink<'_>, txg: Txg) -> Result<(BlockPtr, Residue)> {
@@ -323,8 +327,8 @@ impl Engine {
 
 /// Bytes set aside for the nodes of the chunk tree that one group rewrites.
 const CHUNK_TREE_BYTES: u64 = 8 * 65536;
-/// Bytes set aside for the residue block.
-const RESIDUE_BYTES: u64 = 256 << 10;
+/// Runs the residue may name besides nodes: its own block, twice.
+const RESIDUE_SLACK: u64 = 4;
 
 /// The run of a residue block: whole nodes, though its pointer says fewer bytes.
 fn residue_run(ptr: &BlockPtr, node_bytes: usize) -> Run {
