@@ -404,7 +404,9 @@ pub fn is_left_open(runner: &Runner, state: &State, op: &Op) -> bool {
         Op::Seek { target, .. } => node(target).is_some_and(|n| n.content().is_none()),
         Op::Setattr { target, set, .. } => {
             let is_symlink = node(target).is_some_and(|n| n.mode & mode::TYPE == mode::SYMLINK);
+            let is_file = node(target).is_some_and(|n| n.content().is_some());
             set.mode.is_some() && is_symlink
+                || set.size.is_some() && !is_file && is_protected(target)
                 || set.kill_priv && node(target).is_some_and(|n| locks_group(n.mode))
         }
         Op::Setxattr { target, name, .. } | Op::Removexattr { target, name } => {

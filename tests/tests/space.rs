@@ -1,0 +1,74 @@
+//! What the filesystem says of its space can be believed.
+
+use cairn_tests::device::{refs, RamDevice};
+use cairn_tests::platform::{Spawn, TestPlatform};
+use cairn_tests::rng::Rng;
+use cairn_tests::subject::{Mounted, Pool, Subject};
+use fs_core::error::Errno;
+use fs_core::units::Ino;
+use fs_core::vfs::{Caller, Filesystem};
+
+const CALLER: Caller = Caller { uid: 0, gid: 0, umask: 0 };
+const PIECE: usize = 64 << 10;
+
+fn mount(pool: &Pool, bytes: u64) -> Box<dyn Mounted> {
+    let devices = refs(&[RamDevice::new("ram", bytes)]);
+    let core = TestPlatform::new(1, Spawn::AtOnce).platform();
+    pool.format(&devices, &core).unwrap();
+    pool.open(&devices, &core).unwrap()
+}
+
+fn create(fs: &dyn Filesystem, name: &[u8]) -> Ino {
+    fs.mknod(fs.root(), name, 0o100644, 0, &CALLER).unwrap().ino
+}
+
+/// Appends what cannot be compressed until there is no room; returns how many bytes there was room
+/// for.
+fn fill(fs: &dyn Filesystem, ino: Ino, seed: u64) -> u64 {
+    let mut rng = Rng::new(seed);
+    let (mut piece, mut size) = (vec![0; PIECE], 0);
+    loop {
+        rng.fill(&mut piece);
+        match fs.write(ino, size, &piece, Default::default()) {
+            Ok(_) => size += piece.len() as u64,
+            Err(error) => {
+                assert_eq!(error.errno(), Errno::NoSpc, "{error}");
+                fs.sync().unwrap();
+                return size;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_df_says_is_available_can_be_written() {
+    for bytes in [32 << 20, 64 << 20, 200 << 20] {
+        let mounted = mount(&Pool::default(), bytes);
+        let fs = mounted.fs();
+        let said = fs.statfs().unwrap().available_bytes;
+        let written = fill(&*fs, create(&*fs, b"f"), bytes);
+        // Metadata takes a little of it; more than it said would be as wrong as less.
+        let (low, high) = (said / 100 * 90, said / 100 * 103);
+        assert!((low..=high).contains(&written), "{bytes}: {said} available, {written} written");
+        let left = fs.statfs().unwrap().available_bytes;
+        assert!(left < said / 50, "{bytes}: full, but {left} of {said} bytes are available");
+    }
+}
+
+#[test]
+fn a_pool_can_be_filled_and_emptied_any_number_of_times() {
+    let mounted = mount(&Pool::cramped(), 32 << 20);
+    let fs = mounted.fs();
+    let mut file = create(&*fs, b"f");
+    let first = fill(&*fs, file, 0);
+    let mut smallest = first;
+    for round in 1..8 {
+        fs.unlink(fs.root(), b"f").unwrap();
+        // Its space is given back when nobody holds it any more.
+        fs.forget(file, 1);
+        file = create(&*fs, b"f");
+        smallest = smallest.min(fill(&*fs, file, round));
+    }
+    assert!(smallest >= first / 100 * 95, "{first} bytes at first, {smallest} later");
+    mounted.close().unwrap();
+}
