@@ -1,8 +1,9 @@
 //! How many nodes a batch may write, known before it is applied.
 
-use super::Tree;
+use super::{NodeSource, Tree, Walk};
 use crate::format::node::{capacity, footprint, ENTRY_BYTES};
 use crate::format::ptr::LEVELS_MAX;
+use crate::platform::Result;
 
 impl Tree {
     /// An upper bound on the nodes that [`apply`](Tree::apply) allocates for `edits` edits that put
@@ -13,22 +14,62 @@ impl Tree {
     /// nodes that they need (see `pack`); a neighbour that is taken in comes
     /// with a node that has shrunk, and the two become at most two.
     pub fn apply_bound(&self, edits: usize, value_bytes: usize, node_bytes: usize) -> u64 {
+        let fanout = (capacity(node_bytes) / ENTRY_BYTES) as u64;
+        let height = self.root.map_or(0, |root| root.level);
+        let existing = |level: u8| match height.checked_sub(level) {
+            Some(above) => fanout.saturating_pow(u32::from(above)),
+            None => 0,
+        };
+        self.bound(edits, value_bytes, node_bytes, &existing)
+    }
+
+    /// As [`apply_bound`](Tree::apply_bound), with the nodes there really are: reads the interior
+    /// ones. For a tree of few nodes the difference is large.
+    ///
+    /// # Errors
+    /// What loading a node gives.
+    pub fn apply_bound_exact(
+        &self,
+        source: &dyn NodeSource,
+        edits: usize,
+        value_bytes: usize,
+    ) -> Result<u64> {
+        let mut counts = [0u64; LEVELS_MAX as usize];
+        if self.root.is_some_and(|root| root.level == 0) {
+            counts[0] = 1;
+        } else {
+            self.walk(source, &mut |visit| {
+                let node = visit.node.map_err(Clone::clone)?;
+                counts[usize::from(node.level())] += 1;
+                if node.level() > 1 {
+                    return Ok(Walk::Down);
+                }
+                counts[0] += node.count() as u64;
+                Ok(Walk::Over)
+            })?;
+        }
+        let existing = |level: u8| counts.get(usize::from(level)).copied().unwrap_or(0);
+        Ok(self.bound(edits, value_bytes, source.node_bytes(), &existing))
+    }
+
+    fn bound(
+        &self,
+        edits: usize,
+        value_bytes: usize,
+        node_bytes: usize,
+        existing: &dyn Fn(u8) -> u64,
+    ) -> u64 {
         if edits == 0 {
             return 0;
         }
         let capacity = capacity(node_bytes) as u64;
-        let fanout = capacity / ENTRY_BYTES as u64;
         let height = self.root.map_or(0, |root| root.level);
         let nodes_for = |bytes: u64| (2 * bytes).div_ceil(capacity);
 
         let mut new_bytes = edits as u64 * footprint(0, 0) as u64 + value_bytes as u64;
         let mut total = 0;
         for level in 0..LEVELS_MAX {
-            let existing = match height.checked_sub(level) {
-                Some(above) => fanout.saturating_pow(u32::from(above)),
-                None => 0,
-            };
-            let written = 2 * existing.min(edits as u64) + nodes_for(new_bytes);
+            let written = 2 * existing(level).min(edits as u64) + nodes_for(new_bytes);
             total += written;
             if level >= height && written <= 1 {
                 break;

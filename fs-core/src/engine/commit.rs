@@ -181,7 +181,7 @@ impl Engine {
         store.space.drop_empty(txg, store)?;
         store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
         let space_tree = store.space_view().tree;
-        let need = self.space_tree_bytes(&space_tree, txg);
+        let need = self.space_tree_bytes(&space_tree, txg)?;
         store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
         let chunk_edits = store.space.seal_chunks(txg, || store.pool.take_chunk_edits(txg));
         let chunk_edits = to_edits(chunk_edits);
@@ -205,16 +205,16 @@ impl Engine {
     }
 
     /// A bound of what writing the space tree takes after the cut.
-    fn space_tree_bytes(&self, tree: &Tree, txg: Txg) -> u64 {
+    fn space_tree_bytes(&self, tree: &Tree, txg: Txg) -> Result<u64> {
         let store = &*self.store;
         let items = store.space.cut_bound(txg);
         let value = crate::format::space::REGION_BYTES as usize / 4096 / 8;
-        let nodes = tree.apply_bound(items, items * value, store.node_bytes);
+        let nodes = tree.apply_bound_exact(store, items, items * value)?;
         // The residue names nodes taken and nodes freed, and itself. To set more aside would make
         // a commit fail in a pool that is small or nearly full.
         let named = 2 * nodes + RESIDUE_SLACK;
         let residue = ResidueHeader::BYTES as u64 + named * ResidueItem::BYTES as u64;
-        nodes * store.node_bytes as u64 + residue.next_multiple_of(store.node_bytes as u64)
+        Ok(nodes * store.node_bytes as u64 + residue.next_multiple_of(store.node_bytes as u64))
     }
 
     fn write_residue(&self, sink: &GroupSink<'_>, txg: Txg) -> Result<(BlockPtr, Residue)> {

@@ -10,7 +10,6 @@ use super::group::Deltas;
 use super::state::{apply_exact, State};
 use super::{corrupt, BitmapSource, Space};
 use crate::error::Error;
-use crate::format::chunk::CHUNK_BYTES_MAX;
 use crate::format::key::{kind, Key};
 use crate::format::space::{SummaryItem, REGION_BYTES};
 use crate::platform::Result;
@@ -201,7 +200,8 @@ impl Space {
             .sum();
         // Every region and every chunk once, however many runs there are.
         let most: u64 = state.chunks.values().map(|c| u64::from(c.region_count()) + 1).sum();
-        let dropped = state.dropped.len() as u64 * (CHUNK_BYTES_MAX / REGION_BYTES + 1);
+        let gone = state.dropped.values().map(|dropped| &dropped.space);
+        let dropped: u64 = gone.map(|c| u64::from(c.region_count()) + 1).sum();
         usize::try_from(regions.min(most) + dropped).unwrap_or(usize::MAX)
     }
 
