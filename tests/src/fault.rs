@@ -267,7 +267,7 @@ pub fn built(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree, Pla
 /// When that fails.
 pub fn cut_off(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree), String> {
     let run = Run::new(subject, script)?;
-    let mounted = subject.open(&refs(&[run.device.clone()]), &run.core);
+    let mounted = subject.open(&refs(std::slice::from_ref(&run.device)), &run.core);
     let mounted = mounted.map_err(|e| format!("open: {e}"))?;
     let mut expected = Runner::new(run.model.clone());
     let mut found = Runner::new(mounted.fs());

@@ -74,10 +74,55 @@ fn fill_and_empty(pool: &Pool, bytes: u64) {
 
 #[test]
 fn a_pool_can_be_filled_and_emptied_any_number_of_times() {
-    for bytes in [12 << 20, 20 << 20, 32 << 20, 128 << 20] {
+    for bytes in [12 << 20, 20 << 20, 32 << 20, 80 << 20] {
         fill_and_empty(&Pool::cramped(), bytes);
         let mut large = Pool::cramped();
         large.format.node_bytes = 65536;
         fill_and_empty(&large, bytes);
+    }
+}
+
+/// Fills a pool with files of a few sectors, then removes them all.
+fn fill_with_files(pool: &Pool, bytes: u64, sync_every: usize) {
+    let mounted = mount(pool, bytes);
+    let fs = mounted.fs();
+    let mut rng = Rng::new(bytes);
+    let mut names = Vec::new();
+    let mut data = vec![0; 3 * 4096];
+    loop {
+        let name = format!("a file with a name of some length, number {}", names.len());
+        let made = fs.mknod(fs.root(), name.as_bytes(), 0o100644, 0, &CALLER);
+        rng.fill(&mut data);
+        let written = made.and_then(|attr| {
+            names.push(name);
+            let written = fs.write(attr.ino, 0, &data, Default::default());
+            fs.forget(attr.ino, 1);
+            written
+        });
+        if let Err(error) = written {
+            assert_eq!(error.errno(), Errno::NoSpc, "{error}");
+            break;
+        }
+    }
+    rng.shuffle(&mut names);
+    for (index, name) in names.iter().enumerate() {
+        let removed = fs.unlink(fs.root(), name.as_bytes());
+        removed.unwrap_or_else(|e| panic!("{bytes}: removing file {index}: {e}"));
+        if index % sync_every == 0 {
+            fs.sync().unwrap_or_else(|e| panic!("{bytes}: after removing file {index}: {e}"));
+        }
+    }
+    let left = fs.statfs().unwrap().inodes;
+    assert_eq!(left, 1, "inodes after everything was removed");
+    mounted.close().unwrap();
+}
+
+#[test]
+fn every_file_of_a_full_pool_can_be_removed() {
+    for (bytes, sync_every) in [(12 << 20, 2), (30 << 20, 100), (30 << 20, usize::MAX)] {
+        fill_with_files(&Pool::cramped(), bytes, sync_every);
+        let mut large = Pool::cramped();
+        large.format.node_bytes = 65536;
+        fill_with_files(&large, bytes, sync_every);
     }
 }
