@@ -130,6 +130,10 @@ impl<'a> Run<'a> {
             if let Some(damage) = found.damage.take() {
                 // It may have been carried out or not.
                 self.history.push(self.model.state(), Effect::None, Default::default());
+                if let Op::CopyRange { target, .. } = op {
+                    let ino = expected.find_ino(target);
+                    ino.into_iter().for_each(|ino| self.history.in_steps(ino));
+                }
                 let told = self.test.incidents.take();
                 let told: Vec<String> = told.iter().map(ToString::to_string).collect();
                 return Ok(Some((index + 1, format!("{damage} ({})", told.join("; ")))));

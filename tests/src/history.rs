@@ -80,6 +80,8 @@ struct Point {
     tree: Tree,
     effect: Effect,
     times: Times,
+    /// A file that the operation changed in several steps, each atomic, all together not.
+    stepwise: Option<u64>,
 }
 
 /// Modification times as the subject showed them, by the model's inode numbers.
@@ -101,8 +103,14 @@ impl History {
     /// Adds the state after one more operation. Returns the operation's number, from 1.
     pub fn push(&mut self, state: State, effect: Effect, times: Times) -> u64 {
         let tree = Tree::of_state(&state);
-        self.points.push(Point { state, tree, effect, times });
+        self.points.push(Point { state, tree, effect, times, stepwise: None });
         self.points.len() as u64 - 1
+    }
+
+    /// The last operation changed that file in several steps: what a crash in between leaves of it
+    /// is not looked at.
+    pub fn in_steps(&mut self, ino: u64) {
+        self.points.last_mut().expect("an operation").stepwise = Some(ino);
     }
 
     /// Whether `found` may be what a crash leaves after operation `done` returned, and before the
@@ -144,6 +152,9 @@ impl History {
         for (path, identity) in &tree.names {
             let file = &found.files[*identity];
             let ino = tree.files[*identity].ino;
+            if last > done && self.points[last].stepwise == Some(ino) {
+                continue;
+            }
             self.check_time(ino, file, moment, done, last)
                 .map_err(|e| format!("{}: {e}", show(path)))?;
             let Some(content) = &file.content else { continue };

@@ -97,6 +97,12 @@ impl Runner {
         self.slots[slot]
     }
 
+    /// The inode an operation works on.
+    pub fn find_ino(&self, target: &Target) -> Option<u64> {
+        let mut held = Held { fs: self.fs.clone(), inos: Vec::new() };
+        self.find(&mut held, target).ok().map(|ino| ino.0)
+    }
+
     /// What is held, to go back to.
     pub fn slots(&self) -> [Option<Ino>; SLOTS] {
         self.slots

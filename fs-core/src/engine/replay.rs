@@ -6,10 +6,11 @@
 //!
 //! - Segments are taken out of free space first: replay must not write over what it reads.
 //! - A range that names an extent is believed only after its data was read and verified: the frame
-//!   may have reached the device when the data had not. Replay ends there, as it ends at a torn
-//!   frame.
+//!   may have reached the device when the data had not. Replay ends before that frame, as it ends
+//!   at a torn one; so frames are looked at first and applied then.
 
 use crate::buf::Buf;
+use crate::codec;
 use crate::engine::log::LogPlace;
 use crate::engine::Engine;
 use crate::error::{Error, Incident};
@@ -20,7 +21,6 @@ use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
 use crate::intent;
-use crate::pool::{DataRead, DataSource};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::{anchor, Content};
 use crate::subvol::store::Result;
@@ -49,18 +49,29 @@ impl Engine {
         let store = &*self.store;
         let place = LogPlace::new(store);
         let pool_id = store.pool.pool_id();
-        let segments = intent::scan(&place, pool_id, start, &mut |_| Ok(true))?.segments;
+        let published = store.groups.published();
+        let mut proof = Proof { engine: self, published, blobs: BTreeSet::new() };
+        let end = intent::scan(&place, pool_id, start, &mut |record| proof.holds(&record))?;
         let mut replay = Replay {
             engine: self,
             handle: store.groups.enter(),
-            published: store.groups.published(),
+            published,
             applied: 0,
             taken: BTreeSet::new(),
         };
-        for run in &segments {
+        for run in &end.segments {
             replay.pin_segment(*run)?;
         }
-        let end = intent::scan(&place, pool_id, start, &mut |record| replay.apply(record))?;
+        // No record of a frame that does not hold is applied: the names it has go with its data.
+        let mut left = end.records;
+        intent::scan(&place, pool_id, start, &mut |record| {
+            if left == 0 {
+                return Ok(false);
+            }
+            left -= 1;
+            replay.apply(record)?;
+            Ok(true)
+        })?;
         if let Some(error) = end.unreadable {
             store.platform.report.incident(&Incident::Lost {
                 addr: end.position.segment.addr,
@@ -90,24 +101,21 @@ impl Replay<'_> {
         Ok(())
     }
 
-    fn apply(&mut self, record: LogRecord) -> Result<bool> {
-        if record.txg <= self.published {
-            return Ok(true);
-        }
-        let Some(subvol) = self.engine.subvol(record.tree) else {
-            return Ok(false);
+    fn apply(&mut self, record: LogRecord) -> Result<()> {
+        let subvol = self.engine.subvol(record.tree);
+        let Some(subvol) = subvol.filter(|_| record.txg > self.published) else {
+            return Ok(());
         };
-        let go_on = match record.record {
+        match record.record {
             Record::Item { key, value, keep_size } => {
                 self.item(&subvol, key, value, keep_size)?;
-                true
             }
             Record::Range { ino, offset, len, content } => {
-                self.range(&subvol, ino, offset, len, content)?
+                self.range(&subvol, ino, offset, len, content)?;
             }
-        };
-        self.applied += u64::from(go_on);
-        Ok(go_on)
+        }
+        self.applied += 1;
+        Ok(())
     }
 
     fn item(
@@ -199,24 +207,21 @@ impl Replay<'_> {
         offset: u64,
         len: u64,
         content: RangeContent,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let content = match content {
             RangeContent::Bytes(bytes) => {
                 let data = Buf::copy_of(&bytes)?.into_slice();
-                return self.put(subvol, ino, offset, len, None, Some(data)).map(|()| true);
+                return self.put(subvol, ino, offset, len, None, Some(data));
             }
             RangeContent::Written(extent) => {
-                if !self.take_written(subvol, ino, offset, &extent)? {
-                    return Ok(false);
-                }
+                self.take_written(subvol, ino, offset, &extent)?;
                 Content::Written(extent)
             }
             RangeContent::Shared(extent) => Content::Shared(extent),
             RangeContent::Hole => Content::Hole,
             RangeContent::Promised => Content::Promised,
         };
-        self.put(subvol, ino, offset, len, Some(content), None)?;
-        Ok(true)
+        self.put(subvol, ino, offset, len, Some(content), None)
     }
 
     fn put(
@@ -254,44 +259,103 @@ impl Replay<'_> {
         Ok(())
     }
 
-    /// Reads and verifies an extent the log names, and takes its space. False when the data is not
-    /// there: the record was never promised to anybody.
+    /// Takes the space of an extent the log names.
     fn take_written(
         &mut self,
         subvol: &Arc<Subvol>,
         ino: Ino,
         at: u64,
         extent: &Extent,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let store = &*self.engine.store;
-        let (source, run) = match extent {
-            Extent::Plain { addr, len, checksum_kind, checksums } => {
-                let run = Run { addr: *addr, bytes: *len };
-                let source = DataSource::Plain {
-                    addr: *addr,
-                    len: *len,
-                    checksum_kind: *checksum_kind,
-                    checksums: checksums.clone(),
-                };
-                (source, run)
-            }
+        let run = match extent {
+            Extent::Plain { addr, len, .. } => Run { addr: *addr, bytes: *len },
             Extent::Packed { blob, offset, .. } => {
                 let key = (subvol.id, ino, blob.addr, anchor(at, *offset));
                 if !self.taken.insert(key) {
+                    return Ok(());
+                }
+                Run { addr: blob.addr, bytes: blob.allocated() }
+            }
+            Extent::Inline { .. } | Extent::Promised { .. } => return Ok(()),
+        };
+        store.space.take(run, self.handle.txg(), store)
+    }
+}
+
+/// Looks whether the data that records name is there.
+struct Proof<'a> {
+    engine: &'a Engine,
+    published: Txg,
+    /// Blobs that are there: pieces of one blob come in several records.
+    blobs: BTreeSet<(Logical, [u8; 32])>,
+}
+
+impl Proof<'_> {
+    /// Whether a record can be applied. If not, the frame it is in did not reach the device whole:
+    /// nobody was told that it had.
+    fn holds(&mut self, record: &LogRecord) -> Result<bool> {
+        if record.txg <= self.published {
+            return Ok(true);
+        }
+        if self.engine.subvol(record.tree).is_none() {
+            return Ok(false);
+        }
+        match &record.record {
+            Record::Range { content: RangeContent::Written(extent), .. } => self.is_there(extent),
+            _ => Ok(true),
+        }
+    }
+
+    /// Reads an extent's data and compares it with its checksums. Not by way of
+    /// [`Pool::read_data`](crate::pool::Pool::read_data), which reports what is lost: what never
+    /// arrived is not.
+    fn is_there(&mut self, extent: &Extent) -> Result<bool> {
+        let codecs = &*self.engine.store.platform.codecs;
+        match extent {
+            Extent::Plain { addr, len, checksum_kind, checksums } => {
+                let run = Run { addr: *addr, bytes: *len };
+                self.any_copy(run, &|bytes| {
+                    codec::bad_sectors(codecs, *checksum_kind, bytes, checksums).next().is_none()
+                })
+            }
+            Extent::Packed { blob, .. } => {
+                if self.blobs.contains(&(blob.addr, blob.checksum)) {
                     return Ok(true);
                 }
                 let run = Run { addr: blob.addr, bytes: blob.allocated() };
-                (DataSource::Packed { blob: *blob }, run)
+                let is_there = self.any_copy(run, &|bytes| {
+                    let stored = &bytes[..blob.stored as usize];
+                    codec::matches(codecs, blob.checksum_kind, stored, &blob.checksum)
+                })?;
+                if is_there {
+                    self.blobs.insert((blob.addr, blob.checksum));
+                }
+                Ok(is_there)
             }
-            _ => return Ok(false),
-        };
-        let mut reads = [DataRead::new(source)];
-        store.pool.read_data(&mut reads);
-        let [read] = reads;
-        if read.result.is_err() {
-            return Ok(false);
+            Extent::Inline { .. } | Extent::Promised { .. } => Ok(false),
         }
-        store.space.take(run, self.handle.txg(), store)?;
-        Ok(true)
+    }
+
+    /// Whether a copy of a run is good. One that cannot be read may be: then reading it fails later,
+    /// which says more than to forget that it was written.
+    fn any_copy(&self, run: Run, is_good: &dyn Fn(&[u8]) -> bool) -> Result<bool> {
+        let pool = &self.engine.store.pool;
+        let copies = match pool.map(run.addr, run.bytes) {
+            Ok(copies) => copies.len(),
+            // In a chunk that was never published.
+            Err(Error::Unmapped { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let mut is_unreadable = false;
+        for copy in 0..copies {
+            match pool.read_run(run, copy) {
+                Ok(bytes) if is_good(&bytes) => return Ok(true),
+                Ok(_) => {}
+                Err(Error::Device { .. }) => is_unreadable = true,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(is_unreadable)
     }
 }
