@@ -203,6 +203,61 @@ pub enum Op {
     Tick,
 }
 
+impl Op {
+    /// The same operation below a directory of the root.
+    pub fn below(mut self, dir: &[u8]) -> Op {
+        let down = |path: &mut Path| path.insert(0, dir.to_vec());
+        match &mut self {
+            Op::Mknod { path, .. }
+            | Op::Mkdir { path, .. }
+            | Op::Symlink { path, .. }
+            | Op::Tmpfile { dir: path, .. }
+            | Op::Unlink { path }
+            | Op::Rmdir { path }
+            | Op::Lookup { path }
+            | Op::Hold { path, .. } => down(path),
+            Op::Rename { from, to, .. } => [from, to].into_iter().for_each(down),
+            Op::Link { source, path } => {
+                source.path_mut().into_iter().for_each(down);
+                down(path);
+            }
+            Op::CopyRange { source, target, .. } => {
+                [source, target].into_iter().filter_map(Target::path_mut).for_each(down);
+            }
+            Op::Getattr { target }
+            | Op::Setattr { target, .. }
+            | Op::Readlink { target }
+            | Op::Read { target, .. }
+            | Op::Write { target, .. }
+            | Op::Fallocate { target, .. }
+            | Op::Seek { target, .. }
+            | Op::Readdir { target }
+            | Op::Getxattr { target, .. }
+            | Op::Setxattr { target, .. }
+            | Op::Listxattr { target }
+            | Op::Removexattr { target, .. }
+            | Op::Fsync { target, .. } => target.path_mut().into_iter().for_each(down),
+            Op::Release { .. }
+            | Op::Sync
+            | Op::SetLabel { .. }
+            | Op::Trim
+            | Op::Remount
+            | Op::DropCaches
+            | Op::Tick => {}
+        }
+        self
+    }
+}
+
+impl Target {
+    fn path_mut(&mut self) -> Option<&mut Path> {
+        match self {
+            Target::Path(path) => Some(path),
+            Target::Slot(_) => None,
+        }
+    }
+}
+
 /// How many slots there are.
 pub const SLOTS: usize = 3;
 

@@ -195,6 +195,24 @@ impl Tree {
         Ok(tree)
     }
 
+    /// What is at and below a directory of the root.
+    pub fn below(&self, dir: &[u8]) -> Tree {
+        let mut below = Tree::default();
+        let mut identities = BTreeMap::new();
+        let prefix = [b"/", dir].concat();
+        let inside = |path: &Path| {
+            path.strip_prefix(&prefix[..]).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+        };
+        for (path, identity) in self.names.iter().filter(|(path, _)| inside(path)) {
+            let identity = *identities.entry(*identity).or_insert_with(|| {
+                below.files.push(self.files[*identity].clone());
+                below.files.len() - 1
+            });
+            below.names.insert(path.clone(), identity);
+        }
+        below
+    }
+
     /// The first way in which names, types, attributes or links differ.
     pub fn namespace_difference(&self, other: &Tree) -> Option<String> {
         if let Some(path) = self.names.keys().find(|path| !other.names.contains_key(*path)) {

@@ -372,23 +372,24 @@ impl Engine {
         known(&state.ranges) && state.aside.as_ref().is_none_or(|aside| known(&aside.ranges))
     }
 
-    /// Writes a file's bytes to their place when they are too many for the log.
-    fn write_large(&self, subvol: &Arc<Subvol>, inode: &Arc<Inode>) -> Result<()> {
+    /// Writes a file's bytes to their place when they are too many for the log. Only those of the
+    /// open group: those of a group that is being written are its writer's business, and space may
+    /// not be taken for it once it is published, which may be at any moment.
+    fn write_large(&self, subvol: &Arc<Subvol>, inode: &Arc<Inode>) -> Result<(), Trouble> {
+        // Whoever writes a group waits for this lock before it looks at the inode's bytes.
         let _only_one = inode.flushing.lock();
-        let mut tasks = Vec::new();
-        {
+        let tasks = {
             let state = inode.state.read();
+            let aside = state.aside.as_ref().map_or(0, |aside| aside.ranges.data_bytes());
+            if aside > LOG_DATA_MAX {
+                return Err(Trouble::NeedsCommit);
+            }
             if state.dirty_bytes() <= LOG_DATA_MAX {
                 return Ok(());
             }
-            for txg in state.aside.iter().map(|a| a.txg).chain([state.txg]) {
-                tasks.push(data::tasks(subvol, inode, &state, txg, false));
-            }
-        }
-        for tasks in tasks {
-            data::write_tasks(&self.store, &tasks)?;
-        }
-        Ok(())
+            data::tasks(subvol, inode, &state, state.txg, false)
+        };
+        Ok(data::write_tasks(&self.store, &tasks)?)
     }
 }
 
