@@ -130,7 +130,7 @@ pub(super) struct Parts {
 /// Puts an engine together and loads the chunk map and the summaries.
 pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
     let store = make_store(&parts);
-    let Parts { platform, superblock, .. } = parts;
+    let superblock = parts.superblock;
     let space_tree = Tree { id: TreeId::SPACE, root: superblock.space_root };
     let chunk_tree = Tree { id: TreeId::CHUNK, root: superblock.chunk_root };
     load_chunks(&store, &chunk_tree)?;
@@ -140,21 +140,32 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         let subvol = Subvol::new(id, item, superblock.txg, store.clone())?;
         subvols.insert(id, Arc::new(subvol));
     }
-    let commit_ns = parts.commit_seconds.max(1).saturating_mul(1_000_000_000);
-    Ok(Arc::new(Engine {
+    Ok(make_engine(superblock, store, subvols, parts.commit_seconds))
+}
+
+/// Kept apart from `assemble`, as [`make_store`] is.
+#[inline(never)]
+fn make_engine(
+    superblock: Box<Superblock>,
+    store: Arc<Store>,
+    subvols: BTreeMap<TreeId, Arc<Subvol>>,
+    commit_seconds: u64,
+) -> Arc<Engine> {
+    let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
+    Arc::new(Engine {
         default_subvol: TreeId(superblock.default_subvol),
         subvols: RwLock::new(subvols),
         committer: Mutex::new(Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::new(VecDeque::new()),
         promised: Mutex::new(None),
-        commit_due_ns: AtomicU64::new(platform.clock.uptime_ns().saturating_add(commit_ns)),
+        commit_due_ns: AtomicU64::new(store.platform.clock.uptime_ns().saturating_add(commit_ns)),
         commit_ns,
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         store,
-    }))
+    })
 }
 
 /// Kept apart from `assemble`, whose frame would hold the store as it is being made.
@@ -255,6 +266,7 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
 }
 
 impl Engine {
+    #[inline(never)]
     fn load_pool_tree(&self, options: &OpenOptions) -> Result<()> {
         let (tree, txg) = {
             let committer = self.committer.lock();
@@ -294,6 +306,7 @@ impl Engine {
         Ok(())
     }
 
+    #[inline(never)]
     fn queue_orphans(&self) -> Result<()> {
         for subvol in self.subvols() {
             let from = Key::new(0, kind::ORPHAN, 0);
