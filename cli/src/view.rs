@@ -23,7 +23,7 @@ const NODES_KEPT: usize = 256;
 /// A pool, read-only.
 pub(crate) struct View {
     pub(crate) pool: Pool,
-    pub(crate) superblock: Superblock,
+    pub(crate) superblock: Box<Superblock>,
     nodes: Mutex<BTreeMap<Logical, Arc<Node>>>,
 }
 

@@ -143,12 +143,36 @@ pub trait Codecs: Send + Sync {
     fn crc32c(&self, bytes: &[u8]) -> u32;
     /// BLAKE3-256 of `bytes`.
     fn blake3(&self, bytes: &[u8]) -> [u8; 32] {
-        *blake3::hash(bytes).as_bytes()
+        blake3(bytes)
     }
     /// Compresses `src` into `dst` as one zstd frame. `None` when it does not fit in `dst`.
     fn zstd_compress(&self, src: &[u8], dst: &mut [u8], level: i32) -> Option<usize>;
     /// Expands one zstd frame that must fill `dst` exactly. False when `src` is not such a frame.
     fn zstd_expand(&self, src: &[u8], dst: &mut [u8]) -> bool;
+}
+
+/// BLAKE3-256 of `bytes`, without the help of a platform.
+#[cfg(not(feature = "kernel"))]
+pub fn blake3(bytes: &[u8]) -> [u8; 32] {
+    *blake3::hash(bytes).as_bytes()
+}
+
+/// BLAKE3-256 of `bytes`, without the help of a platform.
+///
+/// At once, it would halve its input recursively: up to 7 KiB of stack for a tree node. Chunk by
+/// chunk it does not, and the hasher, 2 KiB, is on the heap. The vector instructions that doing
+/// much at once is for are not to be had in a kernel.
+#[cfg(feature = "kernel")]
+pub fn blake3(bytes: &[u8]) -> [u8; 32] {
+    #[inline(never)]
+    fn hasher() -> Box<blake3::Hasher> {
+        Box::new(blake3::Hasher::new())
+    }
+    let mut hasher = hasher();
+    for chunk in bytes.chunks(blake3::CHUNK_LEN) {
+        hasher.update(chunk);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// Receives what administrators must learn of.

@@ -17,6 +17,8 @@ use alloc::vec::Vec;
 /// that are mapped.
 ///
 /// Nodes are neither marked nor counted here: that needs the map.
+// Called once, and large when inlined: its frame is to be gone when the next part begins.
+#[inline(never)]
 pub(super) fn load(
     blocks: &Blocks<'_>,
     superblock: &Superblock,

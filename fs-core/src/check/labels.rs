@@ -12,6 +12,8 @@ use crate::units::{Physical, SECTOR_BYTES};
 use alloc::format;
 
 /// Reports damaged labels, and copies of the superblock that are not what the chosen one is.
+// Called once, and large when inlined: its frame is to be gone when the next part begins.
+#[inline(never)]
 pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Findings) {
     for label in pool.damaged_labels() {
         let end = if label.area == 0 { "start" } else { "end" };

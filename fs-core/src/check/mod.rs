@@ -219,6 +219,7 @@ struct Checker<'a> {
 }
 
 impl<'a> Checker<'a> {
+    #[inline(never)]
     fn run(&mut self) -> Result<()> {
         let superblock = self.superblock;
         self.each_item(&tree(TreeId::CHUNK, superblock.chunk_root), &mut |_, _, _, _| Ok(()))?;

@@ -22,6 +22,8 @@ const DEPTH_MAX: usize = 1024;
 ///
 /// # Errors
 /// [`Error::Memory`].
+// Called once, and large when inlined: its frame is to be gone when the next part begins.
+#[inline(never)]
 pub(super) fn add(
     blocks: &Blocks<'_>,
     superblock: &Superblock,

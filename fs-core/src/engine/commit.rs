@@ -103,7 +103,7 @@ impl Engine {
         Ok(())
     }
 
-    fn write_group(&self, committer: &mut Committer, txg: Txg) -> Result<Written> {
+    fn write_group(&self, committer: &mut Committer, txg: Txg) -> Result<Box<Written>> {
         let subvols: Vec<(Arc<Subvol>, Vec<Arc<Inode>>)> = self
             .subvols()
             .into_iter()
@@ -161,7 +161,7 @@ impl Engine {
         debts: GroupDebts,
         pool_edits: &[(Key, Edit)],
         subvols: Vec<WrittenSubvol>,
-    ) -> Result<Written> {
+    ) -> Result<Box<Written>> {
         let store = &*self.store;
         let old = &committer.roots;
         let settled = references::settle(sink, &old.refs, debts.shared, debts.garbage)?;
@@ -201,7 +201,7 @@ impl Engine {
         dead_nodes.extend(freed);
         let (ptr, residue) = self.write_residue(sink, txg)?;
         let roots = Roots { pool, chunk, refs, dead: old.dead, residue: Some(ptr) };
-        Ok(Written { roots, space_tree, residue, subvols, dead_nodes })
+        Ok(Box::new(Written { roots, space_tree, residue, subvols, dead_nodes }))
     }
 
     /// A bound of what writing the space tree takes after the cut.
@@ -268,7 +268,7 @@ impl Engine {
         &self,
         committer: &mut Committer,
         txg: Txg,
-        written: Written,
+        written: Box<Written>,
         superblock: Box<Superblock>,
     ) {
         let store = &*self.store;

@@ -86,7 +86,7 @@ pub fn open(
     let engine = assemble(Parts {
         platform,
         pool: Arc::new(pool),
-        superblock: Box::new(superblock.clone()),
+        superblock: superblock.clone(),
         subvols: Vec::new(),
         settings: DataSettings {
             compression: CompressionKind::None,
@@ -129,30 +129,9 @@ pub(super) struct Parts {
 
 /// Puts an engine together and loads the chunk map and the summaries.
 pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
-    let Parts { platform, pool, superblock, .. } = parts;
+    let store = make_store(&parts);
+    let superblock = parts.superblock;
     let space_tree = Tree { id: TreeId::SPACE, root: superblock.space_root };
-    let chunks: Arc<dyn ChunkSource> = pool.clone();
-    let space = Arc::new(Space::new(
-        chunks,
-        space::Options {
-            published: superblock.txg,
-            metadata_unit: u64::from(superblock.node_bytes),
-            ..space::Options::default()
-        },
-    ));
-    let store = Arc::new(Store::new(StoreParts {
-        platform: platform.clone(),
-        pool: pool.clone(),
-        space,
-        published: superblock.txg,
-        hash_secret: superblock.hash_secret,
-        node_bytes: superblock.node_bytes as usize,
-        space_tree,
-        cache_bytes: parts.cache_bytes,
-        dirty_bytes: parts.dirty_bytes,
-        settings: parts.settings,
-        read_only: parts.read_only,
-    }));
     let chunk_tree = Tree { id: TreeId::CHUNK, root: superblock.chunk_root };
     load_chunks(&store, &chunk_tree)?;
     load_space(&store, &space_tree, &superblock)?;
@@ -161,20 +140,59 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
         let subvol = Subvol::new(id, item, superblock.txg, store.clone())?;
         subvols.insert(id, Arc::new(subvol));
     }
-    let commit_ns = parts.commit_seconds.max(1).saturating_mul(1_000_000_000);
-    Ok(Arc::new(Engine {
+    Ok(make_engine(superblock, store, subvols, parts.commit_seconds))
+}
+
+/// Kept apart from `assemble`, as [`make_store`] is.
+#[inline(never)]
+fn make_engine(
+    superblock: Box<Superblock>,
+    store: Arc<Store>,
+    subvols: BTreeMap<TreeId, Arc<Subvol>>,
+    commit_seconds: u64,
+) -> Arc<Engine> {
+    let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
+    Arc::new(Engine {
         default_subvol: TreeId(superblock.default_subvol),
         subvols: RwLock::new(subvols),
         committer: Mutex::new(Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::new(VecDeque::new()),
         promised: Mutex::new(None),
-        commit_due_ns: AtomicU64::new(platform.clock.uptime_ns().saturating_add(commit_ns)),
+        commit_due_ns: AtomicU64::new(store.platform.clock.uptime_ns().saturating_add(commit_ns)),
         commit_ns,
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         store,
+    })
+}
+
+/// Kept apart from `assemble`, whose frame would hold the store as it is being made.
+#[inline(never)]
+fn make_store(parts: &Parts) -> Arc<Store> {
+    let superblock = &parts.superblock;
+    let chunks: Arc<dyn ChunkSource> = parts.pool.clone();
+    let space = Arc::new(Space::new(
+        chunks,
+        space::Options {
+            published: superblock.txg,
+            metadata_unit: u64::from(superblock.node_bytes),
+            ..space::Options::default()
+        },
+    ));
+    Arc::new(Store::new(StoreParts {
+        platform: parts.platform.clone(),
+        pool: parts.pool.clone(),
+        space,
+        published: superblock.txg,
+        hash_secret: superblock.hash_secret,
+        node_bytes: superblock.node_bytes as usize,
+        space_tree: Tree { id: TreeId::SPACE, root: superblock.space_root },
+        cache_bytes: parts.cache_bytes,
+        dirty_bytes: parts.dirty_bytes,
+        settings: parts.settings,
+        read_only: parts.read_only,
     }))
 }
 
@@ -192,6 +210,8 @@ fn each_item(
     Ok(())
 }
 
+// Not inlined: its frame is to be gone when the rest of opening goes on.
+#[inline(never)]
 fn load_chunks(store: &Store, tree: &Tree) -> Result<()> {
     let mut chunks = Vec::new();
     each_item(store, tree, |key, value| {
@@ -218,6 +238,8 @@ fn load_chunks(store: &Store, tree: &Tree) -> Result<()> {
     store.pool.add_chunks(chunks)
 }
 
+// Not inlined: its frame is to be gone when the rest of opening goes on.
+#[inline(never)]
 fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()> {
     let mut used: BTreeMap<u64, u64> = BTreeMap::new();
     let mut cursor = tree.cursor();
@@ -244,6 +266,7 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
 }
 
 impl Engine {
+    #[inline(never)]
     fn load_pool_tree(&self, options: &OpenOptions) -> Result<()> {
         let (tree, txg) = {
             let committer = self.committer.lock();
@@ -283,6 +306,7 @@ impl Engine {
         Ok(())
     }
 
+    #[inline(never)]
     fn queue_orphans(&self) -> Result<()> {
         for subvol in self.subvols() {
             let from = Key::new(0, kind::ORPHAN, 0);

@@ -45,6 +45,7 @@ impl Engine {
     ///
     /// # Errors
     /// Errors of the device or the trees; a torn or stale frame is no error but the end.
+    #[inline(never)]
     pub(super) fn replay(&self, start: &LogStart) -> Result<u64> {
         let store = &*self.store;
         let place = LogPlace::new(store);

@@ -90,7 +90,7 @@ impl Label {
             return Err(Error::NotCairn);
         }
         let label = <Label as DiskField>::get(bytes);
-        if *blake3::hash(&bytes[..0xfe0]).as_bytes() != label.checksum {
+        if crate::platform::blake3(&bytes[..0xfe0]) != label.checksum {
             return Err(Error::NotCairn);
         }
         if label.version != FORMAT_VERSION {
@@ -113,7 +113,7 @@ impl Label {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; Label::BYTES];
         self.put(&mut bytes);
-        let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
+        let checksum = crate::platform::blake3(&bytes[..0xfe0]);
         bytes[0xfe0..].copy_from_slice(&checksum);
         bytes
     }

@@ -182,7 +182,7 @@ impl Superblock {
             return Err(Error::NotCairn);
         }
         let raw = <SuperblockRaw as DiskField>::get(bytes);
-        if *blake3::hash(&bytes[..0xfe0]).as_bytes() != raw.checksum {
+        if crate::platform::blake3(&bytes[..0xfe0]) != raw.checksum {
             return Err(Error::NotCairn);
         }
         if raw.version != FORMAT_VERSION {
@@ -316,7 +316,7 @@ impl Superblock {
         raw.system_chunks = self.system_chunks.len() as u8;
         raw.put(&mut bytes);
         encode_system(&self.system_chunks, &mut bytes[SYSTEM]);
-        let checksum = *blake3::hash(&bytes[..0xfe0]).as_bytes();
+        let checksum = crate::platform::blake3(&bytes[..0xfe0]);
         bytes[0xfe0..].copy_from_slice(&checksum);
         bytes
     }

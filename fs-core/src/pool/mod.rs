@@ -58,6 +58,7 @@ use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform, Result};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
+use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -218,14 +219,14 @@ impl Pool {
         devices: Vec<DeviceRef>,
         platform: Platform,
         options: &PoolOptions,
-    ) -> Result<(Pool, Superblock)> {
+    ) -> Result<(Pool, Box<Superblock>)> {
         let (members, damaged) = probe_all(devices, options.read_only)?;
         let ring = read_rings(&members)?;
         let superblock = choose(&ring, options.max_txg)?;
         check_superblock(superblock, &members, options.read_only)?;
         let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
         *pool.damaged.lock() = damaged;
-        Ok((pool, superblock.clone()))
+        Ok((pool, Box::new(superblock.clone())))
     }
 
     /// The pool that `superblock` describes, with its system chunks.

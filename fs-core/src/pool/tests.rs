@@ -41,6 +41,7 @@ impl Fixture {
 
     fn open(&self, options: PoolOptions) -> Result<(Pool, Superblock)> {
         Pool::open(vec![self.ram.device()], self.env.platform.clone(), &options)
+            .map(|(pool, superblock)| (pool, *superblock))
     }
 
     fn reopen(self, options: PoolOptions) -> Fixture {

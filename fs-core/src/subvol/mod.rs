@@ -83,6 +83,7 @@ impl Subvol {
     ///
     /// # Errors
     /// [`Error::BadItem`] when the item's root is not a valid pointer.
+    #[inline(never)]
     pub fn new(id: TreeId, item: SubvolItem, txg: Txg, store: Arc<Store>) -> Result<Subvol> {
         let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id.0))?;
         Ok(Subvol {

@@ -134,7 +134,7 @@ impl RangeMap {
     fn cut(&mut self, at: u64, len: u64, garbage: &mut Vec<Run>) {
         let end = at + len;
         let hit: Vec<u64> = self.overlapping(at, end).map(|(start, _)| start).collect();
-        let mut dead_blobs: Vec<(u64, Blob)> = Vec::new();
+        let mut dead_blobs: BTreeMap<(crate::units::Logical, u64), Blob> = BTreeMap::new();
         for start in hit {
             let piece = self.pieces.remove(&start).expect("listed just now");
             let piece_end = start + piece.len;
@@ -152,15 +152,13 @@ impl RangeMap {
                     bytes: to - from,
                 }),
                 Content::Written(Extent::Packed { blob, offset, .. }) => {
-                    dead_blobs.push((anchor(start, *offset), *blob));
+                    dead_blobs.insert((blob.addr, anchor(start, *offset)), *blob);
                 }
                 _ => {}
             }
         }
-        // Parts of one blob need not be neighbours: another may have been written in between.
-        dead_blobs.sort_unstable_by_key(|(anchor, blob)| (blob.addr, *anchor));
-        dead_blobs.dedup_by_key(|(anchor, blob)| (blob.addr, *anchor));
-        for (anchor, blob) in dead_blobs {
+        // By blob: its parts need not be neighbours, another may have been written in between.
+        for ((_, anchor), blob) in dead_blobs {
             if !self.names_blob(anchor, &blob) {
                 garbage.push(Run { addr: blob.addr, bytes: blob.allocated() });
             }

@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
+use fs_core::check::{self, CheckOptions, Quiet};
 use fs_core::engine::{self, FormatOptions, OpenOptions};
 use fs_core::error::{Errno, Error};
 use fs_core::platform::{DeviceRef, Platform};
@@ -41,6 +42,21 @@ impl Disk {
             OpenOptions { cache_bytes: 8 << 20, dirty_bytes: 16 << 20, ..OpenOptions::default() };
         let devices = vec![self.device.clone()];
         Volume::open(devices, self.platform.clone(), &options, AccessTime::Relative).map_err(failed)
+    }
+}
+
+impl Disk {
+    /// Nothing is wrong with the pool on the device, which nobody has open.
+    fn check(&self) -> Outcome {
+        let devices = vec![self.device.clone()];
+        let options = CheckOptions::default();
+        let report =
+            check::check(devices, self.platform.clone(), &options, &Quiet).map_err(failed)?;
+        if !report.is_clean() {
+            return Err(format!("{:?}", report.findings));
+        }
+        ensure!(report.stats.subvols == 1);
+        Ok(())
     }
 }
 
@@ -133,7 +149,9 @@ pub(crate) fn a_filesystem_keeps_its_files_over_reopening() -> Outcome {
     drop(fs);
     let fs = disk.open()?;
     verify(&*fs)?;
-    fs.close().map_err(failed)
+    fs.close().map_err(failed)?;
+    drop(fs);
+    disk.check()
 }
 
 /// What was synced is there after everything stopped at once; what is there is whole.
@@ -153,7 +171,9 @@ pub(crate) fn a_synced_file_survives_a_crash() -> Outcome {
     ensure!(content(&*fs, fs.root(), "synced").map_err(failed)? == data);
     fs.unlink(fs.root(), b"synced").map_err(failed)?;
     verify(&*fs)?;
-    fs.close().map_err(failed)
+    fs.close().map_err(failed)?;
+    drop(fs);
+    disk.check()
 }
 
 /// Threads work side by side in directories of their own, and each finds what it wrote.
@@ -188,5 +208,7 @@ pub(crate) fn threads_may_share_a_filesystem() -> Outcome {
     })?;
     ensure_eq!(wrong.load(Ordering::Relaxed), 0);
     ensure!(names(&*fs, fs.root()).map_err(failed)?.is_empty());
-    fs.close().map_err(failed)
+    fs.close().map_err(failed)?;
+    drop(fs);
+    disk.check()
 }

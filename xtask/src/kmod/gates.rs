@@ -27,7 +27,7 @@ const LARGE_FRAMES: &[(&str, u64, &str)] =
 
 /// Functions that may call themselves, and what bounds the depth. Parts of demangled names.
 const BOUNDED_RECURSION: &[(&str, &str)] = &[
-    ("blake3::compress_subtree_wide", "halves its input; less than log2 of its chunks"),
+    ("blake3::compress_subtree_wide", "halves its input; and is not called, see platform::blake3"),
     ("core::slice::sort::", "turns to heapsort at 2 log2 of the length"),
     ("BTreeMap<_, _, _> as core::clone::Clone>::clone::clone_subtree", "the height of the map"),
     ("fs_core::engine::data::place", "once: stores plainly what was to be packed"),
