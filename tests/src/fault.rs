@@ -98,7 +98,9 @@ impl<'a> Run<'a> {
         let test = TestPlatform::new(script.seed, Spawn::AtOnce);
         let core = test.platform();
         let device = RamDevice::new("ram", script.device_bytes);
-        subject.format(&refs(&[device.clone()]), &core).map_err(|e| format!("format: {e}"))?;
+        subject
+            .format(&refs(std::slice::from_ref(&device)), &core)
+            .map_err(|e| format!("format: {e}"))?;
         let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
         let history = History::new(model.state());
         let (base, recording) = (device.image(), Recording::start(std::slice::from_ref(&device)));
@@ -108,7 +110,7 @@ impl<'a> Run<'a> {
     /// Carries out the operations until one fails that should not, or reports damage; says which,
     /// and how. An error is a wrong result.
     fn tell(&mut self, script: &Script) -> Result<Option<(usize, String)>, String> {
-        let opened = self.subject.open(&refs(&[self.device.clone()]), &self.core);
+        let opened = self.subject.open(&refs(std::slice::from_ref(&self.device)), &self.core);
         let mounted = match opened {
             Ok(mounted) => mounted,
             Err(error) => return Ok(Some((0, format!("open: {error}")))),
@@ -185,8 +187,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Carries out a script on a device that lies once, and reads everything again: what can be read must
-/// be right.
+/// Carries out a script on a device that lies once, and reads everything again: what can be read
+/// must be right.
 ///
 /// # Errors
 /// What was wrong.

@@ -55,7 +55,8 @@ pub enum Depth {
     Open,
     /// Also: it closes, checks clean again, and shows the same when opened again.
     Reopen,
-    /// Also: power fails again at moments of opening it, and then it opens and shows what is allowed.
+    /// Also: power fails again at moments of opening it, and then it opens and shows what is
+    /// allowed.
     Twice,
 }
 
