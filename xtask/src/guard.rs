@@ -6,7 +6,8 @@
 
 use crate::run::Cmd;
 use anyhow::{Context, Result};
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
@@ -20,6 +21,7 @@ enum Undo {
     RemoveDir { dir: PathBuf },
     RemoveMountPoint { dir: PathBuf },
     RemoveLink { link: PathBuf },
+    RestoreMode { path: PathBuf, mode: u32 },
 }
 
 struct Registry {
@@ -96,6 +98,11 @@ impl Undo {
                     eprintln!("xtask: cannot remove {}: {error}", dir.display());
                 }
             }
+            Undo::RestoreMode { path, mode } => {
+                if let Err(error) = fs::set_permissions(&path, Permissions::from_mode(mode)) {
+                    eprintln!("xtask: cannot restore the mode of {}: {error}", path.display());
+                }
+            }
             Undo::RemoveLink { link } => {
                 if let Err(error) = fs::remove_file(&link) {
                     eprintln!("xtask: cannot remove {}: {error}", link.display());
@@ -128,6 +135,17 @@ pub fn symlink(target: &Path, link: &Path) -> Result<Guard> {
     std::os::unix::fs::symlink(target, link)
         .with_context(|| format!("cannot make {}", link.display()))?;
     Ok(Guard::register(Undo::RemoveLink { link: link.to_owned() }))
+}
+
+/// Other permissions for `path` until the guard is dropped.
+///
+/// # Errors
+/// When they cannot be changed.
+pub fn permissions(path: &Path, mode: u32) -> Result<Guard> {
+    let old = fs::metadata(path)?.permissions().mode() & 0o7777;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .with_context(|| format!("cannot change the mode of {}", path.display()))?;
+    Ok(Guard::register(Undo::RestoreMode { path: path.to_owned(), mode: old }))
 }
 
 /// A new, empty directory below `parent`, removed with its content when the guard is dropped.

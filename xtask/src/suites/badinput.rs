@@ -22,7 +22,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-const IMAGE_BYTES: u64 = 256 << 20;
+/// Small, because each is hashed before and after.
+const IMAGE_BYTES: u64 = 64 << 20;
+const DEVICE_BYTES: u64 = 256 << 20;
 
 /// Exit code of mount(8) and its helpers when a mount fails.
 const MOUNT_FAILED: i32 = 32;
@@ -262,7 +264,7 @@ pub fn devices(suite: &Suite<'_>) -> Result<Outcome> {
 /// A mounted image is refused by a second mount, by mkfs and by fsck.
 fn busy(suite: &Suite<'_>) -> Result<()> {
     for backing in [Backing::File, Backing::Loop] {
-        let mut volume = Volume::create(suite.subject, backing, IMAGE_BYTES)?;
+        let mut volume = Volume::create(suite.subject, backing, DEVICE_BYTES)?;
         volume.mount()?;
         fs::write(volume.dir().join("file"), content())?;
         let (elsewhere, _dir) = guard::temp_dir(&checkout::artefacts("scratch")?, "busy")?;
@@ -283,13 +285,13 @@ fn busy(suite: &Suite<'_>) -> Result<()> {
 
 /// ENOSPC, and nothing worse; deleting works; what was there stays.
 fn full(suite: &Suite<'_>) -> Result<()> {
-    let mut volume = Volume::create(suite.subject, Backing::Loop, IMAGE_BYTES)?;
+    let mut volume = Volume::create(suite.subject, Backing::Loop, DEVICE_BYTES)?;
     volume.mount()?;
     let dir = volume.dir().to_owned();
     fs::write(dir.join("file"), content())?;
     File::open(dir.join("file"))?.sync_all()?;
     let written = fill(&dir)?;
-    ensure!(written > IMAGE_BYTES / 2, "full after {written} bytes of {IMAGE_BYTES}");
+    ensure!(written > DEVICE_BYTES / 2, "full after {written} bytes of {DEVICE_BYTES}");
     for n in 0.. {
         match fs::write(dir.join(format!("small-{n}")), b"x") {
             Ok(()) if n < 1_000_000 => {}
@@ -329,12 +331,12 @@ fn fill(dir: &Path) -> Result<u64> {
             written += bytes.len() as u64;
         }
     }
-    bail!("{written} bytes went into {IMAGE_BYTES}")
+    bail!("{written} bytes went into {DEVICE_BYTES}")
 }
 
 /// A device that cannot be written is mounted read-only, or refused with a sentence.
 fn read_only_device(suite: &Suite<'_>) -> Result<()> {
-    let mut volume = Volume::create(suite.subject, Backing::File, IMAGE_BYTES)?;
+    let mut volume = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
     volume.mount()?;
     fs::write(volume.dir().join("file"), content())?;
     volume.unmount()?;
@@ -412,7 +414,7 @@ fn exhaust(dir: &Path) -> Result<std::io::Error> {
 
 /// The device refuses reads of what is beyond its middle: EIO or the right bytes, nothing else.
 fn reads_fail(suite: &Suite<'_>) -> Result<()> {
-    let mut volume = Volume::create(suite.subject, Backing::File, IMAGE_BYTES)?;
+    let mut volume = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
     volume.mount()?;
     let file = |n: u64| {
         let mut bytes = vec![0; 4 << 20];
@@ -424,7 +426,7 @@ fn reads_fail(suite: &Suite<'_>) -> Result<()> {
     }
     volume.unmount()?;
     let (device, _device) = guard::loop_device(volume.image(), false)?;
-    OpenOptions::new().write(true).open(volume.image())?.set_len(IMAGE_BYTES / 2)?;
+    OpenOptions::new().write(true).open(volume.image())?.set_len(DEVICE_BYTES / 2)?;
     let out = mount_output(&device, volume.dir(), true)?;
     if !guard::is_mounted(volume.dir()) {
         return refusal(&out, &[MOUNT_FAILED]);
@@ -449,7 +451,7 @@ fn reads_fail(suite: &Suite<'_>) -> Result<()> {
 
 /// A file whose sectors were changed on the device: EIO, never wrong bytes; others are not touched.
 fn data_is_damaged(suite: &Suite<'_>) -> Result<()> {
-    let mut volume = Volume::create(suite.subject, Backing::File, IMAGE_BYTES)?;
+    let mut volume = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
     volume.mount()?;
     let mut bytes = vec![0; 1 << 20];
     Random(77).fill(&mut bytes);

@@ -118,6 +118,11 @@ pub enum OpenError {
         /// How long the wait was.
         waited: Duration,
     },
+    /// Writing is wanted, and the device refuses all writes.
+    WriteProtected {
+        /// The device.
+        path: PathBuf,
+    },
     /// Its blocks are larger than cairn's sectors.
     BlockSize {
         /// The device.
@@ -149,6 +154,9 @@ impl fmt::Display for OpenError {
                     write!(f, " and was not released within {} s", waited.as_secs())?;
                 }
                 Ok(())
+            }
+            OpenError::WriteProtected { path } => {
+                write!(f, "{} is write-protected; it can be mounted with -o ro", path.display())
             }
             OpenError::BlockSize { path, block_bytes } => write!(
                 f,
@@ -210,6 +218,9 @@ impl FileDevice {
         let block_device = kind.file_type().is_block_device();
         if !block_device && !kind.is_file() {
             return Err(OpenError::NotADevice { path: path.to_path_buf() });
+        }
+        if block_device && options.access == Access::ReadWrite && is_write_protected(&kind) {
+            return Err(OpenError::WriteProtected { path: path.to_path_buf() });
         }
         let (mut file, direct) = open_file(path, options).map_err(system)?;
         let claim = lock(path, &file, block_device, options.access, wait)?;
@@ -352,6 +363,14 @@ fn geometry(file: &mut File, access: Access) -> io::Result<Geometry> {
         discards: !block_device || block_device_discards(&kind),
         read_only: access != Access::ReadWrite,
     })
+}
+
+/// Whether the kernel refuses writes to the device. It opens such a device for writing all the same,
+/// and only the first write fails: too late to say so to whoever mounts.
+fn is_write_protected(kind: &Metadata) -> bool {
+    let (major, minor) = (rustix::fs::major(kind.rdev()), rustix::fs::minor(kind.rdev()));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|text| text.trim() != "0")
 }
 
 /// Whether the kernel passes discards on to the device; a partition has the queue of its disk.
