@@ -10,7 +10,7 @@ use crate::format::key::{kind, Key};
 use crate::format::space::{Residue, Run, SummaryItem, REGION_BYTES};
 use crate::intent::{self, LogStore};
 use crate::platform::Result;
-use crate::units::{Logical, TreeId, SECTOR_BYTES, SECTOR_SHIFT};
+use crate::units::{Logical, Txg, TreeId, SECTOR_BYTES, SECTOR_SHIFT};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
@@ -160,7 +160,7 @@ impl LogStore for LogReader<'_, '_> {
         Err(Error::ReadOnly)
     }
 
-    fn allocate_segment(&self) -> Result<Run> {
+    fn allocate_segment(&self) -> Result<(Run, Txg)> {
         Err(Error::ReadOnly)
     }
 }

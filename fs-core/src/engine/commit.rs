@@ -10,7 +10,7 @@ use crate::format::chunk::ChunkKind;
 use crate::format::key::{kind, Key};
 use crate::format::ptr::BlockPtr;
 use crate::format::space::{Residue, ResidueHeader, ResidueItem, Run};
-use crate::format::superblock::Superblock;
+use crate::format::superblock::{LogStart, Superblock};
 use crate::subvol::extents::{resolve, Resolved};
 use crate::subvol::inode::Inode;
 use crate::subvol::store::View;
@@ -64,6 +64,8 @@ struct Written {
     residue: Residue,
     subvols: Vec<WrittenSubvol>,
     dead_nodes: Vec<Run>,
+    /// Where replay begins.
+    log: Option<LogStart>,
 }
 
 impl Engine {
@@ -174,7 +176,7 @@ impl Engine {
             store.space.free(residue_run(residue, store.node_bytes), txg);
         }
 
-        self.log.begin(store, txg);
+        let log = self.log.begin(store, txg);
         // What operations reserved has been spent, but for what they overestimated.
         drop(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
@@ -201,7 +203,7 @@ impl Engine {
         dead_nodes.extend(freed);
         let (ptr, residue) = self.write_residue(sink, txg)?;
         let roots = Roots { pool, chunk, refs, dead: old.dead, residue: Some(ptr) };
-        Ok(Box::new(Written { roots, space_tree, residue, subvols, dead_nodes }))
+        Ok(Box::new(Written { roots, space_tree, residue, subvols, dead_nodes, log }))
     }
 
     /// A bound of what writing the space tree takes after the cut.
@@ -254,7 +256,7 @@ impl Engine {
             refs_root: roots.refs.root,
             dead_root: roots.dead.root,
             residue: roots.residue,
-            log: self.log.start_after(txg, clean),
+            log: if clean { None } else { written.log },
             data_used: usage.data.used_bytes,
             metadata_used: usage.metadata.used_bytes + usage.system.used_bytes,
             system_chunks: pool.system_chunks(),
@@ -294,7 +296,7 @@ impl Engine {
             store.cache.remove(run.addr);
         }
         store.intents.published(txg);
-        self.log.published(store, txg);
+        self.log.published(txg);
         self.settle_promises();
         store.groups.publish(txg);
         self.release_views(committer);

@@ -17,7 +17,7 @@ use crate::format::key::{kind, Key};
 use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
-use crate::intent::{LogStore, LogWriter};
+use crate::intent::{LogStore, LogWriter, SEGMENT_BYTES_MIN};
 use crate::pool::RunWrite;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::intents::Pending;
@@ -56,8 +56,8 @@ struct Writer {
     frames: LogWriter,
     /// Whether the published superblock names a place from which these frames are found.
     named: bool,
-    /// Whether the superblock being written does.
-    naming: bool,
+    /// Where the superblock being written says that replay begins.
+    naming: Option<LogStart>,
     /// Whether somebody synced a file since the pool was opened.
     wanted: bool,
     /// Where frames begin, and the newest group of which they hold records.
@@ -71,7 +71,7 @@ impl Log {
             writer: Mutex::new(Writer {
                 frames: LogWriter::new(pool_id, None),
                 named: false,
-                naming: false,
+                naming: None,
                 wanted: false,
                 written: VecDeque::new(),
             }),
@@ -83,69 +83,58 @@ impl Log {
         }
     }
 
-    /// Where replay begins after group `txg`: the first frame with records of a later group, or the
-    /// place of the next frame. `None` when the pool is closed `clean`.
-    pub fn start_after(&self, txg: Txg, clean: bool) -> Option<LogStart> {
-        if clean {
-            return None;
-        }
-        let mut writer = self.writer.lock();
-        let first = writer.written.iter().find(|(_, newest)| *newest > txg);
-        let start = first.map(|(start, _)| *start).or_else(|| writer.frames.position());
-        writer.naming = start.is_some();
-        start
-    }
-
-    /// Before the cut of group `txg`: makes a place for frames ready if one is wanted, so that the
-    /// group's superblock can name it. Without room there is no log, and fsync commits.
-    pub fn begin(&self, store: &Store, txg: Txg) {
+    /// Before the cut of group `txg`, which is closed: where replay is to begin after it, which its
+    /// superblock must name: the first frame with records of a later group, or the place of the
+    /// next frame. `None` without a log.
+    ///
+    /// Segments before that place are freed by this very group, so that a crash after it does not
+    /// leave them used and unnamed. One that was taken for a later group waits for that group.
+    ///
+    /// Makes a place for frames ready if one is wanted. Without room there is no log, and fsync
+    /// commits.
+    pub fn begin(&self, store: &Store, txg: Txg) -> Option<LogStart> {
         let mut writer = self.writer.lock();
         if writer.wanted && writer.frames.position().is_none() {
             let place = LogPlace { store, txg: Some(txg) };
             let _ = writer.frames.begin(&place, txg);
         }
+        let first = writer.written.iter().find(|(_, newest)| *newest > txg);
+        let start = first.map(|(start, _)| *start).or_else(|| writer.frames.position());
+        writer.naming = start;
+        if let Some(start) = &start {
+            for run in writer.frames.release_before(start, txg) {
+                store.space.free(run, txg);
+            }
+        }
+        start
     }
 
     /// Group `txg` is published: frames with nothing newer are not needed any more.
-    pub fn published(&self, store: &Store, txg: Txg) {
-        let freed = {
-            let mut writer = self.writer.lock();
-            writer.named = writer.naming;
-            while writer.written.front().is_some_and(|(_, newest)| *newest <= txg) {
-                writer.written.pop_front();
-            }
-            let oldest = writer.written.front().map(|(start, _)| *start);
-            match oldest.or_else(|| writer.frames.position()) {
-                Some(start) => writer.frames.release_before(&start),
-                None => Vec::new(),
-            }
-        };
-        free_segments(store, freed);
+    pub fn published(&self, txg: Txg) {
+        let mut writer = self.writer.lock();
+        writer.named = writer.naming.is_some();
+        while writer.written.front().is_some_and(|(_, newest)| *newest <= txg) {
+            writer.written.pop_front();
+        }
     }
 
     /// Gives all segments back; the pool is about to be closed.
     pub fn retire(&self, store: &Store) {
-        let freed = {
-            let mut writer = self.writer.lock();
-            writer.written.clear();
-            let segments = writer.frames.segments();
-            writer.frames = LogWriter::new(store.pool.pool_id(), None);
-            writer.named = false;
-            // Or the last commit would make a segment that no superblock names.
-            writer.wanted = false;
-            segments
-        };
-        free_segments(store, freed);
-    }
-}
-
-fn free_segments(store: &Store, segments: Vec<Run>) {
-    if segments.is_empty() {
-        return;
-    }
-    let handle = store.groups.enter();
-    for run in segments {
-        store.space.free(run, handle.txg());
+        let mut writer = self.writer.lock();
+        writer.written.clear();
+        let segments = writer.frames.segments();
+        writer.frames = LogWriter::new(store.pool.pool_id(), None);
+        writer.named = false;
+        // Or the last commit would make a segment that no superblock names.
+        writer.wanted = false;
+        drop(writer);
+        if segments.is_empty() {
+            return;
+        }
+        let handle = store.groups.enter();
+        for run in segments {
+            store.space.free(run, handle.txg());
+        }
     }
 }
 
@@ -172,17 +161,20 @@ impl LogStore for LogPlace<'_> {
         self.store.pool.write(alloc::vec![RunWrite { addr: at, bufs: alloc::vec![buf] }])
     }
 
-    fn allocate_segment(&self) -> Result<Run> {
+    fn allocate_segment(&self) -> Result<(Run, Txg)> {
         let store = self.store;
         let least = self.segment_bytes_min();
+        // A small pool has no room for long ones.
+        let want = if least < SEGMENT_BYTES_MIN { least } else { SEGMENT_BYTES };
         // The handle keeps the group from being cut while it gets the segment.
         let handle = if self.txg.is_none() { Some(store.groups.enter()) } else { None };
         let txg = handle.as_ref().map(|handle| handle.txg()).or(self.txg).unwrap_or_default();
-        store.space.allocate_published(SEGMENT_BYTES.max(least), least, txg, store)
+        let run = store.space.allocate_published(want, least, txg, store)?;
+        Ok((run, txg))
     }
 
     fn segment_bytes_min(&self) -> u64 {
-        (self.store.pool.chunk_bytes() / 4).clamp(64 << 10, 1 << 20)
+        (self.store.pool.chunk_bytes() / 4).clamp(64 << 10, SEGMENT_BYTES_MIN)
     }
 
     fn blake3(&self, bytes: &[u8]) -> [u8; 32] {

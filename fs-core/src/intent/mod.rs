@@ -34,7 +34,7 @@ pub use writer::LogWriter;
 use crate::buf::{Buf, Slice};
 use crate::format::space::Run;
 use crate::platform::Result;
-use crate::units::Logical;
+use crate::units::{Logical, Txg};
 
 /// Most segments a log may span.
 pub const SEGMENTS_MAX: usize = 1024;
@@ -58,11 +58,12 @@ pub trait LogStore {
     fn write(&self, at: Logical, buf: Slice) -> Result<()>;
 
     /// A run for a segment: at least [`segment_bytes_min`](LogStore::segment_bytes_min) and at most
-    /// [`SEGMENT_BYTES_MAX`](crate::format::log::SEGMENT_BYTES_MAX) long, not at address zero.
+    /// [`SEGMENT_BYTES_MAX`](crate::format::log::SEGMENT_BYTES_MAX) long, not at address zero; and
+    /// the group it was taken for, which is never older than that of the segment before.
     ///
     /// # Errors
     /// When there is no room.
-    fn allocate_segment(&self) -> Result<Run>;
+    fn allocate_segment(&self) -> Result<(Run, Txg)>;
 
     /// What every segment has at least; bounds the payload of a frame. At least four sectors.
     fn segment_bytes_min(&self) -> u64 {

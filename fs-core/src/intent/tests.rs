@@ -65,16 +65,16 @@ impl LogStore for Memory {
         self.state.lock().writes.push(Run { addr: at, bytes: buf.len() as u64 });
         Ok(())
     }
-    fn allocate_segment(&self) -> Result<Run> {
+    fn allocate_segment(&self) -> Result<(Run, Txg)> {
         let mut state = self.state.lock();
         if let Some(run) = state.free.pop() {
-            return Ok(run);
+            return Ok((run, Txg(1)));
         }
         let run = Run { addr: Logical(state.next), bytes: self.segment_bytes };
         state.next += self.segment_bytes;
         let stale = (0..self.segment_bytes).map(|i| (i % 251) as u8).collect();
         state.bytes.insert(run.addr.0, stale);
-        Ok(run)
+        Ok((run, Txg(1)))
     }
     fn segment_bytes_min(&self) -> u64 {
         self.segment_bytes
@@ -138,7 +138,7 @@ proptest! {
             prop_assert!(log.segments().ends_with(&end.segments));
         }
         if let Some((start, _)) = starts.last() {
-            let released = log.release_before(start);
+            let released = log.release_before(start, Txg(1));
             prop_assert_eq!(log.segments()[0], start.segment);
             prop_assert_eq!(released.len() + log.segments().len(), all_segments);
         }
@@ -348,7 +348,7 @@ fn a_log_at_its_bounds_says_so_until_segments_are_released() {
     assert_eq!(frames, SEGMENTS_MAX * 4 - 1);
     assert_eq!(replay(&store, &start).1.frames, frames as u64);
     let position = log.position().unwrap();
-    assert_eq!(log.release_before(&position).len(), SEGMENTS_MAX - 1);
+    assert_eq!(log.release_before(&position, Txg(1)).len(), SEGMENTS_MAX - 1);
     log.append(&store, &[], 0).unwrap();
 }
 

@@ -23,15 +23,15 @@ pub struct LogWriter {
     pool_id: [u8; 16],
     position: Option<LogStart>,
     /// Segments that have not been released, oldest first; the last is that of `position`.
-    segments: VecDeque<Run>,
+    segments: VecDeque<(Run, Txg)>,
     /// A segment that was allocated but not named by a frame yet.
-    spare: Option<Run>,
+    spare: Option<(Run, Txg)>,
 }
 
 impl LogWriter {
     /// A writer that goes on at `start`, or that has no log yet.
     pub fn new(pool_id: [u8; 16], start: Option<LogStart>) -> LogWriter {
-        let segments = start.iter().map(|start| start.segment).collect();
+        let segments = start.iter().map(|start| (start.segment, Txg(0))).collect();
         LogWriter { pool_id, position: start, segments, spare: None }
     }
 
@@ -45,10 +45,10 @@ impl LogWriter {
         if let Ok(position) = self.started() {
             return Ok(position);
         }
-        let segment = self.next_segment(store)?;
+        let (segment, taken) = self.next_segment(store)?;
         let chain = first_chain(store, &self.pool_id, txg, segment.addr);
         let position = LogStart { segment, offset: 0, sequence: 1, chain };
-        self.enter(segment);
+        self.enter(segment, taken);
         self.position = Some(position);
         Ok(position)
     }
@@ -97,15 +97,17 @@ impl LogWriter {
 
     /// The segments that are in use, oldest first, and one that will be.
     pub fn segments(&self) -> Vec<Run> {
-        self.segments.iter().chain(&self.spare).copied().collect()
+        self.segments.iter().chain(&self.spare).map(|(run, _)| *run).collect()
     }
 
     /// Gives up the segments that lie wholly before `start`, a position this writer had once, and
-    /// returns them. Replay must not need them any more: a superblock that names `start` or a later
-    /// position has been published.
-    pub fn release_before(&mut self, start: &LogStart) -> Vec<Run> {
-        let index = self.segments.iter().position(|segment| *segment == start.segment);
-        self.segments.drain(..index.unwrap_or(0)).collect()
+    /// that were taken for group `upto` or an older one; returns them. They may be used again as
+    /// soon as a superblock is published that names `start` or a later position.
+    pub fn release_before(&mut self, start: &LogStart, upto: Txg) -> Vec<Run> {
+        let known = self.segments.iter().any(|(segment, _)| *segment == start.segment);
+        let is_over = |(run, taken): &(Run, Txg)| *run != start.segment && *taken <= upto;
+        let count = self.segments.iter().take_while(|segment| known && is_over(segment)).count();
+        self.segments.drain(..count).map(|(run, _)| run).collect()
     }
 
     /// Builds a frame, writes it, and moves on.
@@ -115,7 +117,7 @@ impl LogWriter {
         position: &LogStart,
         payload: &[u8],
         count: u32,
-        next: Option<Run>,
+        next: Option<(Run, Txg)>,
     ) -> Result<()> {
         let corrupt = |what| Error::Corrupt { what, addr: position.segment.addr };
         let sequence =
@@ -131,8 +133,8 @@ impl LogWriter {
             sequence: position.sequence,
             payload_bytes,
             record_count: count,
-            next_segment: next.map_or(0, |run| run.addr.0),
-            next_segment_bytes: next.map_or(0, |run| run.bytes),
+            next_segment: next.map_or(0, |(run, _)| run.addr.0),
+            next_segment_bytes: next.map_or(0, |(run, _)| run.bytes),
             chain: position.chain,
             reserved: [0; 8],
         };
@@ -144,38 +146,39 @@ impl LogWriter {
         store.write(at, frame.into_slice())?;
 
         let (segment, offset) = match next {
-            Some(segment) => (segment, 0),
+            Some((segment, _)) => (segment, 0),
             None => (position.segment, position.offset + bytes),
         };
-        if next.is_some() {
-            self.enter(segment);
+        if let Some((segment, taken)) = next {
+            self.enter(segment, taken);
         }
         self.position = Some(LogStart { segment, offset, sequence, chain: head.checksum });
         Ok(())
     }
 
     /// The segment to go on in: allocated once, kept until a frame names it.
-    fn next_segment(&mut self, store: &dyn LogStore) -> Result<Run> {
+    fn next_segment(&mut self, store: &dyn LogStore) -> Result<(Run, Txg)> {
         if let Some(spare) = self.spare {
             return Ok(spare);
         }
-        let live: u64 = self.segments.iter().map(|segment| segment.bytes).sum();
+        let live: u64 = self.segments.iter().map(|(segment, _)| segment.bytes).sum();
         if self.segments.len() >= SEGMENTS_MAX || live > LIVE_BYTES_MAX - SEGMENT_BYTES_MAX {
             return Err(Error::NoSpace);
         }
-        let run = store.allocate_segment()?;
+        let (run, taken) = store.allocate_segment()?;
         assert!(
             run.bytes >= store.segment_bytes_min()
                 && run.bytes <= SEGMENT_BYTES_MAX
                 && run.addr != Logical(0),
             "{run:?} cannot be a log segment"
         );
-        self.spare = Some(run);
-        Ok(run)
+        debug_assert!(self.segments.back().is_none_or(|(_, before)| *before <= taken));
+        self.spare = Some((run, taken));
+        Ok((run, taken))
     }
 
-    fn enter(&mut self, segment: Run) {
-        self.segments.push_back(segment);
+    fn enter(&mut self, segment: Run, taken: Txg) {
+        self.segments.push_back((segment, taken));
         self.spare = None;
     }
 }
