@@ -10,7 +10,7 @@ use crate::format::key::{kind, Key};
 use crate::format::space::{Residue, Run, SummaryItem, REGION_BYTES};
 use crate::intent::{self, LogStore};
 use crate::platform::Result;
-use crate::units::{Logical, Txg, TreeId, SECTOR_BYTES, SECTOR_SHIFT};
+use crate::units::{Logical, TreeId, Txg, SECTOR_BYTES, SECTOR_SHIFT};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::vec::Vec;
