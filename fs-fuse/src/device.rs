@@ -18,11 +18,12 @@
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
 //! spare:   parked -> wait -> answer -> ... -> parked, when somebody else waits again
-//! watch:   every millisecond: nobody waits? release a spare, or make one
+//! watch:   every millisecond: the leader is held up, or was busy at each of several looks?
+//!          release a spare, or make one
 //! ```
 //!
-//! So a leader that is held up, by a device or by more clients than it can serve, is joined within
-//! a millisecond. While nothing is asked the watch sleeps too.
+//! So a leader that is held up by a device is joined within a millisecond, and one that has more
+//! clients than it can serve soon after. While nothing is asked the watch sleeps too.
 //!
 //! A halted CPU takes long to wake, on virtual machines above all, and a client that does one thing
 //! after another halts it with each. So the leader does not sleep at once when requests have been
@@ -63,6 +64,10 @@ const REQUEST_BYTES: usize = 4096 + TRANSFER_BYTES_MAX + 4096;
 
 /// Time between two looks of the watch.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
+
+/// Looks in a row that find everybody busy, though getting on, after which one more joins. A thread
+/// that is seldom needed takes requests to other CPUs.
+const WATCH_LOOKS_BUSY: u32 = 16;
 
 /// Looks without a request in between after which the watch sleeps.
 const WATCH_LOOKS_IDLE: u32 = 50;
@@ -175,16 +180,25 @@ impl Session {
         seeks: mpsc::Sender<Asked>,
     ) {
         let mut spares = 0;
-        let mut looks_idle = 0;
+        let (mut looks_idle, mut looks_busy) = (0, 0);
         let mut served = 0;
         while !self.crew.has_ended() {
             std::thread::sleep(WATCH_EVERY);
+            let gets_on = self.crew.served_more_than(&mut served);
             if !self.crew.somebody_waits() {
                 looks_idle = 0;
+                looks_busy += 1;
+                if gets_on && looks_busy < WATCH_LOOKS_BUSY {
+                    continue;
+                }
+                looks_busy = 0;
                 if !self.crew.release() && spares + 1 < self.threads.max {
                     spares += usize::from(self.add_spare(scope, seeks.clone(), spares));
                 }
-            } else if self.crew.served_more_than(&mut served) {
+                continue;
+            }
+            looks_busy = 0;
+            if gets_on {
                 looks_idle = 0;
             } else {
                 looks_idle += 1;
