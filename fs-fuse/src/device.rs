@@ -23,7 +23,9 @@
 //! ```
 //!
 //! So a leader that is held up by a device is joined within a millisecond, and one that has more
-//! clients than it can serve soon after. While nothing is asked the watch sleeps too.
+//! clients than it can serve soon after. While nothing is asked the watch sleeps too. Before a
+//! request that is long in any case, a large transfer, the leader itself releases a spare, so that
+//! read-ahead and write-back are served side by side.
 //!
 //! A halted CPU takes long to wake, on virtual machines above all, and a client that does one thing
 //! after another halts it with each. So the leader does not sleep at once when requests have been
@@ -499,6 +501,9 @@ impl<'a> Worker<'a> {
         let delivered = match Request::decode(bytes, server.layout()) {
             Ok(request) => {
                 self.last_pid = Some(request.pid).filter(|&pid| pid != 0);
+                if is_long(&request.op) && !crew.somebody_waits() {
+                    crew.release();
+                }
                 match request.op {
                     Op::Seek { offset, what } => self.hand_on(&request, offset, what),
                     _ => answer(server, self.device.as_fd(), &request, &mut self.body),
@@ -533,6 +538,16 @@ impl<'a> Worker<'a> {
             // The seeker could not be started. An error is better than a hole that is none.
             Err(_) => send(self.device.as_fd(), &Head::error(request.unique, Errno::IO), &[]),
         }
+    }
+}
+
+/// Whether waking another thread costs little compared with answering.
+fn is_long(op: &Op<'_>) -> bool {
+    const LARGE: usize = 128 << 10;
+    match op {
+        Op::Read { size, .. } => *size as usize >= LARGE,
+        Op::Write { data, .. } => data.len() >= LARGE,
+        _ => false,
     }
 }
 
