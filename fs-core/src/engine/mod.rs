@@ -114,7 +114,7 @@ impl Engine {
 
     /// The roots of the pool's trees and the superblock that names them.
     pub fn published(&self) -> (Roots, Superblock) {
-        let committer = self.committer.lock();
+        let committer = self.committer();
         (committer.roots.clone(), Superblock::clone(&committer.superblock))
     }
 
@@ -142,14 +142,11 @@ impl Engine {
             if self.store.has_failed() {
                 return Err(Error::Failed);
             }
-            match self.committer.try_lock() {
+            match self.try_committer() {
                 Some(mut committer) => {
                     if self.store.groups.published() < txg {
                         self.commit_group(&mut committer, false)?;
                     }
-                    drop(committer);
-                    // Those who found the lock taken look again.
-                    self.store.groups.notify();
                 }
                 None => self.store.groups.wait_until(|| {
                     self.store.groups.published() >= txg
