@@ -487,8 +487,8 @@ impl Space {
     }
 
     /// Forgets every bitmap: memory is short. They are read again when needed.
-    pub fn trim(&self) {
-        self.state.lock().trim();
+    pub fn forget_bitmaps(&self) {
+        self.state.lock().forget_bitmaps();
     }
 
     // What `reserve` needs.

@@ -263,7 +263,7 @@ impl State {
     }
 
     /// Forgets every bitmap.
-    pub fn trim(&mut self) {
+    pub fn forget_bitmaps(&mut self) {
         for (chunk, region) in core::mem::take(&mut self.resident) {
             if let Some(space) = self.chunks.get_mut(&chunk) {
                 space.evict(region, true);

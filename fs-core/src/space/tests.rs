@@ -438,7 +438,7 @@ enum Op {
     Cut,
     Publish,
     Release { age: u64 },
-    Trim,
+    Forget,
     Crash,
 }
 
@@ -462,7 +462,7 @@ fn ops(largest: u64) -> impl Strategy<Value = Op> {
         2 => Just(Op::Cut),
         3 => Just(Op::Publish),
         3 => (0..3u64).prop_map(|age| Op::Release { age }),
-        2 => Just(Op::Trim),
+        2 => Just(Op::Forget),
         1 => Just(Op::Crash),
     ]
 }
@@ -477,7 +477,7 @@ fn run_history(mut world: World, history: Vec<Op>) {
             Op::Cut => world.cut(),
             Op::Publish => world.publish(),
             Op::Release { age } => world.release(age),
-            Op::Trim => world.space.trim(),
+            Op::Forget => world.space.forget_bitmaps(),
             Op::Crash => world.crash(),
         }
         world.check();
@@ -838,7 +838,7 @@ fn a_publication_during_a_load_makes_the_load_start_over() {
     let run = allocate(&world, ChunkKind::Data, MIB / 2);
     world.groups[0].taken.extend(sectors(run));
     world.cut();
-    world.space.trim();
+    world.space.forget_bitmaps();
     // The old tree knows nothing of the run. If what was read of it were believed after the swap,
     // when the run is in no group's list any more, the run would be handed out again.
     let (txg, open) = (world.txg(0), world.txg(1));
@@ -891,7 +891,7 @@ fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_a
     world.publish();
     let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
     *world.pool.event.lock() = Some(Box::new(move || {
-        space.trim();
+        space.forget_bitmaps();
         space.check(&*tree).unwrap();
         let rest = space.allocate(ChunkKind::Data, MIB, NODE, txg, &*tree).unwrap();
         assert_eq!(rest, Run { addr: run.end(), bytes: MIB / 2 });
@@ -971,7 +971,7 @@ fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
 #[test]
 fn a_chunk_that_is_used_while_its_bitmaps_are_read_is_not_dropped() {
     let (world, runs) = emptied_of(2, 2 * REGION_BYTES);
-    world.space.trim();
+    world.space.forget_bitmaps();
     let (space, tree, txg) = (&world.space, &world.tree, world.txg(0));
     // The first region of the second chunk was seen empty; now it is not.
     let event = move || space.take(runs[2], txg, &**tree).unwrap();
@@ -1096,7 +1096,7 @@ fn the_longest_run_is_found_when_none_is_as_long_as_wanted() {
     }
     world.publish();
     world.release(0);
-    world.space.trim();
+    world.space.forget_bitmaps();
     let txg = world.txg(0);
     let get = || world.space.allocate(ChunkKind::Data, MIB, SECTOR_BYTES, txg, &*world.tree);
     assert_eq!(get(), Ok(run_at(first + 50, 7)));
@@ -1163,7 +1163,7 @@ fn a_bitmap_of_the_wrong_length_is_refused() {
         let run = allocate(&world, ChunkKind::Data, MIB / 2);
         world.groups[0].taken.extend(sectors(run));
         world.publish();
-        world.space.trim();
+        world.space.forget_bitmaps();
         world.tree.items.lock().insert(cut::bitmap_key(Logical(MIB)), vec![0xff; length]);
         let got = world.space.allocate(ChunkKind::Data, NODE, NODE, world.txg(0), &*world.tree);
         assert!(matches!(got, Err(Error::Corrupt { .. })), "{got:?}");
