@@ -154,3 +154,62 @@ fn many_files_in_one_directory_are_all_there() {
     assert!(fs.lookup(fs.root(), b"f2999").is_ok());
     assert!(fs.lookup(fs.root(), b"f3000").is_err());
 }
+
+#[test]
+fn a_trim_gives_the_device_all_that_is_free_and_harms_nothing() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(3 << 20, 1), WriteFlags::default()).unwrap();
+    let gone = create(&fs, fs.root(), b"gone");
+    fs.write(gone, 0, &pattern(20 << 20, 2), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"gone").unwrap();
+    fs.forget(gone, 1);
+    fs.engine().tick();
+    let synced = create(&fs, fs.root(), b"synced");
+    fs.write(synced, 0, &pattern(100_000, 3), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    let discarded = fs.trim(0, u64::MAX, 0).unwrap();
+    assert!(discarded > 50 << 20, "{discarded} bytes of 64 MiB discarded");
+    let after = fs.engine().room();
+    assert_eq!(fs.trim(0, u64::MAX, 0).unwrap(), discarded, "a second trim differs");
+    assert_eq!(fs.engine().room(), after);
+    // A log frame on top of what was trimmed, then no power.
+    fs.write(synced, 200_000, &pattern(50_000, 4), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.trim(0, u64::MAX, 1 << 20).unwrap();
+    fs.write(synced, 300_000, &pattern(50_000, 5), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap().ino;
+    assert_eq!(read_all(&fs, kept), pattern(3 << 20, 1));
+    let synced = fs.lookup(fs.root(), b"synced").unwrap().ino;
+    let content = read_all(&fs, synced);
+    assert_eq!(content[..100_000], pattern(100_000, 3));
+    assert_eq!(content[200_000..250_000], pattern(50_000, 4));
+    assert_eq!(content[300_000..], pattern(50_000, 5));
+}
+
+#[test]
+fn a_trim_is_refused_where_it_cannot_be_done() {
+    let refused = |fs: &Volume, start| fs.trim(start, u64::MAX, 0).map_err(|error| error.errno());
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    assert_eq!(refused(&fs, 16 << 20), Err(Errno::Inval));
+    assert_eq!(refused(&fs, u64::MAX), Err(Errno::Inval));
+    device.faults(|faults| faults.refuse_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| faults.no_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| *faults = Default::default());
+    assert!(refused(&fs, 0).is_ok());
+    fs.set_read_only(true).unwrap();
+    assert_eq!(refused(&fs, 0), Err(Errno::RoFs));
+    fs.set_read_only(false).unwrap();
+    fs.shutdown();
+    assert!(refused(&fs, 0).is_err());
+}
