@@ -213,3 +213,37 @@ fn a_trim_is_refused_where_it_cannot_be_done() {
     fs.shutdown();
     assert!(refused(&fs, 0).is_err());
 }
+
+#[test]
+fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let stale = |result: crate::subvol::store::Result<Attr>| result.unwrap_err().errno();
+    let dir = fs.mkdir(fs.root(), b"d", 0o755, &ROOT).unwrap().ino;
+    let file = create(&fs, dir, b"f");
+    let link = fs.symlink(dir, b"l", b"f", &ROOT).unwrap().ino;
+    fs.sync().unwrap();
+    for ino in [dir, file, link] {
+        fs.forget(ino, 1);
+    }
+    fs.engine().drop_caches();
+    for ino in [fs.root(), dir, file, link] {
+        assert_eq!(fs.lookup(ino, b".").unwrap().ino, ino);
+    }
+    assert_eq!(fs.lookup(dir, b"..").unwrap().ino, fs.root());
+    assert_eq!(fs.lookup(fs.root(), b"..").unwrap().ino, fs.root());
+    assert_eq!(stale(fs.lookup(file, b"..")), Errno::NotDir);
+    // Found once by its handle, so it lives on without a name until that is given back.
+    fs.unlink(dir, b"f").unwrap();
+    assert_eq!(fs.lookup(file, b".").unwrap().nlink, 0);
+    fs.forget(file, 2);
+    assert_eq!(stale(fs.lookup(file, b".")), Errno::Stale);
+    fs.unlink(dir, b"l").unwrap();
+    fs.rmdir(fs.root(), b"d").unwrap();
+    fs.forget(dir, 1);
+    fs.sync().unwrap();
+    assert_eq!(stale(fs.lookup(dir, b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(0), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(1 << 40), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(u64::MAX), b".")), Errno::Stale);
+}
