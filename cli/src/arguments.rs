@@ -1,5 +1,6 @@
 //! The command line.
 
+use cairn_host::parse::parse_size;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use std::ffi::OsString;
@@ -22,6 +23,8 @@ pub(crate) enum Command {
     Df(Df),
     /// Make everything that is complete now durable
     Sync(Sync),
+    /// Discard free space: tell the devices of mounted pools what they need not keep
+    Trim(Trim),
     /// Look at what is stored on a pool that is not mounted
     #[command(subcommand)]
     Inspect(Inspect),
@@ -66,6 +69,19 @@ pub(crate) struct Sync {
     /// Mount points
     #[arg(value_name = "MOUNT_POINT", required = true)]
     pub(crate) mounts: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Trim {
+    /// Mount points
+    #[arg(value_name = "MOUNT_POINT", required = true)]
+    pub(crate) mounts: Vec<PathBuf>,
+    /// Leave alone what is free in shorter runs
+    #[arg(short, long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    pub(crate) min_len: u64,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,

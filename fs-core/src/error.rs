@@ -156,6 +156,7 @@ impl Error {
             Error::Memory => Errno::NoMem,
             Error::NoSpace | Error::TooSmall { .. } => Errno::NoSpc,
             Error::ReadOnly => Errno::RoFs,
+            Error::Device { cause: DeviceError::Unsupported, .. } => Errno::OpNotSupp,
             Error::Failed | Error::Device { .. } | Error::Checksum { .. } => Errno::Io,
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,

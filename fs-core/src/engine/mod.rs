@@ -33,11 +33,11 @@ pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
 
 use crate::btree::Tree;
-use crate::error::{Error, Incident};
+use crate::error::{Errno, Error, Incident};
 use crate::format::chunk::ChunkKind;
 use crate::format::ptr::BlockPtr;
 use crate::format::superblock::Superblock;
-use crate::space::{Class, Reservation};
+use crate::space::{Class, Reservation, Trim};
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::Subvol;
 use crate::sync::{Mutex, RwLock};
@@ -114,7 +114,7 @@ impl Engine {
 
     /// The roots of the pool's trees and the superblock that names them.
     pub fn published(&self) -> (Roots, Superblock) {
-        let committer = self.committer.lock();
+        let committer = self.committer();
         (committer.roots.clone(), Superblock::clone(&committer.superblock))
     }
 
@@ -142,14 +142,11 @@ impl Engine {
             if self.store.has_failed() {
                 return Err(Error::Failed);
             }
-            match self.committer.try_lock() {
+            match self.try_committer() {
                 Some(mut committer) => {
                     if self.store.groups.published() < txg {
                         self.commit_group(&mut committer, false)?;
                     }
-                    drop(committer);
-                    // Those who found the lock taken look again.
-                    self.store.groups.notify();
                 }
                 None => self.store.groups.wait_until(|| {
                     self.store.groups.published() >= txg
@@ -283,17 +280,34 @@ impl Engine {
         self.store.pool.set_name(format::name_field(name)?)
     }
 
-    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are
-    /// free, in runs of at least `min_len` bytes. Returns how many bytes that were.
+    /// Tells the devices what they need not keep: what is free of their bytes `offset` to
+    /// `offset + len`, counted one device after the other, in runs of at least `min_len` bytes.
+    /// Returns how many bytes that were. What a nearly full pool has left is not looked at.
     ///
     /// # Errors
-    /// Errors of the device or the space tree.
+    /// EOPNOTSUPP when no device discards, EINVAL for an offset behind the last device; errors of
+    /// the devices or the space tree; [`Error::ReadOnly`], [`Error::Failed`].
     pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
         self.store.writable()?;
+        if !self.store.pool.discards() {
+            return Err(Errno::OpNotSupp.into());
+        }
+        if offset >= self.store.pool.device_bytes() {
+            return Err(Errno::Inval.into());
+        }
+        // What was deleted before the call is free after it, unless somebody still reads it.
         self.commit()?;
         self.release();
-        let _ = (offset, len, min_len);
-        Err(crate::error::Errno::OpNotSupp.into())
+        let mut trim = Trim::new(offset..offset.saturating_add(len), min_len);
+        loop {
+            // A commit relies on the free space that it found; so none goes on meanwhile. Between
+            // two pieces one may.
+            let _no_commit = self.committer();
+            self.store.writable()?;
+            if !self.store.space.trim_piece(&mut trim, &*self.store)? {
+                return Ok(trim.discarded());
+            }
+        }
     }
 
     /// Stops publishing for good and tells the administrator why.

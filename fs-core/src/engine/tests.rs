@@ -154,3 +154,96 @@ fn many_files_in_one_directory_are_all_there() {
     assert!(fs.lookup(fs.root(), b"f2999").is_ok());
     assert!(fs.lookup(fs.root(), b"f3000").is_err());
 }
+
+#[test]
+fn a_trim_gives_the_device_all_that_is_free_and_harms_nothing() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(3 << 20, 1), WriteFlags::default()).unwrap();
+    let gone = create(&fs, fs.root(), b"gone");
+    fs.write(gone, 0, &pattern(20 << 20, 2), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"gone").unwrap();
+    fs.forget(gone, 1);
+    fs.engine().tick();
+    let synced = create(&fs, fs.root(), b"synced");
+    fs.write(synced, 0, &pattern(100_000, 3), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    let discarded = fs.trim(0, u64::MAX, 0).unwrap();
+    assert!(discarded > 50 << 20, "{discarded} bytes of 64 MiB discarded");
+    let after = fs.engine().room();
+    assert_eq!(fs.trim(0, u64::MAX, 0).unwrap(), discarded, "a second trim differs");
+    assert_eq!(fs.engine().room(), after);
+    // A log frame on top of what was trimmed, then no power.
+    fs.write(synced, 200_000, &pattern(50_000, 4), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.trim(0, u64::MAX, 1 << 20).unwrap();
+    fs.write(synced, 300_000, &pattern(50_000, 5), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap().ino;
+    assert_eq!(read_all(&fs, kept), pattern(3 << 20, 1));
+    let synced = fs.lookup(fs.root(), b"synced").unwrap().ino;
+    let content = read_all(&fs, synced);
+    assert_eq!(content[..100_000], pattern(100_000, 3));
+    assert_eq!(content[200_000..250_000], pattern(50_000, 4));
+    assert_eq!(content[300_000..], pattern(50_000, 5));
+}
+
+#[test]
+fn a_trim_is_refused_where_it_cannot_be_done() {
+    let refused = |fs: &Volume, start| fs.trim(start, u64::MAX, 0).map_err(|error| error.errno());
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    assert_eq!(refused(&fs, 16 << 20), Err(Errno::Inval));
+    assert_eq!(refused(&fs, u64::MAX), Err(Errno::Inval));
+    device.faults(|faults| faults.refuse_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| faults.no_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| *faults = Default::default());
+    assert!(refused(&fs, 0).is_ok());
+    fs.set_read_only(true).unwrap();
+    assert_eq!(refused(&fs, 0), Err(Errno::RoFs));
+    fs.set_read_only(false).unwrap();
+    fs.shutdown();
+    assert!(refused(&fs, 0).is_err());
+}
+
+#[test]
+fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let stale = |result: crate::subvol::store::Result<Attr>| result.unwrap_err().errno();
+    let dir = fs.mkdir(fs.root(), b"d", 0o755, &ROOT).unwrap().ino;
+    let file = create(&fs, dir, b"f");
+    let link = fs.symlink(dir, b"l", b"f", &ROOT).unwrap().ino;
+    fs.sync().unwrap();
+    for ino in [dir, file, link] {
+        fs.forget(ino, 1);
+    }
+    fs.engine().drop_caches();
+    for ino in [fs.root(), dir, file, link] {
+        assert_eq!(fs.lookup(ino, b".").unwrap().ino, ino);
+    }
+    assert_eq!(fs.lookup(dir, b"..").unwrap().ino, fs.root());
+    assert_eq!(fs.lookup(fs.root(), b"..").unwrap().ino, fs.root());
+    assert_eq!(stale(fs.lookup(file, b"..")), Errno::NotDir);
+    // Found once by its handle, so it lives on without a name until that is given back.
+    fs.unlink(dir, b"f").unwrap();
+    assert_eq!(fs.lookup(file, b".").unwrap().nlink, 0);
+    fs.forget(file, 2);
+    assert_eq!(stale(fs.lookup(file, b".")), Errno::Stale);
+    fs.unlink(dir, b"l").unwrap();
+    fs.rmdir(fs.root(), b"d").unwrap();
+    fs.forget(dir, 1);
+    fs.sync().unwrap();
+    assert_eq!(stale(fs.lookup(dir, b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(0), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(1 << 40), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(u64::MAX), b".")), Errno::Stale);
+}

@@ -22,6 +22,7 @@
 //! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
 //! | `read` | verified reads, and healing of bad copies |
 //! | `write` | writes to every copy |
+//! | `discard` | telling devices what they need not keep |
 //! | `check` | invariants |
 //!
 //! What must never happen: content being returned that its checksum does not vouch for; a good copy
@@ -33,6 +34,7 @@
 //! pointer.
 
 mod check;
+mod discard;
 mod layout;
 mod ledger;
 mod map;
@@ -520,6 +522,11 @@ impl Pool {
     /// How many copies of the block at `addr` there are.
     pub fn copies_at(&self, addr: Logical) -> usize {
         self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
+    }
+
+    /// Bytes of all devices.
+    pub fn device_bytes(&self) -> u64 {
+        self.members.iter().map(Member::bytes).sum()
     }
 
     fn chunk_map(&self) -> Arc<ChunkMap> {
