@@ -176,13 +176,15 @@ impl Engine {
     /// Called every now and then: commits when the open group is old or much is dirty, removes
     /// files without names.
     pub fn tick(&self) {
-        if self.store.writable().is_err() {
+        if self.store.writable().is_err() && (self.store.has_failed() || !self.has_changes()) {
             return;
         }
         self.reclaim_some();
+        // A large file goes a part a group: the next part waits for this one.
+        let waits = self.wanted.load(Ordering::Relaxed) && !self.reclaim.lock().is_empty();
         let now = self.store.platform.clock.uptime_ns();
         let due = self.commit_due_ns.load(Ordering::Relaxed);
-        if now >= due || self.store.dirty.over_soft() {
+        if now >= due || waits || self.store.dirty.over_soft() {
             self.commit_due_ns.store(now.saturating_add(self.commit_ns), Ordering::Relaxed);
             // An error was reported, and every later operation says so.
             let _ = self.commit();
@@ -205,6 +207,10 @@ impl Engine {
             match self.store.space.reserve(data, metadata, class) {
                 Err(Error::NoSpace) => {}
                 other => return other,
+            }
+            if class != Class::Delete {
+                // Which itself reserves for deletion.
+                self.reclaim_some();
             }
             self.commit_upto(self.store.groups.open())?;
             self.release();
@@ -311,7 +317,7 @@ impl Engine {
     }
 
     /// Stops publishing for good and tells the administrator why.
-    fn fail(&self, txg: Txg, error: &Error) {
+    pub(crate) fn fail(&self, txg: Txg, error: &Error) {
         if self.store.fail() {
             let incident = Incident::WentReadOnly { txg, error: error.clone() };
             self.store.platform.report.incident(&incident);
@@ -336,7 +342,10 @@ impl Engine {
     /// # Errors
     /// [`Error::Failed`] when not everything could be made durable.
     pub fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Ordering::AcqRel) || self.store.is_read_only() {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        if self.store.is_read_only() && !self.has_changes() {
             return Ok(());
         }
         for subvol in self.subvols() {

@@ -247,3 +247,102 @@ fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
     assert_eq!(stale(fs.lookup(Ino(1 << 40), b".")), Errno::Stale);
     assert_eq!(stale(fs.lookup(Ino(u64::MAX), b".")), Errno::Stale);
 }
+
+/// Bytes that no compressor makes smaller.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A pool whose log has begun.
+fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
+    let (device, test) = new_pool(bytes);
+    let fs = mount(&device, &test);
+    let first = create(&fs, fs.root(), b"first");
+    fs.fsync(first, false).unwrap();
+    (device, test, fs)
+}
+
+#[test]
+fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
+    let (device, test, fs) = with_log(64 << 20);
+    let data = noise(16 << 20, 5);
+    let source = create(&fs, fs.root(), b"source");
+    // So much is written to its place before anybody asks.
+    fs.write(source, 0, &data, WriteFlags::default()).unwrap();
+    let clone = create(&fs, fs.root(), b"clone");
+    let copied = fs.copy_range(source, 0, clone, 0, data.len() as u64).unwrap();
+    assert_eq!(copied, data.len() as u64);
+    fs.fsync(clone, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let clone = fs.lookup(fs.root(), b"clone").unwrap().ino;
+    // What is free is used again.
+    let other = create(&fs, fs.root(), b"other");
+    let _ = fs.write(other, 0, &noise(20 << 20, 6), WriteFlags::default());
+    fs.sync().unwrap();
+    assert!(read_all(&fs, clone) == data, "the clone has other bytes");
+}
+
+#[test]
+fn ranges_moved_within_a_file_keep_their_bytes_when_synced() {
+    let (device, test, fs) = with_log(64 << 20);
+    let data = noise(12 << 20, 7);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, &data, WriteFlags::default()).unwrap();
+    fs.fallocate(file, Fallocate::CollapseRange, 0, 1 << 20).unwrap();
+    fs.fsync(file, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    let other = create(&fs, fs.root(), b"other");
+    let _ = fs.write(other, 0, &noise(20 << 20, 8), WriteFlags::default());
+    fs.sync().unwrap();
+    assert!(read_all(&fs, file) == data[1 << 20..], "the file has other bytes");
+}
+
+#[test]
+fn a_large_file_makes_room_for_the_next_as_soon_as_it_is_removed() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let mut written = 0;
+    for round in 0..4 {
+        let file = create(&fs, fs.root(), b"file");
+        let mut size = 0u64;
+        let piece = noise(1 << 20, round + 1);
+        while fs.write(file, size, &piece, WriteFlags::default()).is_ok() {
+            size += piece.len() as u64;
+        }
+        assert!(size >= written / 10 * 9, "{written} bytes fit, then {size}");
+        written = written.max(size);
+        fs.unlink(fs.root(), b"file").unwrap();
+        fs.forget(file, 1);
+    }
+}
+
+#[test]
+fn what_was_under_way_when_a_pool_became_read_only_is_there_later() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, b"kept", WriteFlags::default()).unwrap();
+    fs.set_read_only(true).unwrap();
+    let refused = fs.write(file, 0, b"lost", WriteFlags::default());
+    assert_eq!(refused.unwrap_err().errno(), Errno::RoFs);
+    fs.fsync(file, false).unwrap();
+    fs.close().unwrap();
+    drop(fs);
+    let fs = mount(&device, &test);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert_eq!(read_all(&fs, file), b"kept");
+}

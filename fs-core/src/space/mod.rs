@@ -358,6 +358,30 @@ impl Space {
         chunk.is_some_and(|chunk| chunk.birth <= state.published)
     }
 
+    /// Whether no unpublished group took any of the run: after a crash it belongs to whom it belongs
+    /// to now.
+    pub fn is_of_published_groups(&self, run: Run) -> bool {
+        if !self.is_published(run) {
+            return false;
+        }
+        let state = self.state.lock();
+        let range = span(run);
+        let taken = |deltas: &Deltas| deltas.taken.touches(range.clone());
+        let is_new = state.groups.values().any(|group| group.deltas().any(taken));
+        !is_new
+    }
+
+    /// Whether all of the run is in use.
+    ///
+    /// # Errors
+    /// [`Error::Unmapped`] when it is in no chunk; errors of reading bitmaps.
+    pub fn is_used(&self, run: Run, bitmaps: &dyn BitmapSource) -> Result<bool> {
+        if run.addr.checked_add(run.bytes).is_none() {
+            return Err(Error::Unmapped { addr: run.addr });
+        }
+        self.repeat(bitmaps, |state, _| state.try_used(run))
+    }
+
     /// Log replay: group `txg` has these sectors.
     ///
     /// # Errors

@@ -459,6 +459,22 @@ impl State {
         }
     }
 
+    /// Whether all of these sectors are in use.
+    pub fn try_used(&self, run: Run) -> Result<Step<bool>> {
+        let range = span(run);
+        let chunk = self.chunk_of(&range).ok_or(Error::Unmapped { addr: run.addr })?;
+        for (region, part) in ChunkSpace::parts(chunk.sectors_of(range)) {
+            match chunk.bits(region) {
+                None => return Ok(Step::Load(self.wanted(chunk.start, region))),
+                Some(bits) if bits.next_free(part.start) < part.end => {
+                    return Ok(Step::Done(false));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(Step::Done(true))
+    }
+
     /// Takes exactly these sectors.
     pub fn try_take(&mut self, run: Run, txg: Txg) -> Result<Step<()>> {
         let range = span(run);

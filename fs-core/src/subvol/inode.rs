@@ -67,6 +67,13 @@ pub struct Aside {
     pub unlogged: bool,
 }
 
+impl Aside {
+    /// Whether the intent log lacks anything of it.
+    pub fn lacks(&self) -> bool {
+        self.unlogged || self.ranges.lacks()
+    }
+}
+
 impl State {
     /// State of an inode that is as the tree has it.
     pub fn clean(item: InodeItem) -> State {

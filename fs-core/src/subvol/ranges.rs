@@ -108,6 +108,11 @@ impl RangeMap {
         self.pieces.iter().map(|(at, piece)| (*at, piece))
     }
 
+    /// Whether the intent log lacks any piece.
+    pub fn lacks(&self) -> bool {
+        self.pieces.values().any(|piece| !piece.logged)
+    }
+
     /// Every piece, to mark what has been logged.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut Piece)> {
         self.pieces.iter_mut().map(|(at, piece)| (*at, piece))

@@ -57,7 +57,7 @@ impl Handle<'_> {
 
 impl Drop for Handle<'_> {
     fn drop(&mut self) {
-        if self.groups.active[slot(self.txg)].fetch_sub(1, Ordering::AcqRel) == 1
+        if self.groups.active[slot(self.txg)].fetch_sub(1, Ordering::SeqCst) == 1
             && self.groups.open() != self.txg
         {
             self.groups.changed.notify_all();

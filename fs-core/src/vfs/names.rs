@@ -2,7 +2,7 @@
 
 use crate::error::{Errno, Error};
 use crate::format::dir::{Entry, FIRST_COOKIE};
-use crate::format::inode::{flag, mode, InodeItem};
+use crate::format::inode::{flag, mode, InodeItem, NLINK_MAX};
 use crate::format::key::{kind, Key};
 use crate::format::node::VALUE_BYTES_MAX;
 use crate::space::{Class, Reservation};
@@ -169,6 +169,9 @@ impl Volume {
         let parent = self.inode(dir)?;
         let mut dir_state = parent.state.write();
         check_may_add(&dir_state)?;
+        if new.mode & mode::TYPE == mode::DIRECTORY && dir_state.item.nlink >= NLINK_MAX {
+            return Err(Errno::MLink.into());
+        }
         if self.subvol.find_name(dir, name)?.is_some() {
             return Err(Errno::Exist.into());
         }
@@ -345,7 +348,7 @@ impl Volume {
             return Err(Errno::Perm.into());
         }
         check_may_change(state)?;
-        if state.item.nlink == u32::MAX {
+        if state.item.nlink >= NLINK_MAX {
             return Err(Errno::MLink.into());
         }
         if self.subvol.find_name(dir, name)?.is_some() {

@@ -83,12 +83,14 @@ impl Volume {
     /// [`Error::Failed`] when not everything could be made durable; [`Error::ReadOnly`] when the
     /// devices are.
     pub fn set_read_only(&self, read_only: bool) -> Result<()> {
-        if read_only {
-            self.engine.commit()?;
-        } else if self.engine.store.pool.read_only() {
+        if !read_only && self.engine.store.pool.read_only() {
             return Err(Error::ReadOnly);
         }
+        // First, so that what is under way is the last there is to commit.
         self.engine.store.set_read_only(read_only);
+        if read_only {
+            self.engine.commit()?;
+        }
         Ok(())
     }
 
