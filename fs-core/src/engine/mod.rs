@@ -194,11 +194,12 @@ impl Engine {
     /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
     ///
     /// # Errors
-    /// [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Failed`].
+    /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of the
+    /// operation is lost when the commit fails that would have made room.
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
         self.store.writable()?;
         if self.store.dirty.over_hard() {
-            self.commit()?;
+            self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
         for _ in 0..3 {
             self.store.space.set_metadata_cap(self.metadata_bound(metadata));
@@ -206,7 +207,8 @@ impl Engine {
                 Err(Error::NoSpace) => {}
                 other => return other,
             }
-            self.commit_upto(self.store.groups.open())?;
+            self.commit_upto(self.store.groups.open())
+                .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
         }
         self.store.space.reserve(data, metadata, class)
@@ -286,7 +288,8 @@ impl Engine {
     ///
     /// # Errors
     /// EOPNOTSUPP when no device discards, EINVAL for an offset behind the last device; errors of
-    /// the devices or the space tree; [`Error::ReadOnly`], [`Error::Failed`].
+    /// the devices or the space tree; those of [`Store::writable`]; [`Error::Failed`] when the
+    /// commit fails that it begins with.
     pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
         self.store.writable()?;
         if !self.store.pool.discards() {
@@ -320,7 +323,7 @@ impl Engine {
 
     /// Acts as if power had failed: nothing is written any more.
     pub fn shutdown(&self) {
-        self.store.fail();
+        self.store.shut_down();
     }
 
     /// Drops what is cached and clean.

@@ -247,3 +247,55 @@ fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
     assert_eq!(stale(fs.lookup(Ino(1 << 40), b".")), Errno::Stale);
     assert_eq!(stale(fs.lookup(Ino(u64::MAX), b".")), Errno::Stale);
 }
+
+#[test]
+fn after_a_failure_changes_are_refused_lost_ones_reported_and_reads_go_on() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(100_000, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.write(kept, 200_000, b"accepted", WriteFlags::default()).unwrap();
+    device.faults(|faults| faults.fail_flush = true);
+    assert_eq!(fs.sync().unwrap_err().errno(), Errno::Io);
+    device.faults(|faults| faults.fail_flush = false);
+
+    let errno = |result: Result<(), crate::error::Error>| result.unwrap_err().errno();
+    let write = |data: &[u8]| fs.write(kept, 0, data, WriteFlags::default()).map(|_| ());
+    assert_eq!(errno(write(b"no")), Errno::RoFs);
+    assert_eq!(errno(fs.mknod(fs.root(), b"new", 0o100644, 0, &ROOT).map(|_| ())), Errno::RoFs);
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::RoFs);
+    assert_eq!(errno(fs.set_label(b"name")), Errno::RoFs);
+    assert_eq!(errno(fs.trim(0, u64::MAX, 0).map(|_| ())), Errno::RoFs);
+    // However often it is asked.
+    for _ in 0..2 {
+        assert_eq!(errno(fs.fsync(kept, false)), Errno::Io);
+        assert_eq!(errno(fs.sync()), Errno::Io);
+    }
+    let mut out = std::vec![0; 100_000];
+    assert_eq!(fs.read(kept, 0, &mut out).unwrap(), out.len());
+    assert_eq!(out, pattern(100_000, 1));
+    assert!(fs.close().is_err());
+
+    // Power going away is no such failure: there is no filesystem left to be read-only.
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap();
+    assert_eq!(kept.size, 100_000);
+    fs.shutdown();
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::Io);
+    assert_eq!(errno(fs.sync()), Errno::Io);
+}
+
+#[test]
+fn a_write_that_finds_no_room_because_the_commit_fails_is_refused_not_lost() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    device.faults(|faults| faults.fail_flush = true);
+    let chunk = pattern(1 << 20, 9);
+    let refused = (0..64).find_map(|n| {
+        fs.write(file, n << 20, &chunk, WriteFlags::default()).err().map(|error| error.errno())
+    });
+    assert_eq!(refused, Some(Errno::RoFs));
+    assert_eq!(fs.fsync(file, false).unwrap_err().errno(), Errno::Io);
+}

@@ -72,6 +72,7 @@ pub struct Store {
     spare: [Mutex<Vec<Run>>; SLOTS],
     settings: [AtomicU8; 3],
     failed: AtomicBool,
+    shut_down: AtomicBool,
     read_only: AtomicBool,
 }
 
@@ -131,6 +132,7 @@ impl Store {
             spare: core::array::from_fn(|_| Mutex::new(Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             failed: AtomicBool::new(false),
+            shut_down: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),
         };
         store.set_settings(parts.settings);
@@ -224,10 +226,17 @@ impl Store {
         core::mem::take(&mut *self.spare[slot(txg)].lock())
     }
 
-    /// Fails when the pool takes no changes.
+    /// Whether the pool takes changes.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] by choice, [`Error::TurnedReadOnly`] after an error, [`Error::Failed`]
+    /// after a shutdown.
     pub fn writable(&self) -> Result<()> {
-        if self.failed.load(Ordering::Acquire) {
+        if self.shut_down.load(Ordering::Acquire) {
             return Err(Error::Failed);
+        }
+        if self.has_failed() {
+            return Err(Error::TurnedReadOnly);
         }
         if self.read_only.load(Ordering::Acquire) {
             return Err(Error::ReadOnly);
@@ -245,6 +254,12 @@ impl Store {
         let first = !self.failed.swap(true, Ordering::AcqRel);
         self.groups.notify();
         first
+    }
+
+    /// Stops publishing for good, as if power had failed.
+    pub fn shut_down(&self) {
+        self.shut_down.store(true, Ordering::Release);
+        self.fail();
     }
 
     /// Whether changes are refused by choice.
