@@ -40,6 +40,7 @@ use crate::format::superblock::Superblock;
 use crate::space::{Class, Reservation, Trim};
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::Subvol;
+use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::{BTreeMap, VecDeque};
@@ -138,6 +139,7 @@ impl Engine {
 
     /// Returns when group `txg` is published.
     pub(crate) fn commit_upto(&self, txg: Txg) -> Result<()> {
+        rank::may_wait_for(Rank::Committer);
         while self.store.groups.published() < txg {
             if self.store.has_failed() {
                 return Err(Error::Failed);
@@ -194,9 +196,10 @@ impl Engine {
     /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
     ///
     /// # Errors
-    /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of the
-    /// operation is lost when the commit fails that would have made room.
+    /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of
+    /// the operation is lost when the commit fails that would have made room.
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
+        rank::may_wait_for(Rank::Committer);
         self.store.writable()?;
         if self.store.dirty.over_hard() {
             self.commit().or_else(|error| self.store.writable().and(Err(error)))?;

@@ -14,7 +14,7 @@ use crate::platform::{Platform, Timestamp};
 use crate::pool::Pool;
 use crate::space::{BitmapSource, Reservation, Space};
 use crate::subvol::intents::Intents;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, Dirty, Groups, SLOTS};
 use crate::units::{Logical, TreeId, Txg};
 use alloc::sync::Arc;
@@ -123,13 +123,13 @@ impl Store {
             intents: Intents::default(),
             hash_secret: parts.hash_secret,
             node_bytes: parts.node_bytes,
-            space_view: RwLock::new(Arc::new(View {
-                txg: parts.published,
-                tree: parts.space_tree,
-            })),
-            debts: core::array::from_fn(|_| Mutex::new(GroupDebts::default())),
-            reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
-            spare: core::array::from_fn(|_| Mutex::new(Vec::new())),
+            space_view: RwLock::ranked(
+                Rank::Leaf,
+                Arc::new(View { txg: parts.published, tree: parts.space_tree }),
+            ),
+            debts: core::array::from_fn(|_| Mutex::ranked(Rank::Short, GroupDebts::default())),
+            reserved: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
+            spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             failed: AtomicBool::new(false),
             shut_down: AtomicBool::new(false),
