@@ -17,6 +17,7 @@ mod documents;
 mod info;
 mod inspect;
 mod output;
+mod property;
 mod sync;
 mod target;
 mod trim;
@@ -82,6 +83,8 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),
+        Command::Get(arguments) => property::get(&arguments),
+        Command::Set(arguments) => property::set(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
         Command::Inspect(command) => inspect::run(&command),
         Command::Completions { shell } => documents::print_completions(shell),

@@ -66,6 +66,8 @@ pub struct RangeMap {
     pieces: BTreeMap<u64, Piece>,
     data_bytes: u64,
     next_id: u64,
+    /// Bytes that the last early write left in memory.
+    left_early: u64,
 }
 
 /// Where an item's or piece's blob begins in the file: items of one blob with one anchor share one
@@ -83,6 +85,17 @@ impl RangeMap {
     /// Bytes of the file held in memory.
     pub fn data_bytes(&self) -> u64 {
         self.data_bytes
+    }
+
+    /// Bytes that came since the last early write. What that one left is scattered, and looking at
+    /// it again with every write would take time in proportion to its square.
+    pub fn bytes_since_early(&self) -> u64 {
+        self.data_bytes.saturating_sub(self.left_early)
+    }
+
+    /// An early write is over.
+    pub fn written_early(&mut self) {
+        self.left_early = self.data_bytes;
     }
 
     /// Number of pieces.

@@ -23,8 +23,10 @@ use crate::vfs::{Fallocate, Result, Seek, WriteFlags};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-/// Dirty bytes of one file from which on whole windows are written early.
+/// Dirty bytes that one file gathers before whole windows of it are written early.
 const EARLY_BYTES: u64 = 8 << 20;
+/// The same when all files together have gathered much.
+const EARLY_BYTES_PRESSED: u64 = 1 << 20;
 
 fn check_file(state: &State) -> Result<()> {
     if state.gone {
@@ -277,9 +279,10 @@ impl Volume {
         self.put_bytes(&mut change, &mut state, start, buf.into_slice());
         self.engine.keep(change.txg(), reservation);
         change.finish();
-        let much = state.ranges.data_bytes() >= EARLY_BYTES;
+        let came = state.ranges.bytes_since_early();
         drop(state);
-        if much || self.engine.store.dirty.over_soft() {
+        let pressed = self.engine.store.dirty.over_soft();
+        if came >= if pressed { EARLY_BYTES_PRESSED } else { EARLY_BYTES } {
             self.write_early(&inode);
         }
         Ok(at)
@@ -338,16 +341,20 @@ impl Volume {
     /// Writes whole windows of a file that has gathered much.
     fn write_early(&self, inode: &Arc<Inode>) {
         let Some(_only_one) = inode.flushing.try_lock() else { return };
-        let tasks = {
+        let (txg, tasks) = {
             let state = inode.state.read();
             if state.txg.0 == 0 {
                 return;
             }
-            data::tasks(&self.subvol, inode, &state, state.txg, true)
+            (state.txg, data::tasks(&self.subvol, inode, &state, state.txg, true))
         };
         // Bytes that could not be written stay in memory; the commit will meet the same error and
         // report it.
         let _ = data::write_tasks(&self.engine.store, &tasks);
+        let mut state = inode.state.write();
+        if let Some(ranges) = state.ranges_of(txg) {
+            ranges.written_early();
+        }
     }
 
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {

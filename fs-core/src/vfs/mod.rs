@@ -21,6 +21,7 @@ mod acl;
 mod attrs;
 mod files;
 mod names;
+mod property;
 mod rename;
 mod volume;
 
