@@ -25,7 +25,7 @@ use crate::subvol::intents::Pending;
 use crate::subvol::ranges::{Content, Piece, RangeMap};
 use crate::subvol::store::{Result, Store};
 use crate::subvol::Subvol;
-use crate::sync::{Mutex, Signal};
+use crate::sync::{Mutex, Rank, Signal};
 use crate::units::{Ino, Logical, TreeId, Txg};
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -72,14 +72,17 @@ impl Log {
     /// The log of a pool that was opened with nothing to replay.
     pub fn new(pool_id: [u8; 16]) -> Log {
         Log {
-            writer: Mutex::new(Writer {
-                frames: LogWriter::new(pool_id, None),
-                named: false,
-                naming: None,
-                wanted: false,
-                written: VecDeque::new(),
-            }),
-            waiting: Mutex::new(Vec::new()),
+            writer: Mutex::ranked(
+                Rank::Log,
+                Writer {
+                    frames: LogWriter::new(pool_id, None),
+                    named: false,
+                    naming: None,
+                    wanted: false,
+                    written: VecDeque::new(),
+                },
+            ),
+            waiting: Mutex::ranked(Rank::Short, Vec::new()),
             begun: AtomicU64::new(0),
             done: AtomicU64::new(0),
             busy: AtomicBool::new(false),

@@ -40,6 +40,7 @@ use crate::format::superblock::Superblock;
 use crate::space::{Class, Reservation, Trim};
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::Subvol;
+use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::{BTreeMap, VecDeque};
@@ -138,6 +139,7 @@ impl Engine {
 
     /// Returns when group `txg` is published.
     pub(crate) fn commit_upto(&self, txg: Txg) -> Result<()> {
+        rank::may_wait_for(Rank::Committer);
         while self.store.groups.published() < txg {
             if self.store.has_failed() {
                 return Err(Error::Failed);
@@ -196,11 +198,13 @@ impl Engine {
     /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
     ///
     /// # Errors
-    /// [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Failed`].
+    /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of
+    /// the operation is lost when the commit fails that would have made room.
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
+        rank::may_wait_for(Rank::Committer);
         self.store.writable()?;
         if self.store.dirty.over_hard() {
-            self.commit()?;
+            self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
         for _ in 0..3 {
             self.store.space.set_metadata_cap(self.metadata_bound(metadata));
@@ -212,7 +216,8 @@ impl Engine {
                 // Which itself reserves for deletion.
                 self.reclaim_some();
             }
-            self.commit_upto(self.store.groups.open())?;
+            self.commit_upto(self.store.groups.open())
+                .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
         }
         self.store.space.reserve(data, metadata, class)
@@ -292,7 +297,8 @@ impl Engine {
     ///
     /// # Errors
     /// EOPNOTSUPP when no device discards, EINVAL for an offset behind the last device; errors of
-    /// the devices or the space tree; [`Error::ReadOnly`], [`Error::Failed`].
+    /// the devices or the space tree; those of [`Store::writable`]; [`Error::Failed`] when the
+    /// commit fails that it begins with.
     pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
         self.store.writable()?;
         if !self.store.pool.discards() {
@@ -326,7 +332,7 @@ impl Engine {
 
     /// Acts as if power had failed: nothing is written any more.
     pub fn shutdown(&self) {
-        self.store.fail();
+        self.store.shut_down();
     }
 
     /// Drops what is cached and clean.

@@ -56,7 +56,7 @@ impl Engine {
         let end = intent::scan(&place, pool_id, start, &mut |record| proof.holds(&record))?;
         let mut replay = Replay {
             engine: self,
-            handle: store.groups.enter(),
+            handle: store.groups.enter_alone(),
             published,
             applied: 0,
             taken: BTreeSet::new(),

@@ -260,10 +260,20 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// A pool whose log has begun.
+/// A pool whose log has begun, with free space in chunks that are published: records may name it.
 fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
     let (device, test) = new_pool(bytes);
     let fs = mount(&device, &test);
+    let name = |n: u64| std::format!("filler {n}");
+    for n in 0..80 {
+        let ino = create(&fs, fs.root(), name(n).as_bytes());
+        fs.write(ino, 0, &noise(300 << 10, n + 100), WriteFlags::default()).unwrap();
+        fs.forget(ino, 1);
+    }
+    fs.sync().unwrap();
+    (0..80).step_by(2).for_each(|n| fs.unlink(fs.root(), name(n).as_bytes()).unwrap());
+    fs.sync().unwrap();
+    fs.sync().unwrap();
     let first = create(&fs, fs.root(), b"first");
     fs.fsync(first, false).unwrap();
     (device, test, fs)
@@ -272,7 +282,7 @@ fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
 #[test]
 fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
     let (device, test, fs) = with_log(64 << 20);
-    let data = noise(16 << 20, 5);
+    let data = noise(9 << 20, 5);
     let source = create(&fs, fs.root(), b"source");
     // So much is written to its place before anybody asks.
     fs.write(source, 0, &data, WriteFlags::default()).unwrap();
@@ -287,7 +297,7 @@ fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
     let clone = fs.lookup(fs.root(), b"clone").unwrap().ino;
     // What is free is used again.
     let other = create(&fs, fs.root(), b"other");
-    let _ = fs.write(other, 0, &noise(20 << 20, 6), WriteFlags::default());
+    let _ = fs.write(other, 0, &noise(12 << 20, 6), WriteFlags::default());
     fs.sync().unwrap();
     assert!(read_all(&fs, clone) == data, "the clone has other bytes");
 }
@@ -295,7 +305,7 @@ fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
 #[test]
 fn ranges_moved_within_a_file_keep_their_bytes_when_synced() {
     let (device, test, fs) = with_log(64 << 20);
-    let data = noise(12 << 20, 7);
+    let data = noise(9 << 20, 7);
     let file = create(&fs, fs.root(), b"file");
     fs.write(file, 0, &data, WriteFlags::default()).unwrap();
     fs.fallocate(file, Fallocate::CollapseRange, 0, 1 << 20).unwrap();
@@ -306,7 +316,7 @@ fn ranges_moved_within_a_file_keep_their_bytes_when_synced() {
     let fs = mount(&device, &test);
     let file = fs.lookup(fs.root(), b"file").unwrap().ino;
     let other = create(&fs, fs.root(), b"other");
-    let _ = fs.write(other, 0, &noise(20 << 20, 8), WriteFlags::default());
+    let _ = fs.write(other, 0, &noise(12 << 20, 8), WriteFlags::default());
     fs.sync().unwrap();
     assert!(read_all(&fs, file) == data[1 << 20..], "the file has other bytes");
 }
@@ -345,4 +355,56 @@ fn what_was_under_way_when_a_pool_became_read_only_is_there_later() {
     let fs = mount(&device, &test);
     let file = fs.lookup(fs.root(), b"file").unwrap().ino;
     assert_eq!(read_all(&fs, file), b"kept");
+}
+
+#[test]
+fn after_a_failure_changes_are_refused_lost_ones_reported_and_reads_go_on() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(100_000, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.write(kept, 200_000, b"accepted", WriteFlags::default()).unwrap();
+    device.faults(|faults| faults.fail_flush = true);
+    assert_eq!(fs.sync().unwrap_err().errno(), Errno::Io);
+    device.faults(|faults| faults.fail_flush = false);
+
+    let errno = |result: Result<(), crate::error::Error>| result.unwrap_err().errno();
+    let write = |data: &[u8]| fs.write(kept, 0, data, WriteFlags::default()).map(|_| ());
+    assert_eq!(errno(write(b"no")), Errno::RoFs);
+    assert_eq!(errno(fs.mknod(fs.root(), b"new", 0o100644, 0, &ROOT).map(|_| ())), Errno::RoFs);
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::RoFs);
+    assert_eq!(errno(fs.set_label(b"name")), Errno::RoFs);
+    assert_eq!(errno(fs.trim(0, u64::MAX, 0).map(|_| ())), Errno::RoFs);
+    // However often it is asked.
+    for _ in 0..2 {
+        assert_eq!(errno(fs.fsync(kept, false)), Errno::Io);
+        assert_eq!(errno(fs.sync()), Errno::Io);
+    }
+    let mut out = std::vec![0; 100_000];
+    assert_eq!(fs.read(kept, 0, &mut out).unwrap(), out.len());
+    assert_eq!(out, pattern(100_000, 1));
+    assert!(fs.close().is_err());
+
+    // Power going away is no such failure: there is no filesystem left to be read-only.
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap();
+    assert_eq!(kept.size, 100_000);
+    fs.shutdown();
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::Io);
+    assert_eq!(errno(fs.sync()), Errno::Io);
+}
+
+#[test]
+fn a_write_that_finds_no_room_because_the_commit_fails_is_refused_not_lost() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    device.faults(|faults| faults.fail_flush = true);
+    let chunk = pattern(1 << 20, 9);
+    let refused = (0..64).find_map(|n| {
+        fs.write(file, n << 20, &chunk, WriteFlags::default()).err().map(|error| error.errno())
+    });
+    assert_eq!(refused, Some(Errno::RoFs));
+    assert_eq!(fs.fsync(file, false).unwrap_err().errno(), Errno::Io);
 }

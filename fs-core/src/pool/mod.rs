@@ -58,7 +58,7 @@ use crate::format::node::NODE_BYTES_ALLOWED;
 use crate::format::space::Run;
 use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform, Result};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::string::ToString;
@@ -262,17 +262,17 @@ impl Pool {
         next_chunk: Logical,
     ) -> Pool {
         let sizes = members.iter().map(|member| member.identity().bytes);
-        let ledger = Mutex::new(Ledger::new(sizes, next_chunk));
+        let ledger = Mutex::ranked(Rank::Ledger, Ledger::new(sizes, next_chunk));
         Pool {
             platform,
             members,
             settings,
             read_only,
             damaged: Mutex::new(Vec::new()),
-            map: RwLock::new(Arc::new(ChunkMap::default())),
+            map: RwLock::ranked(Rank::Leaf, Arc::new(ChunkMap::default())),
             ledger,
-            heal: Mutex::new(()),
-            reported: Mutex::new(read::Reported::default()),
+            heal: Mutex::ranked(Rank::Heal, ()),
+            reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
         }
     }
 

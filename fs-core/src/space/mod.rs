@@ -61,7 +61,8 @@
 //!   discard each batch leaves `releasing` and is cleared in the bitmaps in one step under the
 //!   lock. It is in no other part: nobody used it since it was freed, and it could not be taken
 //!   again.
-//! - *trim*: what is in no part enters `releasing` and the bitmaps in one step, and leaves as above.
+//! - *trim*: what is in no part enters `releasing` and the bitmaps in one step, and leaves as
+//!   above.
 //! - *chunk dropped*: none of its sectors is in (3); it leaves with its bitmaps.
 //!
 //! A load reads the published tree *without* the lock, because that is I/O. It notes the number of
@@ -115,7 +116,7 @@ use crate::error::Error;
 use crate::format::chunk::{Chunk, ChunkKind};
 use crate::format::space::{Residue, Run, REGION_BYTES};
 use crate::platform::Result;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank};
 use crate::units::{Logical, Txg, SECTOR_BYTES, SECTOR_SHIFT};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -133,8 +134,8 @@ const RELEASE_BATCH: usize = 256;
 /// What the allocator needs of the pool.
 ///
 /// Called with the allocator's lock held, except for `discard` and `discard_held`: nothing here may
-/// call back, and only those two may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes times copies sum
-/// up to `unallocated_bytes` can be created: promises are made on that.
+/// call back, and only those two may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes
+/// times copies sum up to `unallocated_bytes` can be created: promises are made on that.
 ///
 /// A "byte of the devices" counts the bytes of all devices, one after the other.
 pub trait ChunkSource: Send + Sync {
@@ -278,8 +279,8 @@ impl Space {
             chunks,
             options,
             discard: AtomicBool::new(options.discard),
-            state: Mutex::new(State::new(options.published, resident_max, unit)),
-            releasing: Mutex::new(()),
+            state: Mutex::ranked(Rank::Space, State::new(options.published, resident_max, unit)),
+            releasing: Mutex::ranked(Rank::Releasing, ()),
         }
     }
 

@@ -8,7 +8,7 @@
 //! The list is bounded. When a group's part grows too long it is dropped, and until that group is
 //! published `fsync` makes a whole commit instead, which then is the better deal anyway.
 
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank};
 use crate::txg::{slot, SLOTS};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::BTreeSet;
@@ -36,9 +36,14 @@ struct List {
 }
 
 /// The intent list of a pool.
-#[derive(Default)]
 pub struct Intents {
     list: Mutex<List>,
+}
+
+impl Default for Intents {
+    fn default() -> Intents {
+        Intents { list: Mutex::ranked(Rank::Short, List::default()) }
+    }
 }
 
 /// What the log lacks.
