@@ -106,7 +106,8 @@ pub(crate) struct Set {
     /// =inherit, to follow the subvolume and the pool
     #[arg(value_name = "PROPERTY=VALUE", value_parser = parse_assignment)]
     pub(crate) assignment: (Property, String),
-    /// Files and directories of mounted pools; what is made in a directory takes over its properties
+    /// Files and directories of mounted pools; what is made in a directory takes over its
+    /// properties
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }

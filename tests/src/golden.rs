@@ -1,8 +1,8 @@
 //! Images that every later version must open.
 //!
-//! `images/golden` holds pools as they were once written, each with a list of what it shows. A version
-//! that cannot open one of them, or shows something else, has broken the format. They are made with
-//! `cargo run -p cairn-tests --bin golden`, which never writes over one that is there.
+//! `images/golden` holds pools as they were once written, each with a list of what it shows. A
+//! version that cannot open one of them, or shows something else, has broken the format. They are
+//! made with `cargo run -p cairn-tests --bin golden`, which never writes over one that is there.
 
 use crate::device::Image;
 use crate::fault::{built, cut_off, script, Script};

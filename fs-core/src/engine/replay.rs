@@ -356,8 +356,8 @@ impl Proof<'_> {
         }
     }
 
-    /// Whether a copy of a run is good. One that cannot be read may be: then reading it fails later,
-    /// which says more than to forget that it was written.
+    /// Whether a copy of a run is good. One that cannot be read may be: then reading it fails
+    /// later, which says more than to forget that it was written.
     fn any_copy(&self, run: Run, is_good: &dyn Fn(&[u8]) -> bool) -> Result<bool> {
         let pool = &self.engine.store.pool;
         let copies = match pool.map(run.addr, run.bytes) {

@@ -365,8 +365,8 @@ fn geometry(file: &mut File, access: Access) -> io::Result<Geometry> {
     })
 }
 
-/// Whether the kernel refuses writes to the device. It opens such a device for writing all the same,
-/// and only the first write fails: too late to say so to whoever mounts.
+/// Whether the kernel refuses writes to the device. It opens such a device for writing all the
+/// same, and only the first write fails: too late to say so to whoever mounts.
 fn is_write_protected(kind: &Metadata) -> bool {
     let (major, minor) = (rustix::fs::major(kind.rdev()), rustix::fs::minor(kind.rdev()));
     std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
