@@ -59,7 +59,8 @@ Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
   -h, --help         show this help
   -V, --version      show the version
 
-Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N";
+Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N,
+  transport=auto|device|uring";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -298,7 +299,7 @@ fn serve(
         }
     };
     unmount_on_signals(invocation.target.clone(), root);
-    let threads = Threads::new(invocation.options.threads);
+    let threads = Threads::new(invocation.options.threads, invocation.options.transport);
     let session = Session::new(device, server, threads);
     let target = invocation.target.clone();
     let admin_socket = Arc::new(Mutex::new(None));

@@ -16,6 +16,18 @@ pub enum Compression {
     Zstd(i8),
 }
 
+/// How requests travel from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Over io_uring where the kernel offers it.
+    #[default]
+    Auto,
+    /// Over /dev/fuse.
+    Device,
+    /// Over io_uring; that it cannot be had is worth a warning.
+    Uring,
+}
+
 /// Parsed options. Defaults are those of a mount by root.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -35,6 +47,8 @@ pub struct Options {
     pub cache_bytes: Option<u64>,
     /// Number of threads that answer requests.
     pub threads: Option<usize>,
+    /// How requests travel from the kernel.
+    pub transport: Transport,
     /// Security contexts, for the kernel.
     pub security: Vec<(String, String)>,
 }
@@ -194,6 +208,14 @@ impl Options {
             "threads" => {
                 let threads = value.parse().ok().filter(|t| (1..=256).contains(t));
                 self.threads = Some(threads.ok_or_else(bad)?);
+            }
+            "transport" => {
+                self.transport = match value {
+                    "auto" => Transport::Auto,
+                    "device" => Transport::Device,
+                    "uring" => Transport::Uring,
+                    _ => return Err(bad()),
+                }
             }
             _ if SECURITY.contains(&name) => {
                 self.security.push((name.to_string(), value.to_string()));
