@@ -305,7 +305,7 @@ fn serve(
     let admin_socket = Arc::new(Mutex::new(None));
     let socket = Arc::clone(&admin_socket);
     let settle = move || {
-        // Asks the root of the new mount, so this thread must not be one that serves.
+        // Writing to sysfs and waiting for the caller is not for a thread that serves.
         std::thread::spawn(move || {
             if root {
                 mount::raise_limits(&target, READAHEAD_BYTES);
@@ -322,7 +322,7 @@ fn serve(
 
 /// Listens for the `cairn` command. A daemon can do without.
 fn listen(target: &Path, handler: Arc<Handler>) -> Option<AdminServer> {
-    let device = rustix::fs::stat(target).ok()?.st_dev;
+    let device = mount::device_of(target).ok()?;
     AdminServer::start(device, handler)
         .map_err(|error| {
             log::warning(&format!("the cairn command cannot reach this mount: {error}"))

@@ -7,9 +7,12 @@
 //! REGISTER -> completion: a request is there -> COMMIT_AND_FETCH -> completion: ... -> error: over
 //! ```
 //!
-//! All its reading and writing of the buffers happens inside `io_uring_enter(2)` of the thread that
-//! made the ring (`IORING_SETUP_DEFER_TASKRUN`). So between calls the buffers are ordinary memory
-//! of that thread, and the methods here are safe.
+//! Between a command and its completion the buffers are the kernel's, otherwise the thread's; `Ring`
+//! knows whose they are, so the methods here are safe.
+//!
+//! Not used: `IORING_SETUP_DEFER_TASKRUN`. It is no faster here, and leaves requests for a thread
+//! that has died lying where not even an abort of the connection finds them, for as long as any
+//! thread of the process keeps the ring open.
 
 use crate::wire::{self, ring};
 use fs_core::buf::Buf;
@@ -18,14 +21,16 @@ use io_uring::IoUring;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 /// A ring, its entry's buffers, and the descriptor of /dev/fuse it works on.
 pub struct Ring {
-    // First, so that it is dropped first: a closed ring's deferred work is cancelled, not done.
     uring: IoUring<Entry128>,
-    buffers: Buffers,
+    buffers: ManuallyDrop<Buffers>,
+    /// A command has been given and its completion not been seen.
+    is_kernels: bool,
     fuse: Arc<OwnedFd>,
     queue: u16,
     /// A request was there when the entry had just been registered.
@@ -81,20 +86,15 @@ impl Ring {
     pub fn new(fuse: Arc<OwnedFd>, queue: u16, payload_bytes: usize) -> Result<Ring, Errno> {
         let uring = IoUring::<Entry128>::builder()
             .setup_single_issuer()
-            .setup_defer_taskrun()
+            .setup_coop_taskrun()
             .dontfork()
             .build(1)
             .map_err(|error| errno(&error))?;
         let mut headers = wire::RingHeaders::new_box_zeroed().map_err(|_| Errno::NOMEM)?;
         let mut payload = Buf::zeroed(payload_bytes).map_err(|_| Errno::NOMEM)?;
         let parts = Box::new([part(headers.as_mut_bytes()), part(&mut payload)]);
-        Ok(Ring {
-            uring,
-            buffers: Buffers { headers, payload, parts },
-            fuse,
-            queue,
-            arrived: false,
-        })
+        let buffers = ManuallyDrop::new(Buffers { headers, payload, parts });
+        Ok(Ring { uring, buffers, is_kernels: false, fuse, queue, arrived: false })
     }
 
     /// Gives the entry to its queue.
@@ -146,13 +146,17 @@ impl Ring {
         }
     }
 
-    /// Headers and payload, of the request that is there and of its reply.
+    /// Headers and payload, of the request that is there and of its reply. Not to be asked for
+    /// between a command and its completion.
     pub fn buffers(&mut self) -> (&mut wire::RingHeaders, &mut [u8]) {
-        (&mut self.buffers.headers, &mut self.buffers.payload)
+        assert!(!self.is_kernels, "the buffers are the kernel's");
+        let Buffers { headers, payload, .. } = &mut *self.buffers;
+        (headers, payload)
     }
 
     fn completed(&mut self) -> Option<Result<(), Errno>> {
         let result = self.uring.completion().next()?.result();
+        self.is_kernels = false;
         Some(if result < 0 { Err(Errno::from_raw_os_error(-result)) } else { Ok(()) })
     }
 
@@ -169,9 +173,23 @@ impl Ring {
         };
         // SAFETY: both are 128 bytes of plain numbers in the layout of the kernel's submission.
         let entry = unsafe { std::mem::transmute::<Submission, Entry128>(submission) };
-        // SAFETY: the descriptor and the buffers belong to `self`, which keeps them where they are
-        // until the ring is closed; see the module's documentation for when they are used.
+        if self.is_kernels {
+            return Err(Errno::BUSY);
+        }
+        self.is_kernels = true;
+        // SAFETY: the descriptor and the buffers belong to `self`, which keeps them where they are,
+        // and leaves the buffers alone while `is_kernels` is set, even when it is dropped.
         unsafe { self.uring.submission().push(&entry) }.map_err(|_| Errno::BUSY)
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // Otherwise they are lost: closing the ring ends the kernel's use of them, but not at once.
+        if !self.is_kernels {
+            // SAFETY: nothing uses them after this.
+            unsafe { ManuallyDrop::drop(&mut self.buffers) };
+        }
     }
 }
 
