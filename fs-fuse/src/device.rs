@@ -69,6 +69,9 @@ const WATCH_EVERY: Duration = Duration::from_millis(1);
 /// Looks without a request in between after which the watch sleeps.
 const WATCH_LOOKS_IDLE: u32 = 50;
 
+/// Time between two looks for requests that nobody waits for.
+const COLLECT_EVERY: Duration = Duration::from_millis(2);
+
 /// How the threads of a session are arranged.
 #[derive(Clone, Copy, Debug)]
 pub struct Threads {
@@ -151,10 +154,15 @@ impl Session {
             let served = self.initialise(scope, &mut leader);
             let Ok(Some(way)) = served else { return served.map(drop) };
             ready();
-            start(scope, "fuse-seek", || self.seek_all(to_seek));
-            start(scope, "fuse-watch", || self.watch(scope, seeks));
-            self.lead(leader, way);
-            self.crew.end();
+            match way {
+                Way::Device => {
+                    start(scope, "fuse-seek", || self.seek_all(to_seek));
+                    start(scope, "fuse-watch", || self.watch(scope, seeks));
+                    self.lead(leader);
+                    self.crew.end();
+                }
+                Way::Rings => self.collect(leader),
+            }
             Ok(())
         })?;
         self.finish()
@@ -208,13 +216,17 @@ impl Session {
         self.server.close().map_err(|error| format!("cannot close the pool cleanly: {error}"))
     }
 
-    fn lead(&self, mut worker: Worker<'_>, way: Way) {
-        let mut follow = None;
-        // With rings nothing comes here that anybody waits for.
-        if way == Way::Device {
-            follow = self.threads.follow.then(Follow::default);
-            worker.be_eager();
+    /// Life of the leader where requests come over io_uring: what still comes here nobody waits
+    /// for. The kernel collects it in the pauses, so that not each costs a wake-up.
+    fn collect(&self, mut worker: Worker<'_>) {
+        while self.turn(&mut worker) {
+            std::thread::sleep(COLLECT_EVERY);
         }
+    }
+
+    fn lead(&self, mut worker: Worker<'_>) {
+        let mut follow = self.threads.follow.then(Follow::default);
+        worker.be_eager();
         loop {
             if let (Some(follow), Some(pid)) = (&mut follow, worker.last_pid) {
                 follow.served(pid);
