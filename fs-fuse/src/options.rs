@@ -373,18 +373,27 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_refused_even_when_sloppy() {
-        for list in ["commit=0", "commit=x", "compress=lzma", "compress=zstd:99", "threads=0"] {
+        for list in [
+            "commit=0",
+            "commit=x",
+            "compress=lzma",
+            "compress=zstd:99",
+            "threads=0",
+            "transport=x",
+        ] {
             assert!(Options::default().add(list, true).is_err(), "{list}");
         }
     }
 
     #[test]
     fn values_are_read() {
-        let options = parse("compress=zstd:7,commit=30,cache=512M,threads=3").unwrap();
+        let options =
+            parse("compress=zstd:7,commit=30,cache=512M,threads=3,transport=device").unwrap();
         assert_eq!(options.compression, Some(Compression::Zstd(7)));
         assert_eq!(options.commit_seconds, Some(30));
         assert_eq!(options.cache_bytes, Some(512 << 20));
         assert_eq!(options.threads, Some(3));
+        assert_eq!(options.transport, Transport::Device);
         assert_eq!(parse_bytes("1GiB"), Some(1 << 30));
         assert_eq!(parse_bytes("99999999T"), None);
         assert_eq!(parse_bytes("G"), None);

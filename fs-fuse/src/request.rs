@@ -589,6 +589,46 @@ mod tests {
     }
 
     #[test]
+    fn a_request_in_parts_means_what_it_means_in_one_piece() {
+        let lookup: &[u8] = b"name\0";
+        let rename = [&9u64.to_ne_bytes()[..], &4u64.to_ne_bytes(), b"old\0new\0"].concat();
+        let write = [&[0; 16][..], &4u32.to_ne_bytes(), &[0; 20], b"data"].concat();
+        let cases = [
+            (opcode::LOOKUP, 0, lookup),
+            (opcode::RENAME2, 16, &rename),
+            (opcode::WRITE, 40, &write),
+        ];
+        for (opcode, fixed_bytes, body) in cases {
+            let whole = request(opcode, body);
+            let (head, _) = wire::InHeader::read_from_prefix(&whole).unwrap();
+            // What is behind the fixed part is left from earlier requests.
+            let mut fixed = [0xff; 128];
+            fixed[..fixed_bytes].copy_from_slice(&body[..fixed_bytes]);
+            let layout = Layout::default();
+            let split = Request::decode_split(&head, &fixed, &body[fixed_bytes..], layout).unwrap();
+            let one_piece = Request::decode(&whole, layout).unwrap();
+            assert_eq!(format!("{split:?}"), format!("{one_piece:?}"));
+        }
+    }
+
+    #[test]
+    fn parts_of_any_length_are_decoded_or_refused_without_a_panic() {
+        for opcode in 0..64 {
+            for len in [0, 8, 40, 100, 167, 168, 169, 300, u32::MAX] {
+                for payload in [0, 1, 60, 200] {
+                    let whole = request(opcode, &[]);
+                    let (mut head, _) = wire::InHeader::read_from_prefix(&whole).unwrap();
+                    for extensions in [0, 1, 100] {
+                        (head.len, head.total_extlen) = (len, extensions);
+                        let (fixed, payload) = ([1; 128], vec![1; payload]);
+                        let _ = Request::decode_split(&head, &fixed, &payload, Layout::default());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_write_longer_than_its_request_is_refused() {
         let args = wire::WriteIn {
             fh: 0,

@@ -134,7 +134,7 @@ impl Mount {
 
     fn command(&self, source: &Path, options: &str) -> Command {
         let mut command = Command::new(program());
-        let options = format!("{options},transport={}", transport());
+        let options = format!("transport={},{options}", transport());
         command.arg(source).arg(self.path()).args(["-o", &options]);
         command.env("MEMORY_FUSE_CLOSED", self.base.join("closed"));
         command
@@ -692,8 +692,12 @@ fn a_signal_unmounts_and_closes() {
 
 /// Serves in the foreground, on an image.
 fn serve_in_foreground(mount: &Mount) -> Child {
+    serve_in_foreground_with(mount, "rw")
+}
+
+fn serve_in_foreground_with(mount: &Mount, options: &str) -> Child {
     File::create(mount.image()).unwrap().set_len(1 << 20).unwrap();
-    let daemon = mount.command(&mount.image(), "rw").arg("-f").spawn().unwrap();
+    let daemon = mount.command(&mount.image(), options).arg("-f").spawn().unwrap();
     wait_until("the mount", || mount.table_line().is_some());
     // Answered means that the protocol, and so the transport, is agreed on.
     fs::write(mount.file("first"), "x").unwrap();
@@ -716,6 +720,19 @@ fn requests_come_the_way_that_was_asked_for() {
     let mount = Mount::prepared();
     let mut daemon = serve_in_foreground(&mount);
     assert_eq!(serves_rings(&daemon), over_rings());
+    mount.unmount();
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
+fn without_an_offer_of_rings_the_device_is_used() {
+    let is_offered = fs::read_to_string(ENABLE_URING).is_ok_and(|value| value.trim() != "N");
+    if !can_mount() || over_rings() || is_offered {
+        return;
+    }
+    let mount = Mount::prepared();
+    let mut daemon = serve_in_foreground_with(&mount, "rw,transport=uring");
+    assert!(!serves_rings(&daemon));
     mount.unmount();
     assert!(daemon.wait().unwrap().success());
 }
