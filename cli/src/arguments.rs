@@ -1,6 +1,7 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use cairn_host::parse::parse_size;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,12 @@ pub(crate) enum Command {
     Df(Df),
     /// Make everything that is complete now durable
     Sync(Sync),
+    /// Discard free space: tell the devices of mounted pools what they need not keep
+    Trim(Trim),
+    /// Show how new data of files is stored
+    Get(Get),
+    /// Choose how new data of files is stored
+    Set(Set),
     /// Look at what is stored on a pool that is not mounted
     #[command(subcommand)]
     Inspect(Inspect),
@@ -66,6 +73,62 @@ pub(crate) struct Sync {
     /// Mount points
     #[arg(value_name = "MOUNT_POINT", required = true)]
     pub(crate) mounts: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+/// A property of a file or directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Property {
+    /// Compression of new data
+    Compression,
+    /// Checksum of new data
+    Checksum,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Get {
+    /// Show only this property [default: all]
+    #[arg(short = 'p', long, value_enum)]
+    pub(crate) property: Option<Property>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+    /// Files and directories of mounted pools
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Set {
+    /// compression=none, zstd or zstd:LEVEL (-7 to 19); checksum=none, crc32c or blake3; or
+    /// =inherit, to follow the subvolume and the pool
+    #[arg(value_name = "PROPERTY=VALUE", value_parser = parse_assignment)]
+    pub(crate) assignment: (Property, String),
+    /// Files and directories of mounted pools; what is made in a directory takes over its properties
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+}
+
+fn parse_assignment(text: &str) -> Result<(Property, String), String> {
+    let (name, value) = text.split_once('=').ok_or("expected PROPERTY=VALUE")?;
+    let property = Property::from_str(name, false)
+        .map_err(|_| format!("{name:?} is no property; there are compression and checksum"))?;
+    if value.is_empty() {
+        return Err(format!("{name} needs a value"));
+    }
+    Ok((property, value.to_string()))
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Trim {
+    /// Mount points
+    #[arg(value_name = "MOUNT_POINT", required = true)]
+    pub(crate) mounts: Vec<PathBuf>,
+    /// Leave alone what is free in shorter runs
+    #[arg(short, long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    pub(crate) min_len: u64,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,

@@ -17,8 +17,10 @@ mod documents;
 mod info;
 mod inspect;
 mod output;
+mod property;
 mod sync;
 mod target;
+mod trim;
 mod view;
 
 pub use arguments::Arguments;
@@ -81,6 +83,9 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),
+        Command::Get(arguments) => property::get(&arguments),
+        Command::Set(arguments) => property::set(&arguments),
+        Command::Trim(arguments) => trim::run(&arguments),
         Command::Inspect(command) => inspect::run(&command),
         Command::Completions { shell } => documents::print_completions(shell),
         Command::Man { directory } => documents::run_manual(&directory),

@@ -213,7 +213,10 @@ fn directories_that_are_no_cairn_mounts_are_refused() {
     cairn().args(["df", "/proc"]).assert().code(1).stderr(contains("type proc, not cairn"));
     let dir = tempfile::tempdir().unwrap();
     cairn().arg("info").arg(dir.path()).assert().code(1).stderr(contains("is not a mount point"));
-    cairn().arg("sync").arg(dir.path()).assert().code(1).stderr(contains("is not a mount point"));
+    for verb in ["sync", "trim"] {
+        cairn().arg(verb).arg(dir.path()).assert().code(1).stderr(contains("is not a mount point"));
+    }
+    cairn().args(["trim", "/proc"]).assert().code(1).stderr(contains("type proc, not cairn"));
 }
 
 #[test]

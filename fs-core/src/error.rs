@@ -64,8 +64,11 @@ pub enum Error {
     NoSpace,
     /// The pool refuses changes.
     ReadOnly,
-    /// The pool stopped accepting changes after a failure; the log says which.
+    /// Changes that were accepted cannot be made durable any more, because writing a group or a log
+    /// frame failed; the log says why.
     Failed,
+    /// A change is refused because the pool turned read-only when it failed.
+    TurnedReadOnly,
     /// A device refused a transfer.
     Device {
         /// Index of the device in the pool.
@@ -155,7 +158,8 @@ impl Error {
             Error::Posix(errno) => *errno,
             Error::Memory => Errno::NoMem,
             Error::NoSpace | Error::TooSmall { .. } => Errno::NoSpc,
-            Error::ReadOnly => Errno::RoFs,
+            Error::ReadOnly | Error::TurnedReadOnly => Errno::RoFs,
+            Error::Device { cause: DeviceError::Unsupported, .. } => Errno::OpNotSupp,
             Error::Failed | Error::Device { .. } | Error::Checksum { .. } => Errno::Io,
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
@@ -194,9 +198,11 @@ impl fmt::Display for Error {
             Error::ReadOnly => write!(f, "the pool is open read-only"),
             Error::Failed => write!(
                 f,
-                "the pool stopped accepting changes after an error; \
-                 see the log"
+                "changes could not be made durable and are lost after an error; see the log"
             ),
+            Error::TurnedReadOnly => {
+                write!(f, "the pool turned read-only after an error; see the log")
+            }
             Error::Device { device, at, cause } => {
                 write!(f, "device {device} failed at byte {at}: {cause:?}")
             }

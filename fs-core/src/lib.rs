@@ -22,7 +22,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(any(test, feature = "testing"))]
+#[cfg(any(test, feature = "lock-ranks"))]
 extern crate std;
 
 /// Re-exported so that a kernel module links one `lock_api`.

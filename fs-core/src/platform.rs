@@ -75,6 +75,8 @@ pub enum DeviceError {
     Gone,
     /// Memory for the transfer was refused.
     Memory,
+    /// The device cannot do that: only of discards.
+    Unsupported,
 }
 
 /// A block device or image file. All methods block until done and may be called from any thread.
@@ -92,6 +94,9 @@ pub trait Device: Send + Sync {
     /// After an error nothing may be assumed about any write since the last flush that succeeded.
     fn flush(&self) -> Result<(), DeviceError>;
     /// Tells the device that a range holds nothing of value. A hint: contents are undefined after.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] when it turns out that the device has no use for it.
     fn discard(&self, at: Physical, bytes: u64) -> Result<(), DeviceError>;
     /// A name for messages, such as a path.
     fn name(&self) -> &str;

@@ -33,6 +33,10 @@ pub struct Faults {
     pub tear_writes_after: Option<usize>,
     /// Flushes fail.
     pub fail_flush: bool,
+    /// The device says that it does not discard.
+    pub no_discards: bool,
+    /// Discards turn out not to be supported.
+    pub refuse_discards: bool,
     /// The device says it is read-only and refuses writes.
     pub read_only: bool,
     /// Every request fails with [`DeviceError::Gone`].
@@ -201,7 +205,7 @@ impl Device for RamDevice {
         Geometry {
             bytes: state.content.len() as u64,
             block_bytes: 512,
-            discards: true,
+            discards: !state.faults.no_discards,
             read_only: state.faults.read_only,
         }
     }
@@ -237,6 +241,9 @@ impl Device for RamDevice {
         let mut state = self.state.lock();
         state.requests.discards += 1;
         state.admit()?;
+        if state.faults.refuse_discards {
+            return Err(DeviceError::Unsupported);
+        }
         let range = state.bounds(at, bytes)?;
         state.content[range].fill(0xdc);
         Ok(())

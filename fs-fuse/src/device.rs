@@ -18,11 +18,14 @@
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
 //! spare:   parked -> wait -> answer -> ... -> parked, when somebody else waits again
-//! watch:   every millisecond: nobody waits? release a spare, or make one
+//! watch:   every millisecond: the leader is held up, or was busy at each of several looks?
+//!          release a spare, or make one
 //! ```
 //!
-//! So a leader that is held up, by a device or by more clients than it can serve, is joined within
-//! a millisecond. While nothing is asked the watch sleeps too.
+//! So a leader that is held up by a device is joined within a millisecond, and one that has more
+//! clients than it can serve soon after. While nothing is asked the watch sleeps too. Before a
+//! request that is long in any case, a large transfer, the leader itself releases a spare, so that
+//! read-ahead and write-back are served side by side.
 //!
 //! A halted CPU takes long to wake, on virtual machines above all, and a client that does one thing
 //! after another halts it with each. So the leader does not sleep at once when requests have been
@@ -65,6 +68,10 @@ const REQUEST_BYTES: usize = 4096 + TRANSFER_BYTES_MAX + 4096;
 
 /// Time between two looks of the watch.
 const WATCH_EVERY: Duration = Duration::from_millis(1);
+
+/// Looks in a row that find everybody busy, though getting on, after which one more joins. A thread
+/// that is seldom needed takes requests to other CPUs.
+const WATCH_LOOKS_BUSY: u32 = 16;
 
 /// Looks without a request in between after which the watch sleeps.
 const WATCH_LOOKS_IDLE: u32 = 50;
@@ -264,16 +271,25 @@ impl Session {
         seeks: mpsc::Sender<Asked>,
     ) {
         let mut spares = 0;
-        let mut looks_idle = 0;
+        let (mut looks_idle, mut looks_busy) = (0, 0);
         let mut served = 0;
         while !self.crew.has_ended() {
             std::thread::sleep(WATCH_EVERY);
+            let gets_on = self.crew.served_more_than(&mut served);
             if !self.crew.somebody_waits() {
                 looks_idle = 0;
+                looks_busy += 1;
+                if gets_on && looks_busy < WATCH_LOOKS_BUSY {
+                    continue;
+                }
+                looks_busy = 0;
                 if !self.crew.release() && spares + 1 < self.threads.max {
                     spares += usize::from(self.add_spare(scope, seeks.clone(), spares));
                 }
-            } else if self.crew.served_more_than(&mut served) {
+                continue;
+            }
+            looks_busy = 0;
+            if gets_on {
                 looks_idle = 0;
             } else {
                 looks_idle += 1;
@@ -602,6 +618,9 @@ impl<'a> Worker<'a> {
         let delivered = match Request::decode(bytes, server.layout()) {
             Ok(request) => {
                 self.last_pid = Some(request.pid).filter(|&pid| pid != 0);
+                if is_long(&request.op) && !crew.somebody_waits() {
+                    crew.release();
+                }
                 match request.op {
                     Op::Seek { offset, what } => self.hand_on(&request, offset, what),
                     _ => answer(server, self.device.as_fd(), &request, &mut self.body),
@@ -636,6 +655,16 @@ impl<'a> Worker<'a> {
             // The seeker could not be started. An error is better than a hole that is none.
             Err(_) => send(self.device.as_fd(), &Head::error(request.unique, Errno::IO), &[]),
         }
+    }
+}
+
+/// Whether waking another thread costs little compared with answering.
+fn is_long(op: &Op<'_>) -> bool {
+    const LARGE: usize = 128 << 10;
+    match op {
+        Op::Read { size, .. } => *size as usize >= LARGE,
+        Op::Write { data, .. } => data.len() >= LARGE,
+        _ => false,
     }
 }
 

@@ -635,17 +635,30 @@ fn handles_of_files_survive_the_kernels_cache() {
     let mount = Mount::on_image("rw");
     fs::create_dir(mount.file("d")).unwrap();
     fs::write(mount.file("d/f"), "by handle").unwrap();
-    let script = "import ctypes,os,sys
+    let script = "import ctypes,errno,os,sys
 c=ctypes.CDLL(None,use_errno=True)
 class H(ctypes.Structure):
     _fields_=[('n',ctypes.c_uint),('t',ctypes.c_int),('b',ctypes.c_ubyte*128)]
-h=H(); h.n=128; m=ctypes.c_int()
-assert c.name_to_handle_at(-100,(sys.argv[1]+'/d/f').encode(),ctypes.byref(h),ctypes.byref(m),0)==0
-open('/proc/sys/vm/drop_caches','w').write('2')
 r=os.open(sys.argv[1],os.O_RDONLY)
-f=c.open_by_handle_at(r,ctypes.byref(h),os.O_RDONLY)
-assert f>=0,os.strerror(ctypes.get_errno())
-assert os.read(f,100)==b'by handle'";
+def handle(name):
+    h=H(); h.n=128; m=ctypes.c_int()
+    path=(sys.argv[1]+name).encode()
+    assert c.name_to_handle_at(-100,path,ctypes.byref(h),ctypes.byref(m),0)==0
+    return h
+def opened(h):
+    open('/proc/sys/vm/drop_caches','w').write('2')
+    f=c.open_by_handle_at(r,ctypes.byref(h),os.O_RDONLY)
+    return f if f>=0 else -ctypes.get_errno()
+f,d=handle('/d/f'),handle('/d')
+assert os.read(opened(f),100)==b'by handle'
+assert os.listdir(opened(d))==['f']
+g=handle('/d/f')
+os.link(sys.argv[1]+'/d/f',sys.argv[1]+'/other')
+os.unlink(sys.argv[1]+'/d/f')
+assert os.read(opened(g),100)==b'by handle'
+os.closerange(r+1,100)
+os.unlink(sys.argv[1]+'/other')
+assert opened(g)==-errno.ESTALE,opened(g)";
     let output = Command::new("python3").args(["-c", script]).arg(mount.path()).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
 }

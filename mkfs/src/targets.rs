@@ -4,7 +4,7 @@ use crate::{Arguments, Failure};
 use cairn_host::{
     create_image, mounts, open_devices, parse, probe, Access, FileDevice, OpenOptions, Wait,
 };
-use fs_core::platform::{Device, DeviceRef};
+use fs_core::platform::{Device, DeviceError, DeviceRef};
 use fs_core::units::{align_down, Physical, SECTOR_BYTES};
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -163,7 +163,9 @@ fn discard(device: &FileDevice, arguments: &Arguments) {
         eprintln!("mkfs.cairn: discarding {}", device.name());
     }
     let bytes = align_down(geometry.bytes, SECTOR_BYTES);
-    if let Err(cause) = device.discard(Physical(0), bytes) {
+    // A hint that cannot be followed is no failure.
+    let refused = device.discard(Physical(0), bytes).err();
+    if let Some(cause) = refused.filter(|cause| *cause != DeviceError::Unsupported) {
         eprintln!("mkfs.cairn: {}: discard failed: {cause:?}", device.name());
     }
 }

@@ -13,8 +13,8 @@
 //!
 //! [`open_devices`] and [`host_platform`] put them together. The rest is what every command needs
 //! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]), how
-//! sizes and ids are written ([`parse`]), and how a command talks to the daemon of a mounted pool
-//! ([`admin`]).
+//! sizes and ids are written ([`parse`]), how a command talks to the daemon of a mounted pool
+//! ([`admin`]), and how it asks for free space to be discarded ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -28,6 +28,7 @@ pub mod probe;
 mod report;
 pub mod stored;
 mod surroundings;
+mod trim;
 mod workers;
 
 pub use codecs::HostCodecs;
@@ -36,6 +37,7 @@ pub use device::{
 };
 pub use report::{LogReport, LogTarget};
 pub use surroundings::{FixedClock, HostClock, HostEntropy, SeededEntropy};
+pub use trim::trim;
 pub use workers::HostWorkers;
 
 use fs_core::platform::Platform;

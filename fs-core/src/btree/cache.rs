@@ -16,7 +16,7 @@
 
 use super::Node;
 use crate::format::ptr::BlockPtr;
-use crate::sync::RwLock;
+use crate::sync::{Rank, RwLock};
 use crate::units::{Logical, SECTOR_SHIFT};
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -116,7 +116,7 @@ impl NodeCache {
     /// A cache of at most about `bytes`.
     pub fn new(bytes: usize) -> NodeCache {
         NodeCache {
-            shards: (0..SHARDS).map(|_| RwLock::new(Shard::default())).collect(),
+            shards: (0..SHARDS).map(|_| RwLock::ranked(Rank::Leaf, Shard::default())).collect(),
             shard_limit: AtomicUsize::new(bytes / SHARDS),
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),

@@ -188,15 +188,22 @@ impl Member {
         })
     }
 
-    /// Tells the device that a range holds nothing of value, if it wants to know.
+    /// Whether the device wants to know what holds nothing of value.
+    pub fn discards(&self) -> bool {
+        self.device.geometry().discards
+    }
+
+    /// Tells the device that a range holds nothing of value, if it wants to know. Returns how many
+    /// bytes it took notice of.
     ///
     /// # Errors
     /// [`Error::Device`]; nothing depends on a discard.
-    pub fn discard(&self, at: Physical, bytes: u64) -> Result<()> {
-        if !self.device.geometry().discards {
-            return Ok(());
+    pub fn discard(&self, at: Physical, bytes: u64) -> Result<u64> {
+        if !self.discards() {
+            return Ok(0);
         }
-        self.device.discard(at, bytes).map_err(|cause| self.error(at, cause))
+        self.device.discard(at, bytes).map_err(|cause| self.error(at, cause))?;
+        Ok(bytes)
     }
 }
 

@@ -16,10 +16,12 @@ use crate::subvol::inode::Inode;
 use crate::subvol::store::View;
 use crate::subvol::store::{GroupDebts, Result};
 use crate::subvol::{DataDelta, Subvol};
+use crate::sync::MutexGuard;
 use crate::units::{TreeId, Txg};
 use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
+use core::ops::{Deref, DerefMut};
 use core::sync::atomic::Ordering;
 
 /// State of the one committer.
@@ -49,6 +51,35 @@ impl Committer {
     }
 }
 
+/// Being the committer, for as long as it is held.
+pub(super) struct Turn<'a> {
+    engine: &'a Engine,
+    /// Gone only while the turn is dropped.
+    committer: Option<MutexGuard<'a, Committer>>,
+}
+
+impl Deref for Turn<'_> {
+    type Target = Committer;
+
+    fn deref(&self) -> &Committer {
+        self.committer.as_ref().expect("the lock is held until the turn is dropped")
+    }
+}
+
+impl DerefMut for Turn<'_> {
+    fn deref_mut(&mut self) -> &mut Committer {
+        self.committer.as_mut().expect("the lock is held until the turn is dropped")
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.committer = None;
+        // Who found the lock taken waits on the signal, not on the lock, and looks again.
+        self.engine.store.groups.notify();
+    }
+}
+
 /// A subvolume's part of a written group.
 struct WrittenSubvol {
     subvol: Arc<Subvol>,
@@ -69,6 +100,17 @@ struct Written {
 }
 
 impl Engine {
+    /// Waits until nobody else is the committer.
+    pub(super) fn committer(&self) -> Turn<'_> {
+        Turn { engine: self, committer: Some(self.committer.lock()) }
+    }
+
+    /// Becomes the committer unless somebody is.
+    pub(super) fn try_committer(&self) -> Option<Turn<'_>> {
+        let committer = self.committer.try_lock()?;
+        Some(Turn { engine: self, committer: Some(committer) })
+    }
+
     /// Closes the open group, writes it and publishes it. `clean` when nothing is left to do after
     /// it.
     pub(super) fn commit_group(&self, committer: &mut Committer, clean: bool) -> Result<()> {
@@ -304,7 +346,7 @@ impl Engine {
 
     /// Makes freed space usable that no reader can reach any more.
     pub(super) fn release(&self) {
-        if let Some(mut committer) = self.committer.try_lock() {
+        if let Some(mut committer) = self.try_committer() {
             self.release_views(&mut committer);
         }
     }
@@ -318,7 +360,7 @@ impl Engine {
 
     /// One last group that says there is nothing left to do.
     pub(super) fn commit_clean(&self) -> Result<()> {
-        let mut committer = self.committer.lock();
+        let mut committer = self.committer();
         if committer.superblock.clean && !self.has_changes() {
             return Ok(());
         }

@@ -180,11 +180,20 @@ fn write_batch(store: &Store, tasks: &[Task], windows: &[Window]) -> Result<()> 
     let mut taker = Taker::new(store, txg, total_bytes(windows, &prepared));
     let mut writes = Vec::new();
     let mut extents: Vec<(usize, u64, Extent)> = Vec::new();
+    let mut placed = Ok(());
     for (index, (window, ready)) in windows.iter().zip(&prepared).enumerate() {
-        place(&mut taker, tasks, index, window, ready, &mut writes, &mut extents)?;
+        placed = place(&mut taker, tasks, index, window, ready, &mut writes, &mut extents);
+        if placed.is_err() {
+            break;
+        }
     }
     drop(taker);
-    store.pool.write(writes)?;
+    let runs: Vec<Run> = writes.iter().map(RunWrite::run).collect();
+    if let Err(error) = placed.and_then(|()| store.pool.write(writes)) {
+        // The bytes stay where they were; nothing else names what was taken for them.
+        store.add_garbage(txg, runs);
+        return Err(error);
+    }
     for (index, at, extent) in extents {
         put(store, &tasks[windows[index].task], &windows[index], at, &extent);
     }

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::format::extent::Extent;
 use crate::format::key::{kind, Key};
 use crate::format::log::{LogRecord, RangeContent, Record};
+use crate::format::ptr::ChecksumKind;
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
 use crate::intent::{LogStore, LogWriter, SEGMENT_BYTES_MIN};
@@ -24,9 +25,9 @@ use crate::subvol::intents::Pending;
 use crate::subvol::ranges::{Content, Piece, RangeMap};
 use crate::subvol::store::{Result, Store};
 use crate::subvol::Subvol;
-use crate::sync::{Mutex, Signal};
+use crate::sync::{Mutex, Rank, Signal};
 use crate::units::{Ino, Logical, TreeId, Txg};
-use alloc::collections::{BTreeSet, VecDeque};
+use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -35,6 +36,9 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const SEGMENT_BYTES: u64 = 4 << 20;
 /// Dirty bytes of a file up to which they go into the log itself; more are written in place first.
 const LOG_DATA_MAX: u64 = 64 << 10;
+
+/// Files collected for one frame; with more, a commit is the better deal.
+const FILES_PER_FRAME_MAX: usize = 1024;
 
 /// A file to be made durable.
 type Request = (TreeId, Ino);
@@ -68,14 +72,17 @@ impl Log {
     /// The log of a pool that was opened with nothing to replay.
     pub fn new(pool_id: [u8; 16]) -> Log {
         Log {
-            writer: Mutex::new(Writer {
-                frames: LogWriter::new(pool_id, None),
-                named: false,
-                naming: None,
-                wanted: false,
-                written: VecDeque::new(),
-            }),
-            waiting: Mutex::new(Vec::new()),
+            writer: Mutex::ranked(
+                Rank::Log,
+                Writer {
+                    frames: LogWriter::new(pool_id, None),
+                    named: false,
+                    naming: None,
+                    wanted: false,
+                    written: VecDeque::new(),
+                },
+            ),
+            waiting: Mutex::ranked(Rank::Short, Vec::new()),
             begun: AtomicU64::new(0),
             done: AtomicU64::new(0),
             busy: AtomicBool::new(false),
@@ -189,6 +196,8 @@ struct Payload {
     count: u32,
     /// Newest group of any record.
     newest: Txg,
+    /// A record names data without a checksum: it must be durable before the frame may be.
+    is_unproven: bool,
 }
 
 impl Payload {
@@ -225,8 +234,12 @@ impl Engine {
         if self.store.has_failed() {
             return Err(Error::Failed);
         }
-        if self.store.is_read_only() || !self.lacks_anything(subvol, ino) {
-            return Ok(());
+        if !self.lacks_anything(subvol, ino) {
+            return self.wait_for_begun();
+        }
+        if self.store.is_read_only() {
+            // What came in while the pool was made read-only.
+            return self.commit();
         }
         let log = &self.log;
         let batch = {
@@ -250,6 +263,20 @@ impl Engine {
         }
     }
 
+    /// What counts as logged may be on its way to a frame that is not durable yet, or to a commit.
+    /// Waits for the batch that took it.
+    fn wait_for_begun(&self) -> Result<()> {
+        let log = &self.log;
+        let begun = log.begun.load(Ordering::SeqCst);
+        if log.done.load(Ordering::SeqCst) < begun {
+            log.changed.wait_until(|| log.done.load(Ordering::SeqCst) >= begun);
+        }
+        if self.store.has_failed() {
+            return Err(Error::Failed);
+        }
+        Ok(())
+    }
+
     /// Whether anything of the file, or of the namespace, is neither published nor in the log.
     fn lacks_anything(&self, subvol: &Subvol, ino: Ino) -> bool {
         let groups = &self.store.groups;
@@ -268,8 +295,11 @@ impl Engine {
             let batch = log.begun.fetch_add(1, Ordering::SeqCst) + 1;
             (batch, core::mem::take(&mut *waiting))
         };
+        let outcome = self.write_frame(requests);
+        // Not before: what was taken for the frame, and counts as logged now, may be of a group that
+        // was opened meanwhile.
         let upto = self.store.groups.open();
-        match self.write_frame(requests) {
+        match outcome {
             Ok(()) => {}
             Err(Trouble::NeedsCommit) => {
                 // A failure is seen by everybody through `has_failed`.
@@ -293,6 +323,9 @@ impl Engine {
         if payload.count == 0 {
             return Ok(());
         }
+        if payload.is_unproven {
+            self.store.pool.flush()?;
+        }
         let mut writer = self.log.writer.lock();
         let place = LogPlace::new(&self.store);
         if payload.bytes.len() > LogWriter::max_payload(&place) {
@@ -312,10 +345,14 @@ impl Engine {
     fn collect(&self, requests: Vec<Request>) -> Result<Payload, Trouble> {
         let mut payload = Payload::default();
         let mut todo: Vec<Request> = requests;
-        let mut seen: BTreeSet<Request> = BTreeSet::new();
+        todo.sort_unstable();
+        todo.dedup();
+        let mut files = 0;
+        // A file may come again: renamed when it had been looked at, with bytes written since.
         while let Some((tree, ino)) = todo.pop() {
-            if !seen.insert((tree, ino)) {
-                continue;
+            files += 1;
+            if files > FILES_PER_FRAME_MAX {
+                return Err(Trouble::NeedsCommit);
             }
             let Some(subvol) = self.subvol(tree) else { continue };
             match subvol.table.get(ino) {
@@ -326,7 +363,7 @@ impl Engine {
                         return Err(Trouble::NeedsCommit);
                     }
                     self.take_intents(&mut payload, &mut todo)?;
-                    collect_inode(&mut payload, tree, &inode, &mut state);
+                    collect_inode(&mut payload, tree, &inode, &mut state)?;
                 }
                 None => self.take_intents(&mut payload, &mut todo)?,
             }
@@ -351,12 +388,16 @@ impl Engine {
     }
 
     /// Whether everything a log record of the inode would name could be found after a crash: the
-    /// chunk map it would be found by is the published one.
+    /// chunk map it would be found by is the published one, and what it shares is somebody's there.
     fn is_replayable(&self, state: &State) -> bool {
+        let space = &self.store.space;
         let known = |map: &RangeMap| {
             map.iter().all(|(_, piece)| match &piece.content {
-                Content::Written(extent) | Content::Shared(extent) => {
-                    data::run_of(extent).is_none_or(|run| self.store.space.is_published(run))
+                Content::Written(extent) => {
+                    data::run_of(extent).is_none_or(|run| space.is_published(run))
+                }
+                Content::Shared(extent) => {
+                    data::run_of(extent).is_none_or(|run| space.is_of_published_groups(run))
                 }
                 _ => true,
             })
@@ -387,40 +428,36 @@ impl Engine {
 
 /// Whether something of an inode is neither published nor in the log.
 fn lacks(state: &State) -> bool {
-    let unlogged = |map: &RangeMap| map.iter().any(|(_, piece)| !piece.logged);
     state.unlogged
-        || unlogged(&state.ranges)
-        || state.aside.as_ref().is_some_and(|a| a.unlogged || unlogged(&a.ranges))
+        || state.ranges.lacks()
+        || state.aside.as_ref().is_some_and(|aside| aside.lacks())
 }
 
-fn collect_inode(payload: &mut Payload, tree: TreeId, inode: &Inode, state: &mut State) {
-    if let Some(aside) = &mut state.aside {
-        if !aside.gone {
-            let txg = aside.txg;
-            // The group's writer may share it; then it is logged again next time, which is
-            // harmless.
-            match Arc::get_mut(aside) {
-                Some(aside) => {
-                    collect_ranges(payload, txg, tree, inode.ino, aside.ranges.iter_mut());
-                    aside.unlogged = false;
-                }
-                None => {
-                    for (at, piece) in aside.ranges.iter() {
-                        let content = content_of(piece);
-                        let (ino, len) = (inode.ino, piece.len);
-                        let record = Record::Range { ino, offset: at, len, content };
-                        payload.push(txg, tree, record);
-                    }
-                }
-            }
-            push_inode(payload, txg, tree, inode.ino, &aside.item);
-        }
+fn collect_inode(
+    payload: &mut Payload,
+    tree: TreeId,
+    inode: &Inode,
+    state: &mut State,
+) -> Result<(), Trouble> {
+    // Of an inode that is gone the list of intents says all there is to say.
+    if state.gone {
+        return Ok(());
     }
-    if state.txg.0 != 0 && !state.gone {
+    if let Some(shared) = state.aside.as_mut().filter(|aside| !aside.gone && aside.lacks()) {
+        // While the group's writer looks at it nothing can be marked as logged. To log it without
+        // would be wrong: it would come again, after newer ranges.
+        let aside = Arc::get_mut(shared).ok_or(Trouble::NeedsCommit)?;
+        let txg = aside.txg;
+        collect_ranges(payload, txg, tree, inode.ino, aside.ranges.iter_mut());
+        aside.unlogged = false;
+        push_inode(payload, txg, tree, inode.ino, &aside.item);
+    }
+    if state.txg.0 != 0 {
         collect_ranges(payload, state.txg, tree, inode.ino, state.ranges.iter_mut());
         push_inode(payload, state.txg, tree, inode.ino, &state.item);
         state.unlogged = false;
     }
+    Ok(())
 }
 
 fn push_inode(
@@ -447,8 +484,19 @@ fn collect_ranges<'a>(
             continue;
         }
         piece.logged = true;
+        payload.is_unproven |= is_unproven(&piece.content);
         let content = content_of(piece);
         payload.push(txg, tree, Record::Range { ino, offset, len: piece.len, content });
+    }
+}
+
+/// Whether replay cannot find out that the data did not reach the device.
+fn is_unproven(content: &Content) -> bool {
+    let Content::Written(extent) = content else { return false };
+    match extent {
+        Extent::Plain { checksum_kind, .. } => *checksum_kind == ChecksumKind::None,
+        Extent::Packed { blob, .. } => blob.checksum_kind == ChecksumKind::None,
+        Extent::Inline { .. } | Extent::Promised { .. } => false,
     }
 }
 

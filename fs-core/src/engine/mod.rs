@@ -33,13 +33,14 @@ pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
 
 use crate::btree::Tree;
-use crate::error::{Error, Incident};
+use crate::error::{Errno, Error, Incident};
 use crate::format::chunk::ChunkKind;
 use crate::format::ptr::BlockPtr;
 use crate::format::superblock::Superblock;
-use crate::space::{Class, Reservation};
+use crate::space::{Class, Reservation, Trim};
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::Subvol;
+use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::{BTreeMap, VecDeque};
@@ -114,7 +115,7 @@ impl Engine {
 
     /// The roots of the pool's trees and the superblock that names them.
     pub fn published(&self) -> (Roots, Superblock) {
-        let committer = self.committer.lock();
+        let committer = self.committer();
         (committer.roots.clone(), Superblock::clone(&committer.superblock))
     }
 
@@ -138,18 +139,16 @@ impl Engine {
 
     /// Returns when group `txg` is published.
     pub(crate) fn commit_upto(&self, txg: Txg) -> Result<()> {
+        rank::may_wait_for(Rank::Committer);
         while self.store.groups.published() < txg {
             if self.store.has_failed() {
                 return Err(Error::Failed);
             }
-            match self.committer.try_lock() {
+            match self.try_committer() {
                 Some(mut committer) => {
                     if self.store.groups.published() < txg {
                         self.commit_group(&mut committer, false)?;
                     }
-                    drop(committer);
-                    // Those who found the lock taken look again.
-                    self.store.groups.notify();
                 }
                 None => self.store.groups.wait_until(|| {
                     self.store.groups.published() >= txg
@@ -179,13 +178,15 @@ impl Engine {
     /// Called every now and then: commits when the open group is old or much is dirty, removes
     /// files without names.
     pub fn tick(&self) {
-        if self.store.writable().is_err() {
+        if self.store.writable().is_err() && (self.store.has_failed() || !self.has_changes()) {
             return;
         }
         self.reclaim_some();
+        // A large file goes a part a group: the next part waits for this one.
+        let waits = self.wanted.load(Ordering::Relaxed) && !self.reclaim.lock().is_empty();
         let now = self.store.platform.clock.uptime_ns();
         let due = self.commit_due_ns.load(Ordering::Relaxed);
-        if now >= due || self.store.dirty.over_soft() {
+        if now >= due || waits || self.store.dirty.over_soft() {
             self.commit_due_ns.store(now.saturating_add(self.commit_ns), Ordering::Relaxed);
             // An error was reported, and every later operation says so.
             let _ = self.commit();
@@ -197,11 +198,13 @@ impl Engine {
     /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
     ///
     /// # Errors
-    /// [`Error::NoSpace`], [`Error::ReadOnly`], [`Error::Failed`].
+    /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of
+    /// the operation is lost when the commit fails that would have made room.
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
+        rank::may_wait_for(Rank::Committer);
         self.store.writable()?;
         if self.store.dirty.over_hard() {
-            self.commit()?;
+            self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
         for _ in 0..3 {
             self.store.space.set_metadata_cap(self.metadata_bound(metadata));
@@ -209,7 +212,12 @@ impl Engine {
                 Err(Error::NoSpace) => {}
                 other => return other,
             }
-            self.commit_upto(self.store.groups.open())?;
+            if class != Class::Delete {
+                // Which itself reserves for deletion.
+                self.reclaim_some();
+            }
+            self.commit_upto(self.store.groups.open())
+                .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
         }
         self.store.space.reserve(data, metadata, class)
@@ -283,21 +291,39 @@ impl Engine {
         self.store.pool.set_name(format::name_field(name)?)
     }
 
-    /// Tells the devices which sectors from `offset` to `offset + len` of the logical space are
-    /// free, in runs of at least `min_len` bytes. Returns how many bytes that were.
+    /// Tells the devices what they need not keep: what is free of their bytes `offset` to
+    /// `offset + len`, counted one device after the other, in runs of at least `min_len` bytes.
+    /// Returns how many bytes that were. What a nearly full pool has left is not looked at.
     ///
     /// # Errors
-    /// Errors of the device or the space tree.
+    /// EOPNOTSUPP when no device discards, EINVAL for an offset behind the last device; errors of
+    /// the devices or the space tree; those of [`Store::writable`]; [`Error::Failed`] when the
+    /// commit fails that it begins with.
     pub fn trim(&self, offset: u64, len: u64, min_len: u64) -> Result<u64> {
         self.store.writable()?;
+        if !self.store.pool.discards() {
+            return Err(Errno::OpNotSupp.into());
+        }
+        if offset >= self.store.pool.device_bytes() {
+            return Err(Errno::Inval.into());
+        }
+        // What was deleted before the call is free after it, unless somebody still reads it.
         self.commit()?;
         self.release();
-        let _ = (offset, len, min_len);
-        Err(crate::error::Errno::OpNotSupp.into())
+        let mut trim = Trim::new(offset..offset.saturating_add(len), min_len);
+        loop {
+            // A commit relies on the free space that it found; so none goes on meanwhile. Between
+            // two pieces one may.
+            let _no_commit = self.committer();
+            self.store.writable()?;
+            if !self.store.space.trim_piece(&mut trim, &*self.store)? {
+                return Ok(trim.discarded());
+            }
+        }
     }
 
     /// Stops publishing for good and tells the administrator why.
-    fn fail(&self, txg: Txg, error: &Error) {
+    pub(crate) fn fail(&self, txg: Txg, error: &Error) {
         if self.store.fail() {
             let incident = Incident::WentReadOnly { txg, error: error.clone() };
             self.store.platform.report.incident(&incident);
@@ -306,7 +332,7 @@ impl Engine {
 
     /// Acts as if power had failed: nothing is written any more.
     pub fn shutdown(&self) {
-        self.store.fail();
+        self.store.shut_down();
     }
 
     /// Drops what is cached and clean.
@@ -322,7 +348,10 @@ impl Engine {
     /// # Errors
     /// [`Error::Failed`] when not everything could be made durable.
     pub fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Ordering::AcqRel) || self.store.is_read_only() {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        if self.store.is_read_only() && !self.has_changes() {
             return Ok(());
         }
         for subvol in self.subvols() {

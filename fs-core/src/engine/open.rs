@@ -21,7 +21,7 @@ use crate::pool::{Pool, PoolOptions};
 use crate::space::{self, ChunkSource, Space};
 use crate::subvol::store::{DataSettings, Result, Store, StoreParts};
 use crate::subvol::Subvol;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{Ino, Logical, TreeId, Txg};
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
@@ -154,11 +154,11 @@ fn make_engine(
     let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
     Arc::new(Engine {
         default_subvol: TreeId(superblock.default_subvol),
-        subvols: RwLock::new(subvols),
-        committer: Mutex::new(Committer::new(superblock)),
+        subvols: RwLock::ranked(Rank::Subvols, subvols),
+        committer: Mutex::ranked(Rank::Committer, Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
-        reclaim: Mutex::new(VecDeque::new()),
-        promised: Mutex::new(None),
+        reclaim: Mutex::ranked(Rank::Short, VecDeque::new()),
+        promised: Mutex::ranked(Rank::Short, None),
         commit_due_ns: AtomicU64::new(store.platform.clock.uptime_ns().saturating_add(commit_ns)),
         commit_ns,
         wanted: AtomicBool::new(false),

@@ -11,6 +11,7 @@
 
 use crate::buf::Buf;
 use crate::codec;
+use crate::engine::data;
 use crate::engine::log::LogPlace;
 use crate::engine::Engine;
 use crate::error::{Error, Incident};
@@ -55,7 +56,7 @@ impl Engine {
         let end = intent::scan(&place, pool_id, start, &mut |record| proof.holds(&record))?;
         let mut replay = Replay {
             engine: self,
-            handle: store.groups.enter(),
+            handle: store.groups.enter_alone(),
             published,
             applied: 0,
             taken: BTreeSet::new(),
@@ -195,7 +196,9 @@ impl Replay<'_> {
             state.gone = true;
             subvol.count_inode(txg, -1);
             let mut garbage = Vec::new();
+            let before = state.ranges.data_bytes();
             state.ranges.put(0, u64::MAX, Content::Hole, &mut garbage);
+            subvol.store.dirty.adjust(before, state.ranges.data_bytes());
             subvol.store.add_garbage(txg, garbage);
         }
         Ok(())
@@ -209,10 +212,22 @@ impl Replay<'_> {
         len: u64,
         content: RangeContent,
     ) -> Result<()> {
+        let inode = match subvol.inode(ino) {
+            Ok(inode) => inode,
+            Err(Error::Posix(_)) => {
+                let what = "log names a file that is not there";
+                return Err(Error::BadItem { what, tree: subvol.id, object: ino.0 });
+            }
+            Err(error) => return Err(error),
+        };
+        if inode.state.read().gone {
+            return Ok(());
+        }
         let content = match content {
             RangeContent::Bytes(bytes) => {
                 let data = Buf::copy_of(&bytes)?.into_slice();
-                return self.put(subvol, ino, offset, len, None, Some(data));
+                self.put(subvol, &inode, offset, len, None, Some(data));
+                return Ok(());
             }
             RangeContent::Written(extent) => {
                 self.take_written(subvol, ino, offset, &extent)?;
@@ -222,26 +237,19 @@ impl Replay<'_> {
             RangeContent::Hole => Content::Hole,
             RangeContent::Promised => Content::Promised,
         };
-        self.put(subvol, ino, offset, len, Some(content), None)
+        self.put(subvol, &inode, offset, len, Some(content), None);
+        Ok(())
     }
 
     fn put(
         &self,
         subvol: &Arc<Subvol>,
-        ino: Ino,
+        inode: &Arc<Inode>,
         offset: u64,
         len: u64,
         content: Option<Content>,
         bytes: Option<crate::buf::Slice>,
-    ) -> Result<()> {
-        let inode = match subvol.inode(ino) {
-            Ok(inode) => inode,
-            Err(Error::Posix(_)) => {
-                let what = "log names a file that is not there";
-                return Err(Error::BadItem { what, tree: subvol.id, object: ino.0 });
-            }
-            Err(error) => return Err(error),
-        };
+    ) {
         let txg = self.handle.txg();
         let mut garbage = Vec::new();
         let mut state = inode.state.write();
@@ -257,7 +265,6 @@ impl Replay<'_> {
         subvol.store.dirty.adjust(before, state.ranges.data_bytes());
         drop(state);
         subvol.store.add_garbage(txg, garbage);
-        Ok(())
     }
 
     /// Takes the space of an extent the log names.
@@ -304,7 +311,18 @@ impl Proof<'_> {
         }
         match &record.record {
             Record::Range { content: RangeContent::Written(extent), .. } => self.is_there(extent),
+            Record::Range { content: RangeContent::Shared(extent), .. } => self.is_owned(extent),
             _ => Ok(true),
+        }
+    }
+
+    /// Whether an extent that is shared belongs to somebody. It is logged only when it does.
+    fn is_owned(&self, extent: &Extent) -> Result<bool> {
+        let store = &*self.engine.store;
+        let Some(run) = data::run_of(extent) else { return Ok(false) };
+        match store.space.is_used(run, store) {
+            Err(Error::Unmapped { .. }) => Ok(false),
+            outcome => outcome,
         }
     }
 

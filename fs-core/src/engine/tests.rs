@@ -154,3 +154,257 @@ fn many_files_in_one_directory_are_all_there() {
     assert!(fs.lookup(fs.root(), b"f2999").is_ok());
     assert!(fs.lookup(fs.root(), b"f3000").is_err());
 }
+
+#[test]
+fn a_trim_gives_the_device_all_that_is_free_and_harms_nothing() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(3 << 20, 1), WriteFlags::default()).unwrap();
+    let gone = create(&fs, fs.root(), b"gone");
+    fs.write(gone, 0, &pattern(20 << 20, 2), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"gone").unwrap();
+    fs.forget(gone, 1);
+    fs.engine().tick();
+    let synced = create(&fs, fs.root(), b"synced");
+    fs.write(synced, 0, &pattern(100_000, 3), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    let discarded = fs.trim(0, u64::MAX, 0).unwrap();
+    assert!(discarded > 50 << 20, "{discarded} bytes of 64 MiB discarded");
+    let after = fs.engine().room();
+    assert_eq!(fs.trim(0, u64::MAX, 0).unwrap(), discarded, "a second trim differs");
+    assert_eq!(fs.engine().room(), after);
+    // A log frame on top of what was trimmed, then no power.
+    fs.write(synced, 200_000, &pattern(50_000, 4), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.trim(0, u64::MAX, 1 << 20).unwrap();
+    fs.write(synced, 300_000, &pattern(50_000, 5), WriteFlags::default()).unwrap();
+    fs.fsync(synced, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap().ino;
+    assert_eq!(read_all(&fs, kept), pattern(3 << 20, 1));
+    let synced = fs.lookup(fs.root(), b"synced").unwrap().ino;
+    let content = read_all(&fs, synced);
+    assert_eq!(content[..100_000], pattern(100_000, 3));
+    assert_eq!(content[200_000..250_000], pattern(50_000, 4));
+    assert_eq!(content[300_000..], pattern(50_000, 5));
+}
+
+#[test]
+fn a_trim_is_refused_where_it_cannot_be_done() {
+    let refused = |fs: &Volume, start| fs.trim(start, u64::MAX, 0).map_err(|error| error.errno());
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    assert_eq!(refused(&fs, 16 << 20), Err(Errno::Inval));
+    assert_eq!(refused(&fs, u64::MAX), Err(Errno::Inval));
+    device.faults(|faults| faults.refuse_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| faults.no_discards = true);
+    assert_eq!(refused(&fs, 0), Err(Errno::OpNotSupp));
+    device.faults(|faults| *faults = Default::default());
+    assert!(refused(&fs, 0).is_ok());
+    fs.set_read_only(true).unwrap();
+    assert_eq!(refused(&fs, 0), Err(Errno::RoFs));
+    fs.set_read_only(false).unwrap();
+    fs.shutdown();
+    assert!(refused(&fs, 0).is_err());
+}
+
+#[test]
+fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let stale = |result: crate::subvol::store::Result<Attr>| result.unwrap_err().errno();
+    let dir = fs.mkdir(fs.root(), b"d", 0o755, &ROOT).unwrap().ino;
+    let file = create(&fs, dir, b"f");
+    let link = fs.symlink(dir, b"l", b"f", &ROOT).unwrap().ino;
+    fs.sync().unwrap();
+    for ino in [dir, file, link] {
+        fs.forget(ino, 1);
+    }
+    fs.engine().drop_caches();
+    for ino in [fs.root(), dir, file, link] {
+        assert_eq!(fs.lookup(ino, b".").unwrap().ino, ino);
+    }
+    assert_eq!(fs.lookup(dir, b"..").unwrap().ino, fs.root());
+    assert_eq!(fs.lookup(fs.root(), b"..").unwrap().ino, fs.root());
+    assert_eq!(stale(fs.lookup(file, b"..")), Errno::NotDir);
+    // Found once by its handle, so it lives on without a name until that is given back.
+    fs.unlink(dir, b"f").unwrap();
+    assert_eq!(fs.lookup(file, b".").unwrap().nlink, 0);
+    fs.forget(file, 2);
+    assert_eq!(stale(fs.lookup(file, b".")), Errno::Stale);
+    fs.unlink(dir, b"l").unwrap();
+    fs.rmdir(fs.root(), b"d").unwrap();
+    fs.forget(dir, 1);
+    fs.sync().unwrap();
+    assert_eq!(stale(fs.lookup(dir, b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(0), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(1 << 40), b".")), Errno::Stale);
+    assert_eq!(stale(fs.lookup(Ino(u64::MAX), b".")), Errno::Stale);
+}
+
+/// Bytes that no compressor makes smaller.
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A pool whose log has begun, with free space in chunks that are published: records may name it.
+fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
+    let (device, test) = new_pool(bytes);
+    let fs = mount(&device, &test);
+    let name = |n: u64| std::format!("filler {n}");
+    for n in 0..80 {
+        let ino = create(&fs, fs.root(), name(n).as_bytes());
+        fs.write(ino, 0, &noise(300 << 10, n + 100), WriteFlags::default()).unwrap();
+        fs.forget(ino, 1);
+    }
+    fs.sync().unwrap();
+    (0..80).step_by(2).for_each(|n| fs.unlink(fs.root(), name(n).as_bytes()).unwrap());
+    fs.sync().unwrap();
+    fs.sync().unwrap();
+    let first = create(&fs, fs.root(), b"first");
+    fs.fsync(first, false).unwrap();
+    (device, test, fs)
+}
+
+#[test]
+fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
+    let (device, test, fs) = with_log(64 << 20);
+    let data = noise(9 << 20, 5);
+    let source = create(&fs, fs.root(), b"source");
+    // So much is written to its place before anybody asks.
+    fs.write(source, 0, &data, WriteFlags::default()).unwrap();
+    let clone = create(&fs, fs.root(), b"clone");
+    let copied = fs.copy_range(source, 0, clone, 0, data.len() as u64).unwrap();
+    assert_eq!(copied, data.len() as u64);
+    fs.fsync(clone, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let clone = fs.lookup(fs.root(), b"clone").unwrap().ino;
+    // What is free is used again.
+    let other = create(&fs, fs.root(), b"other");
+    let _ = fs.write(other, 0, &noise(12 << 20, 6), WriteFlags::default());
+    fs.sync().unwrap();
+    assert!(read_all(&fs, clone) == data, "the clone has other bytes");
+}
+
+#[test]
+fn ranges_moved_within_a_file_keep_their_bytes_when_synced() {
+    let (device, test, fs) = with_log(64 << 20);
+    let data = noise(9 << 20, 7);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, &data, WriteFlags::default()).unwrap();
+    fs.fallocate(file, Fallocate::CollapseRange, 0, 1 << 20).unwrap();
+    fs.fsync(file, false).unwrap();
+    fs.shutdown();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    let other = create(&fs, fs.root(), b"other");
+    let _ = fs.write(other, 0, &noise(12 << 20, 8), WriteFlags::default());
+    fs.sync().unwrap();
+    assert!(read_all(&fs, file) == data[1 << 20..], "the file has other bytes");
+}
+
+#[test]
+fn a_large_file_makes_room_for_the_next_as_soon_as_it_is_removed() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let mut written = 0;
+    for round in 0..4 {
+        let file = create(&fs, fs.root(), b"file");
+        let mut size = 0u64;
+        let piece = noise(1 << 20, round + 1);
+        while fs.write(file, size, &piece, WriteFlags::default()).is_ok() {
+            size += piece.len() as u64;
+        }
+        assert!(size >= written / 10 * 9, "{written} bytes fit, then {size}");
+        written = written.max(size);
+        fs.unlink(fs.root(), b"file").unwrap();
+        fs.forget(file, 1);
+    }
+}
+
+#[test]
+fn what_was_under_way_when_a_pool_became_read_only_is_there_later() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, b"kept", WriteFlags::default()).unwrap();
+    fs.set_read_only(true).unwrap();
+    let refused = fs.write(file, 0, b"lost", WriteFlags::default());
+    assert_eq!(refused.unwrap_err().errno(), Errno::RoFs);
+    fs.fsync(file, false).unwrap();
+    fs.close().unwrap();
+    drop(fs);
+    let fs = mount(&device, &test);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert_eq!(read_all(&fs, file), b"kept");
+}
+
+#[test]
+fn after_a_failure_changes_are_refused_lost_ones_reported_and_reads_go_on() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let kept = create(&fs, fs.root(), b"kept");
+    fs.write(kept, 0, &pattern(100_000, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.write(kept, 200_000, b"accepted", WriteFlags::default()).unwrap();
+    device.faults(|faults| faults.fail_flush = true);
+    assert_eq!(fs.sync().unwrap_err().errno(), Errno::Io);
+    device.faults(|faults| faults.fail_flush = false);
+
+    let errno = |result: Result<(), crate::error::Error>| result.unwrap_err().errno();
+    let write = |data: &[u8]| fs.write(kept, 0, data, WriteFlags::default()).map(|_| ());
+    assert_eq!(errno(write(b"no")), Errno::RoFs);
+    assert_eq!(errno(fs.mknod(fs.root(), b"new", 0o100644, 0, &ROOT).map(|_| ())), Errno::RoFs);
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::RoFs);
+    assert_eq!(errno(fs.set_label(b"name")), Errno::RoFs);
+    assert_eq!(errno(fs.trim(0, u64::MAX, 0).map(|_| ())), Errno::RoFs);
+    // However often it is asked.
+    for _ in 0..2 {
+        assert_eq!(errno(fs.fsync(kept, false)), Errno::Io);
+        assert_eq!(errno(fs.sync()), Errno::Io);
+    }
+    let mut out = std::vec![0; 100_000];
+    assert_eq!(fs.read(kept, 0, &mut out).unwrap(), out.len());
+    assert_eq!(out, pattern(100_000, 1));
+    assert!(fs.close().is_err());
+
+    // Power going away is no such failure: there is no filesystem left to be read-only.
+    let fs = mount(&device, &test);
+    let kept = fs.lookup(fs.root(), b"kept").unwrap();
+    assert_eq!(kept.size, 100_000);
+    fs.shutdown();
+    assert_eq!(errno(fs.unlink(fs.root(), b"kept")), Errno::Io);
+    assert_eq!(errno(fs.sync()), Errno::Io);
+}
+
+#[test]
+fn a_write_that_finds_no_room_because_the_commit_fails_is_refused_not_lost() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    device.faults(|faults| faults.fail_flush = true);
+    let chunk = pattern(1 << 20, 9);
+    let refused = (0..64).find_map(|n| {
+        fs.write(file, n << 20, &chunk, WriteFlags::default()).err().map(|error| error.errno())
+    });
+    assert_eq!(refused, Some(Errno::RoFs));
+    assert_eq!(fs.fsync(file, false).unwrap_err().errno(), Errno::Io);
+}

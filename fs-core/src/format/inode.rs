@@ -145,6 +145,12 @@ pub mod xattr_hint {
     pub const OTHER: u8 = 4;
 }
 
+/// Most links of an inode, and most subdirectories of a directory.
+pub const NLINK_MAX: u32 = u32::MAX - 1;
+
+/// What counters of an inode stay below, so that adding to them and adding them up is safe.
+const COUNT_MAX: u64 = 1 << 61;
+
 impl InodeItem {
     /// An inode whose fields are all zero.
     pub fn zeroed() -> InodeItem {
@@ -228,6 +234,10 @@ impl InodeItem {
         )?;
         rule(item.mode & !(mode::TYPE | mode::PERMISSIONS) == 0, "unknown mode bits")?;
         rule(item.size <= super::extent::FILE_BYTES_MAX, "size out of range")?;
+        for count in [item.stored_bytes, item.promised_bytes, item.entries, item.next_cookie] {
+            rule(count <= COUNT_MAX, "count out of range")?;
+        }
+        rule(item.nlink <= NLINK_MAX && item.links < NLINK_MAX, "too many links")?;
         for nanos in [item.atime_nanos, item.mtime_nanos, item.ctime_nanos, item.btime_nanos] {
             rule(nanos < 1_000_000_000, "nanoseconds out of range")?;
         }

@@ -22,6 +22,7 @@
 //! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
 //! | `read` | verified reads, and healing of bad copies |
 //! | `write` | writes to every copy |
+//! | `discard` | telling devices what they need not keep |
 //! | `check` | invariants |
 //!
 //! What must never happen: content being returned that its checksum does not vouch for; a good copy
@@ -33,6 +34,7 @@
 //! pointer.
 
 mod check;
+mod discard;
 mod layout;
 mod ledger;
 mod map;
@@ -56,7 +58,7 @@ use crate::format::node::NODE_BYTES_ALLOWED;
 use crate::format::space::Run;
 use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform, Result};
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::string::ToString;
@@ -260,17 +262,17 @@ impl Pool {
         next_chunk: Logical,
     ) -> Pool {
         let sizes = members.iter().map(|member| member.identity().bytes);
-        let ledger = Mutex::new(Ledger::new(sizes, next_chunk));
+        let ledger = Mutex::ranked(Rank::Ledger, Ledger::new(sizes, next_chunk));
         Pool {
             platform,
             members,
             settings,
             read_only,
             damaged: Mutex::new(Vec::new()),
-            map: RwLock::new(Arc::new(ChunkMap::default())),
+            map: RwLock::ranked(Rank::Leaf, Arc::new(ChunkMap::default())),
             ledger,
-            heal: Mutex::new(()),
-            reported: Mutex::new(read::Reported::default()),
+            heal: Mutex::ranked(Rank::Heal, ()),
+            reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
         }
     }
 
@@ -520,6 +522,11 @@ impl Pool {
     /// How many copies of the block at `addr` there are.
     pub fn copies_at(&self, addr: Logical) -> usize {
         self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
+    }
+
+    /// Bytes of all devices.
+    pub fn device_bytes(&self) -> u64 {
+        self.members.iter().map(Member::bytes).sum()
     }
 
     fn chunk_map(&self) -> Arc<ChunkMap> {

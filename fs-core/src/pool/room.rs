@@ -4,8 +4,9 @@ use crate::error::Error;
 use crate::format::chunk::CHUNK_BYTES_MIN;
 use crate::format::label::{data_end, DATA_START};
 use crate::platform::Result;
-use crate::units::{align_down, align_up, Logical, Physical};
+use crate::units::{align_down, align_up, Logical, Physical, SECTOR_BYTES};
 use alloc::collections::BTreeMap;
+use core::ops::Range;
 
 /// The space for chunks on one device.
 #[derive(Clone, Debug)]
@@ -48,12 +49,40 @@ impl Room {
         assert!(end == Some(at.0 + bytes), "gave back {at:?}+{bytes}, taken until {end:?}");
     }
 
+    /// Free runs, `(start, end)`, ascending.
+    fn gaps(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let starts = core::iter::once(DATA_START).chain(self.taken.values().copied());
+        let ends = self.taken.keys().copied().chain(core::iter::once(self.end));
+        starts.zip(ends).filter(|(start, end)| start < end)
+    }
+
+    /// What is free at or behind `from`, of the first free run that has at least `min_bytes` in
+    /// `window`: up to the first multiple of the smallest chunk that is at least `bytes` away from
+    /// such a multiple. Nothing but what is left of a free run's ends is lost for chunks then.
+    pub fn piece(
+        &self,
+        from: u64,
+        window: &Range<u64>,
+        min_bytes: u64,
+        bytes: u64,
+    ) -> Option<Range<u64>> {
+        self.gaps().find_map(|(start, end)| {
+            let start = align_up(start.max(window.start), SECTOR_BYTES)?;
+            let end = align_down(end.min(window.end), SECTOR_BYTES);
+            if start >= end || end - start < min_bytes || end <= from {
+                return None;
+            }
+            let start = align_up(start.max(from), SECTOR_BYTES)?;
+            let aligned = align_up(start, CHUNK_BYTES_MIN)?;
+            let end = end.min(aligned.saturating_add(bytes));
+            (start < end).then_some(start..end)
+        })
+    }
+
     /// Free runs that a chunk may use, `(start, end)`, cut to whole granules of the smallest chunk
     /// so that what chunks leave between them stays usable.
     fn holes(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let starts = core::iter::once(DATA_START).chain(self.taken.values().copied());
-        let ends = self.taken.keys().copied().chain(core::iter::once(self.end));
-        starts.zip(ends).filter_map(|(start, end)| {
+        self.gaps().filter_map(|(start, end)| {
             let start = align_up(start, CHUNK_BYTES_MIN)?;
             let end = align_down(end, CHUNK_BYTES_MIN);
             (start < end).then_some((start, end))

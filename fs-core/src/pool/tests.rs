@@ -12,6 +12,7 @@ use crate::platform::Entropy;
 use crate::testing::{CrateCodecs, RamDevice, SeededEntropy, TestPlatform, ThreadWorkers};
 use alloc::collections::BTreeMap;
 use alloc::vec;
+use core::ops::Range;
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -760,7 +761,7 @@ fn addresses_outside_chunks_are_unmapped() {
             checksums: vec![],
         };
         assert_eq!(fixture.read(&source).err(), Some(unmapped.clone()));
-        assert_eq!(fixture.pool.discard(run).err(), Some(unmapped.clone()));
+        assert_eq!(fixture.pool.discard(run, &(0..u64::MAX)).err(), Some(unmapped.clone()));
         assert_eq!(fixture.pool.map(run.addr, run.bytes).err(), Some(unmapped));
     }
 }
@@ -871,4 +872,78 @@ fn two_readers_of_one_bad_block_repair_it_once() {
         fixture.pool.heal(&place, 0, &content, &[], &good);
     }
     assert_eq!(fixture.env.incidents.take().len(), 1);
+}
+
+#[test]
+fn what_no_chunk_has_is_discarded_once_and_no_chunk_is_made_of_it_meanwhile() {
+    let (a, b) = (RamDevice::new(9 * MIB + 12288), RamDevice::new(16 * MIB));
+    let env = TestPlatform::new(1);
+    let devices = vec![a.device(), b.device()];
+    let pool = Pool::create(devices, env.platform.clone(), &FormatOptions::default()).unwrap();
+    pool.create_chunk(ChunkKind::Metadata, Txg(1)).unwrap();
+    let chunk = pool.create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+    let allocated: u64 =
+        pool.chunks().iter().map(|chunk| chunk.length * chunk.stripes.len() as u64).sum();
+    let usable = pool.unallocated_bytes();
+    let mut seen = Vec::new();
+    let mut from = 0;
+    while let Some(held) = pool.hold_unallocated(from, &(0..u64::MAX), 0) {
+        let bytes = held.end - held.start;
+        assert!(pool.unallocated_bytes() + 2 * MIB > usable);
+        assert_eq!(pool.unallocated_bytes() % MIB, 0);
+        assert_eq!(pool.discard_held(held.clone()), Ok(bytes));
+        assert_eq!(pool.unallocated_bytes(), usable);
+        from = held.end;
+        seen.push(held);
+    }
+    assert!(seen.windows(2).all(|pair| pair[0].end <= pair[1].start), "{seen:?}");
+    let labels = 2 * (DATA_START + LABEL_AREA_BYTES);
+    let discarded: u64 = seen.iter().map(|held| held.end - held.start).sum();
+    assert_eq!(discarded, pool.device_bytes() - labels - allocated);
+    let places = pool.map(chunk.logical, chunk.length).unwrap();
+    let (device, at) = places[0][0];
+    let base = u64::from(device) * (9 * MIB + 12288);
+    let stripe = base + at.0..base + at.0 + chunk.length;
+    assert!(seen.iter().all(|held| held.end <= stripe.start || held.start >= stripe.end));
+    pool.check().unwrap();
+}
+
+#[test]
+fn a_hold_keeps_to_its_range_and_to_runs_that_are_long_enough() {
+    let fixture = Fixture::new(16 * MIB);
+    let hold = |from, range: Range<u64>, min_bytes| {
+        let held = fixture.pool.hold_unallocated(from, &range, min_bytes)?;
+        fixture.pool.discard_held(held.clone()).unwrap();
+        Some(held)
+    };
+    let range = 5 * MIB + 100..7 * MIB - 100;
+    assert_eq!(hold(0, range.clone(), 0), Some(5 * MIB + 4096..7 * MIB - 4096));
+    assert_eq!(hold(6 * MIB, range.clone(), 0), Some(6 * MIB..7 * MIB - 4096));
+    // What is left counts as the run that it is the rest of.
+    assert!(hold(6 * MIB, range.clone(), 3 * MIB / 2).is_some());
+    assert_eq!(hold(0, range.clone(), 2 * MIB), None);
+    assert_eq!(hold(7 * MIB, range, 0), None);
+    assert_eq!(hold(0, 0..DATA_START, 0), None);
+    assert_eq!(hold(16 * MIB, 0..u64::MAX, 0), None);
+}
+
+#[test]
+fn a_discard_reaches_every_copy_and_nothing_outside_of_its_range() {
+    let fixture = Fixture::dup();
+    let chunk = fixture.chunk(ChunkKind::Data);
+    fixture.write(chunk.logical, Buf::copy_of(&vec![7; 4 * SECTOR]).unwrap());
+    let places = fixture.places(chunk.logical);
+    let run = Run { addr: chunk.logical, bytes: 4 * SECTOR_BYTES };
+    let second = places[1] + SECTOR_BYTES..places[1] + 2 * SECTOR_BYTES;
+    assert!(fixture.pool.is_within(run, &second));
+    assert!(!fixture.pool.is_within(run, &(0..places[0])));
+    assert_eq!(fixture.pool.discard(run, &second), Ok(SECTOR_BYTES));
+    let sectors = |at: u64| {
+        let content = fixture.ram.image();
+        [0, 1, 2, 3].map(|n| content[at as usize + n * SECTOR] == 7)
+    };
+    assert_eq!(sectors(places[0]), [true; 4]);
+    assert_eq!(sectors(places[1]), [true, false, true, true]);
+    assert_eq!(fixture.pool.discard(run, &(0..u64::MAX)), Ok(8 * SECTOR_BYTES));
+    assert_eq!(sectors(places[0]), [false; 4]);
 }

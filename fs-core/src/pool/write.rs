@@ -3,7 +3,6 @@
 use super::map::Place;
 use super::Pool;
 use crate::buf::Slice;
-use crate::error::Error;
 use crate::format::space::Run;
 use crate::platform::{Result, WriteOp};
 use crate::units::Logical;
@@ -82,23 +81,6 @@ impl Pool {
             // Every device is asked, even after one has failed.
             let done = member.flush();
             outcome = outcome.and(done);
-        }
-        outcome
-    }
-
-    /// Tells the devices that a run holds nothing of value, in no copy.
-    ///
-    /// # Errors
-    /// [`Error::Unmapped`], [`Error::ReadOnly`], or [`Error::Device`], which does no harm.
-    pub fn discard(&self, run: Run) -> Result<()> {
-        self.check_writable()?;
-        let place = self.locate(run)?;
-        let mut outcome: Result<(), Error> = Ok(());
-        for copy in 0..place.copies() {
-            place.segments(copy, &mut |segment| {
-                let done = self.member(segment.device).discard(segment.at, segment.bytes);
-                outcome = core::mem::replace(&mut outcome, Ok(())).and(done);
-            });
         }
         outcome
     }

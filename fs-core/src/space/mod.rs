@@ -9,6 +9,8 @@
 //!   +------ discarded, if asked for ------ releasing <------------ release(>= m) -----+
 //! ```
 //!
+//! A trim takes free sectors back to `releasing` while it discards them: see `trim`.
+//!
 //! - Only [`Space::release`] makes a sector reusable: its group is published and no reader holds an
 //!   older root. No exception for what was taken and freed by one group: the intent log may name
 //!   it.
@@ -59,6 +61,8 @@
 //!   discard each batch leaves `releasing` and is cleared in the bitmaps in one step under the
 //!   lock. It is in no other part: nobody used it since it was freed, and it could not be taken
 //!   again.
+//! - *trim*: what is in no part enters `releasing` and the bitmaps in one step, and leaves as
+//!   above.
 //! - *chunk dropped*: none of its sectors is in (3); it leaves with its bitmaps.
 //!
 //! A load reads the published tree *without* the lock, because that is I/O. It notes the number of
@@ -87,8 +91,8 @@
 //! One lock, held for a few hundred instructions by most calls and for a batch by `release`. Under
 //! it the [`ChunkSource`] is asked to create and drop chunks and for its unallocated bytes, and the
 //! closures of [`Space::published`] and [`Space::seal_chunks`] run; none may call back. No I/O is
-//! done under it: bitmaps are read and discards sent without it. A second lock makes releases wait
-//! for each other, discards included; no other operation takes it.
+//! done under it: bitmaps are read and discards sent without it. A second lock makes releases and
+//! trims wait for each other, discards included; no other operation takes it.
 
 mod bits;
 mod check;
@@ -101,19 +105,22 @@ mod state;
 mod supply;
 #[cfg(test)]
 mod tests;
+mod trim;
 
 pub use check::Violation;
 pub use cut::Edit;
 pub use reserve::{Class, Reservation};
+pub use trim::Trim;
 
 use crate::error::Error;
 use crate::format::chunk::{Chunk, ChunkKind};
 use crate::format::space::{Residue, Run, REGION_BYTES};
 use crate::platform::Result;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank};
 use crate::units::{Logical, Txg, SECTOR_BYTES, SECTOR_SHIFT};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 use group::Deltas;
 use runs::{span, RunSet};
@@ -126,9 +133,11 @@ const RELEASE_BATCH: usize = 256;
 
 /// What the allocator needs of the pool.
 ///
-/// Called with the allocator's lock held, except for `discard`: nothing here may call back, and
-/// only `discard` may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes times copies sum
-/// up to `unallocated_bytes` can be created: promises are made on that.
+/// Called with the allocator's lock held, except for `discard` and `discard_held`: nothing here may
+/// call back, and only those two may do I/O. Any mix of new chunks of `chunk_bytes` whose bytes
+/// times copies sum up to `unallocated_bytes` can be created: promises are made on that.
+///
+/// A "byte of the devices" counts the bytes of all devices, one after the other.
 pub trait ChunkSource: Send + Sync {
     /// Makes a chunk whose item group `txg` writes: of `chunk_bytes`, or smaller when that is all
     /// there is.
@@ -146,11 +155,24 @@ pub trait ChunkSource: Send + Sync {
     fn chunk_bytes(&self) -> u64;
     /// Device bytes a logical byte of a new chunk takes.
     fn copies(&self, kind: ChunkKind) -> u64;
-    /// Tells the devices that a run, within one chunk, holds nothing.
+    /// Whether a run, within one chunk, has bytes in a range of the devices.
+    fn is_within(&self, run: Run, range: &Range<u64>) -> bool;
+    /// Tells the devices that a run, within one chunk, holds nothing, as far as it lies in a range
+    /// of the devices. Returns how many bytes they took notice of.
     ///
     /// # Errors
     /// When a device failed.
-    fn discard(&self, run: Run) -> Result<()>;
+    fn discard(&self, run: Run, range: &Range<u64>) -> Result<u64>;
+    /// Takes out what no chunk has at or behind byte `from` of the devices, within a range of them:
+    /// at most `chunk_bytes`, of a run that has at least `min_bytes` in the range. It counts as
+    /// allocated until [`discard_held`](Self::discard_held).
+    fn hold(&self, from: u64, range: &Range<u64>, min_bytes: u64) -> Option<Range<u64>>;
+    /// Tells the device that what was taken out holds nothing, and gives it back, whatever the
+    /// device says. Returns how many bytes it took notice of.
+    ///
+    /// # Errors
+    /// When the device failed.
+    fn discard_held(&self, held: Range<u64>) -> Result<u64>;
 }
 
 /// Bitmaps as the published group's space tree has them.
@@ -231,7 +253,7 @@ pub struct Space {
     discard: AtomicBool,
     /// Everything that changes. See "Locking".
     state: Mutex<State>,
-    /// Held by the one `release` that is at work.
+    /// Held by the one `release` or `trim_piece` that is at work.
     releasing: Mutex<()>,
 }
 
@@ -257,8 +279,8 @@ impl Space {
             chunks,
             options,
             discard: AtomicBool::new(options.discard),
-            state: Mutex::new(State::new(options.published, resident_max, unit)),
-            releasing: Mutex::new(()),
+            state: Mutex::ranked(Rank::Space, State::new(options.published, resident_max, unit)),
+            releasing: Mutex::ranked(Rank::Releasing, ()),
         }
     }
 
@@ -335,6 +357,30 @@ impl Space {
         let Some(end) = run.addr.checked_add(run.bytes) else { return false };
         let chunk = state.chunk_of(&(run.addr.0..end.0));
         chunk.is_some_and(|chunk| chunk.birth <= state.published)
+    }
+
+    /// Whether no unpublished group took any of the run: after a crash it belongs to whom it belongs
+    /// to now.
+    pub fn is_of_published_groups(&self, run: Run) -> bool {
+        if !self.is_published(run) {
+            return false;
+        }
+        let state = self.state.lock();
+        let range = span(run);
+        let taken = |deltas: &Deltas| deltas.taken.touches(range.clone());
+        let is_new = state.groups.values().any(|group| group.deltas().any(taken));
+        !is_new
+    }
+
+    /// Whether all of the run is in use.
+    ///
+    /// # Errors
+    /// [`Error::Unmapped`] when it is in no chunk; errors of reading bitmaps.
+    pub fn is_used(&self, run: Run, bitmaps: &dyn BitmapSource) -> Result<bool> {
+        if run.addr.checked_add(run.bytes).is_none() {
+            return Err(Error::Unmapped { addr: run.addr });
+        }
+        self.repeat(bitmaps, |state, _| state.try_used(run))
     }
 
     /// Log replay: group `txg` has these sectors.
@@ -487,8 +533,8 @@ impl Space {
     }
 
     /// Forgets every bitmap: memory is short. They are read again when needed.
-    pub fn trim(&self) {
-        self.state.lock().trim();
+    pub fn forget_bitmaps(&self) {
+        self.state.lock().forget_bitmaps();
     }
 
     // What `reserve` needs.
@@ -583,7 +629,7 @@ impl Space {
         };
         let mut first = None;
         for run in runs {
-            if let Err(error) = self.chunks.discard(run) {
+            if let Err(error) = self.chunks.discard(run, &(0..u64::MAX)) {
                 first.get_or_insert(error);
             }
         }

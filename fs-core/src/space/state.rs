@@ -102,7 +102,7 @@ fn slot(kind: ChunkKind) -> usize {
     kind as usize - ChunkKind::Data as usize
 }
 
-fn bytes_of(sectors: u32) -> u64 {
+pub(super) fn bytes_of(sectors: u32) -> u64 {
     u64::from(sectors) << SECTOR_SHIFT
 }
 
@@ -179,7 +179,7 @@ impl State {
 
     /// Counts sectors of a chunk as busy, or as no longer busy. False when the counter cannot
     /// follow: the summary it started from was a lie.
-    fn count(&mut self, chunk: Logical, sectors: u32, busy: bool) -> bool {
+    pub fn count(&mut self, chunk: Logical, sectors: u32, busy: bool) -> bool {
         let Some(chunk) = self.chunks.get_mut(&chunk) else { return false };
         let totals = &mut self.totals[slot(chunk.kind)];
         let (whole, moved) = if busy {
@@ -194,6 +194,11 @@ impl State {
             (sectors, moved)
         };
         whole == moved
+    }
+
+    /// Counts busy bytes of a kind as on their way to being free.
+    pub fn add_pending(&mut self, kind: ChunkKind, bytes: u64) {
+        self.totals[slot(kind)].pending += bytes;
     }
 
     /// What the published tree does not know, at the time a pool is opened.
@@ -263,7 +268,7 @@ impl State {
     }
 
     /// Forgets every bitmap.
-    pub fn trim(&mut self) {
+    pub fn forget_bitmaps(&mut self) {
         for (chunk, region) in core::mem::take(&mut self.resident) {
             if let Some(space) = self.chunks.get_mut(&chunk) {
                 space.evict(region, true);
@@ -454,6 +459,22 @@ impl State {
         }
     }
 
+    /// Whether all of these sectors are in use.
+    pub fn try_used(&self, run: Run) -> Result<Step<bool>> {
+        let range = span(run);
+        let chunk = self.chunk_of(&range).ok_or(Error::Unmapped { addr: run.addr })?;
+        for (region, part) in ChunkSpace::parts(chunk.sectors_of(range)) {
+            match chunk.bits(region) {
+                None => return Ok(Step::Load(self.wanted(chunk.start, region))),
+                Some(bits) if bits.next_free(part.start) < part.end => {
+                    return Ok(Step::Done(false));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(Step::Done(true))
+    }
+
     /// Takes exactly these sectors.
     pub fn try_take(&mut self, run: Run, txg: Txg) -> Result<Step<()>> {
         let range = span(run);
@@ -528,7 +549,7 @@ impl State {
         if before || group.now.freed.insert(range).is_err() {
             return Err(corrupt("space freed twice by a group", run.addr));
         }
-        self.totals[slot(kind)].pending += run.bytes;
+        self.add_pending(kind, run.bytes);
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use crate::format::space::Run;
 use crate::platform::Result;
 use crate::pool::Pool;
 use crate::units::{Logical, Txg};
+use core::ops::Range;
 
 impl ChunkSource for Pool {
     fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
@@ -28,7 +29,19 @@ impl ChunkSource for Pool {
         self.profile(kind).copies()
     }
 
-    fn discard(&self, run: Run) -> Result<()> {
-        Pool::discard(self, run)
+    fn is_within(&self, run: Run, range: &Range<u64>) -> bool {
+        Pool::is_within(self, run, range)
+    }
+
+    fn discard(&self, run: Run, range: &Range<u64>) -> Result<u64> {
+        Pool::discard(self, run, range)
+    }
+
+    fn hold(&self, from: u64, range: &Range<u64>, min_bytes: u64) -> Option<Range<u64>> {
+        self.hold_unallocated(from, range, min_bytes)
+    }
+
+    fn discard_held(&self, held: Range<u64>) -> Result<u64> {
+        Pool::discard_held(self, held)
     }
 }

@@ -31,6 +31,9 @@ struct FakePool {
     chunks: Mutex<Vec<FakeChunk>>,
     next: Mutex<u64>,
     discarded: Mutex<Vec<Run>>,
+    /// What a trim took of the unallocated bytes, and what it discarded of them.
+    held: Mutex<u64>,
+    rest_discarded: Mutex<Vec<Range<u64>>>,
     discards_fail: bool,
     /// Happens during the next discard.
     event: Mutex<Option<Box<dyn FnOnce() + Send>>>,
@@ -44,6 +47,8 @@ impl FakePool {
             chunks: Mutex::new(Vec::new()),
             next: Mutex::new(chunk_bytes),
             discarded: Mutex::new(Vec::new()),
+            held: Mutex::new(0),
+            rest_discarded: Mutex::new(Vec::new()),
             discards_fail: false,
             event: Mutex::new(None),
         }
@@ -100,7 +105,7 @@ impl ChunkSource for FakePool {
         let chunks = self.chunks.lock();
         let held = chunks.iter().filter(|c| c.dropped.is_none());
         let held: u64 = held.map(|c| c.chunk.length * c.chunk.profile.copies()).sum();
-        self.device_bytes - held
+        self.device_bytes - held - *self.held.lock()
     }
 
     fn chunk_bytes(&self) -> u64 {
@@ -115,8 +120,14 @@ impl ChunkSource for FakePool {
         }
     }
 
-    fn discard(&self, run: Run) -> Result<()> {
-        self.discarded.lock().push(run);
+    fn is_within(&self, run: Run, range: &Range<u64>) -> bool {
+        run.addr.0 < range.end && run.end().0 > range.start
+    }
+
+    fn discard(&self, run: Run, range: &Range<u64>) -> Result<u64> {
+        let (start, end) = (run.addr.0.max(range.start), run.end().0.min(range.end));
+        let part = Run { addr: Logical(start), bytes: end.saturating_sub(start) };
+        self.discarded.lock().push(part);
         let event = self.event.lock().take();
         if let Some(event) = event {
             event();
@@ -124,9 +135,34 @@ impl ChunkSource for FakePool {
         if self.discards_fail {
             return Err(Error::Failed);
         }
-        Ok(())
+        Ok(part.bytes)
+    }
+
+    fn hold(&self, from: u64, range: &Range<u64>, min_bytes: u64) -> Option<Range<u64>> {
+        let all = self.unallocated_bytes();
+        let (start, end) = (from.max(REST), range.end.min(REST + all));
+        if start >= end || end - REST.max(range.start) < min_bytes {
+            return None;
+        }
+        let held = start..end.min(start + self.chunk_bytes);
+        *self.held.lock() = held.end - held.start;
+        Some(held)
+    }
+
+    fn discard_held(&self, held: Range<u64>) -> Result<u64> {
+        let before = core::mem::take(&mut *self.held.lock());
+        assert_eq!(before, held.end - held.start, "something else was given back");
+        self.rest_discarded.lock().push(held);
+        if self.discards_fail {
+            return Err(Error::Failed);
+        }
+        Ok(before)
     }
 }
+
+/// Where what no chunk has stands in the bytes of the fake devices; a chunk stands where its
+/// logical address says.
+const REST: u64 = 1 << 50;
 
 // A space tree.
 
@@ -373,6 +409,35 @@ impl World {
         assert_eq!(released.bytes, count as u64 * SECTOR_BYTES);
     }
 
+    /// Discards what is free; what of it, is compared with what may not be touched.
+    fn trim(&mut self, min_bytes: u64) {
+        self.pool.discarded.lock().clear();
+        let mut trim = Trim::new(0..u64::MAX, min_bytes);
+        let (mut pieces, mut bytes) = (0, 0);
+        while self.space.trim_piece(&mut trim, &*self.tree).unwrap() {
+            self.space.check(&*self.tree).unwrap();
+            pieces += 1;
+            assert!(pieces < 100_000, "a trim without an end");
+        }
+        let chunks = self.pool.chunks.lock();
+        let mut once = Sectors::new();
+        for run in self.pool.discarded.lock().iter() {
+            bytes += run.bytes;
+            let at = |c: &&FakeChunk| {
+                run.addr >= c.chunk.logical && run.end().0 <= c.chunk.logical.0 + c.chunk.length
+            };
+            let chunk = chunks.iter().find(at).expect("a run lies in one chunk");
+            assert!(chunk.dropped.is_none(), "a discard in a dropped chunk");
+            for sector in sectors(*run) {
+                assert!(!self.is_busy(sector), "sector {sector} discarded while it is in use");
+                assert!(once.insert(sector), "sector {sector} discarded twice");
+            }
+        }
+        let rest = core::mem::take(&mut *self.pool.rest_discarded.lock());
+        bytes += rest.iter().map(|held| held.end - held.start).sum::<u64>();
+        assert_eq!(trim.discarded(), bytes);
+    }
+
     /// Power fails; the published group is opened.
     fn crash(&mut self) {
         self.pool.fall_back(self.published);
@@ -438,7 +503,8 @@ enum Op {
     Cut,
     Publish,
     Release { age: u64 },
-    Trim,
+    Forget,
+    Trim { min: u64 },
     Crash,
 }
 
@@ -462,7 +528,8 @@ fn ops(largest: u64) -> impl Strategy<Value = Op> {
         2 => Just(Op::Cut),
         3 => Just(Op::Publish),
         3 => (0..3u64).prop_map(|age| Op::Release { age }),
-        2 => Just(Op::Trim),
+        2 => Just(Op::Forget),
+        1 => (0..64u64).prop_map(|min| Op::Trim { min }),
         1 => Just(Op::Crash),
     ]
 }
@@ -477,7 +544,8 @@ fn run_history(mut world: World, history: Vec<Op>) {
             Op::Cut => world.cut(),
             Op::Publish => world.publish(),
             Op::Release { age } => world.release(age),
-            Op::Trim => world.space.trim(),
+            Op::Forget => world.space.forget_bitmaps(),
+            Op::Trim { min } => world.trim(min * SECTOR_BYTES),
             Op::Crash => world.crash(),
         }
         world.check();
@@ -838,7 +906,7 @@ fn a_publication_during_a_load_makes_the_load_start_over() {
     let run = allocate(&world, ChunkKind::Data, MIB / 2);
     world.groups[0].taken.extend(sectors(run));
     world.cut();
-    world.space.trim();
+    world.space.forget_bitmaps();
     // The old tree knows nothing of the run. If what was read of it were believed after the swap,
     // when the run is in no group's list any more, the run would be handed out again.
     let (txg, open) = (world.txg(0), world.txg(1));
@@ -891,7 +959,7 @@ fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_a
     world.publish();
     let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
     *world.pool.event.lock() = Some(Box::new(move || {
-        space.trim();
+        space.forget_bitmaps();
         space.check(&*tree).unwrap();
         let rest = space.allocate(ChunkKind::Data, MIB, NODE, txg, &*tree).unwrap();
         assert_eq!(rest, Run { addr: run.end(), bytes: MIB / 2 });
@@ -901,6 +969,149 @@ fn space_that_is_being_discarded_is_not_handed_out_although_its_bitmap_is_read_a
     world.release(0);
     assert_eq!(*world.pool.discarded.lock(), [run]);
     assert_eq!(allocate(&world, ChunkKind::Data, MIB / 2), run);
+}
+
+/// A pool of eight chunks with two of data, the first three quarters full.
+fn half_empty() -> World {
+    let mut world = World::new(MIB, 8 * MIB, 64);
+    for _ in 0..2 {
+        let run = allocate(&world, ChunkKind::Data, 3 * MIB / 4);
+        world.groups[0].taken.extend(sectors(run));
+    }
+    let rest = allocate(&world, ChunkKind::Data, MIB / 4);
+    world.groups[0].taken.extend(sectors(rest));
+    world.publish();
+    world.space.free(rest, world.txg(0));
+    world.groups[0].freed.extend(sectors(rest));
+    world
+}
+
+fn discarded_bytes(world: &World) -> u64 {
+    world.pool.discarded.lock().iter().map(|run| run.bytes).sum()
+}
+
+#[test]
+fn a_trim_discards_all_that_is_free_and_leaves_what_a_crash_may_need() {
+    let mut world = half_empty();
+    let chunks = world.pool.chunks.lock().len() as u64 * MIB;
+    world.trim(0);
+    // Freed, but the group that did is not published.
+    assert_eq!(discarded_bytes(&world), chunks - 7 * MIB / 4);
+    world.publish();
+    world.trim(0);
+    // Published, but somebody may still read the group before.
+    assert_eq!(discarded_bytes(&world), chunks - 7 * MIB / 4);
+    world.release(0);
+    world.trim(0);
+    assert_eq!(discarded_bytes(&world), chunks - 6 * MIB / 4);
+    world.check();
+}
+
+#[test]
+fn a_trim_discards_what_no_chunk_has_chunk_by_chunk() {
+    let world = half_empty();
+    let mut trim = Trim::new(0..u64::MAX, 0);
+    while world.space.trim_piece(&mut trim, &*world.tree).unwrap() {}
+    let rest = world.pool.rest_discarded.lock().clone();
+    let all = world.pool.unallocated_bytes();
+    assert!(all >= 2 * MIB, "{all} bytes are unallocated");
+    let pieces: Vec<Range<u64>> =
+        (0..all / MIB).map(|n| REST + n * MIB..REST + n * MIB + MIB).collect();
+    assert_eq!(rest, pieces);
+}
+
+#[test]
+fn a_trim_keeps_to_its_range_and_leaves_short_runs_alone() {
+    let mut world = World::new(MIB, 8 * MIB, 64);
+    // One sector of two in the first half of the chunk.
+    let runs: Vec<Run> =
+        (0..128).map(|_| allocate(&world, ChunkKind::Data, SECTOR_BYTES)).collect();
+    let start = runs[0].addr.0;
+    world.groups[0].taken.extend(runs.iter().copied().flat_map(sectors));
+    world.publish();
+    for run in runs.iter().step_by(2) {
+        world.space.free(*run, world.txg(0));
+        world.groups[0].freed.extend(sectors(*run));
+    }
+    world.publish();
+    world.release(0);
+    let trimmed = |range: Range<u64>, min_bytes| {
+        world.pool.discarded.lock().clear();
+        let mut trim = Trim::new(range, min_bytes);
+        while world.space.trim_piece(&mut trim, &*world.tree).unwrap() {}
+        assert_eq!(discarded_bytes(&world), trim.discarded());
+        trim.discarded()
+    };
+    assert_eq!(trimmed(start..start + MIB, 0), 64 * SECTOR_BYTES + MIB / 2);
+    assert_eq!(trimmed(start..start + MIB, 2 * SECTOR_BYTES), MIB / 2);
+    assert_eq!(trimmed(start..start + MIB, MIB / 2 + SECTOR_BYTES), 0);
+    assert_eq!(trimmed(start..start + 4 * SECTOR_BYTES, 0), 2 * SECTOR_BYTES);
+    assert_eq!(trimmed(start + MIB / 2 + 4096..start + MIB / 2 + 12288, 0), 8192);
+    assert_eq!(trimmed(0..start, 0), 0);
+}
+
+#[test]
+fn what_a_trim_has_taken_out_is_not_handed_out_although_its_bitmap_is_read_again() {
+    let mut world = World::new(MIB, 8 * MIB, 64);
+    let run = allocate(&world, ChunkKind::Data, MIB / 2);
+    world.groups[0].taken.extend(sectors(run));
+    world.publish();
+    let promise = world.space.reserve(MIB, 0, Class::Normal).unwrap();
+    let (space, tree, txg) = (world.space.clone(), world.tree.clone(), world.txg(0));
+    *world.pool.event.lock() = Some(Box::new(move || {
+        space.forget_bitmaps();
+        space.check(&*tree).unwrap();
+        // What is promised is there all the same, but not where the discard is.
+        let other = space.allocate(ChunkKind::Data, MIB, SECTOR_BYTES, txg, &*tree).unwrap();
+        assert!(other.addr.0 >= run.addr.0 + MIB, "{other:?} is being discarded");
+    }));
+    let mut trim = Trim::new(0..run.addr.0 + MIB, 0);
+    while world.space.trim_piece(&mut trim, &*world.tree).unwrap() {}
+    assert_eq!(trim.discarded(), MIB / 2);
+    assert!(world.pool.event.lock().is_none());
+    drop(promise);
+    assert_eq!(allocate(&world, ChunkKind::Data, MIB / 2).addr, run.end());
+}
+
+#[test]
+fn a_discard_that_fails_ends_the_trim_and_loses_no_space() {
+    let mut world = half_empty();
+    world.publish();
+    world.release(0);
+    let mut failing = FakePool::new(MIB, 8 * MIB);
+    failing.discards_fail = true;
+    failing.chunks = Mutex::new(core::mem::take(&mut *world.pool.chunks.lock()));
+    failing.next = Mutex::new(*world.pool.next.lock());
+    world.pool = Arc::new(failing);
+    world.crash();
+    let before = (world.space.usage(), world.pool.unallocated_bytes());
+    let first = world.pool.chunks.lock().iter().map(|c| c.chunk.logical.0).min().unwrap();
+    for range in [first..first + 8 * MIB, REST..u64::MAX] {
+        let mut trim = Trim::new(range, 0);
+        let mut outcome = Ok(true);
+        while outcome == Ok(true) {
+            outcome = world.space.trim_piece(&mut trim, &*world.tree);
+        }
+        assert_eq!(outcome, Err(Error::Failed));
+        assert_eq!(trim.discarded(), 0);
+        assert_eq!((world.space.usage(), world.pool.unallocated_bytes()), before);
+        world.check();
+    }
+}
+
+#[test]
+fn a_trim_leaves_to_a_full_pool_what_is_promised() {
+    let world = World::new(MIB, 4 * MIB, 64);
+    allocate(&world, ChunkKind::Data, SECTOR_BYTES);
+    let available = world.space.available_data();
+    let promise = world.space.reserve(available, 0, Class::Normal).unwrap();
+    let mut trim = Trim::new(0..u64::MAX, 0);
+    while world.space.trim_piece(&mut trim, &*world.tree).unwrap() {}
+    assert_eq!(trim.discarded(), 0);
+    drop(promise);
+    let mut trim = Trim::new(0..u64::MAX, 0);
+    while world.space.trim_piece(&mut trim, &*world.tree).unwrap() {}
+    assert!(trim.discarded() > 0);
 }
 
 #[test]
@@ -971,7 +1182,7 @@ fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
 #[test]
 fn a_chunk_that_is_used_while_its_bitmaps_are_read_is_not_dropped() {
     let (world, runs) = emptied_of(2, 2 * REGION_BYTES);
-    world.space.trim();
+    world.space.forget_bitmaps();
     let (space, tree, txg) = (&world.space, &world.tree, world.txg(0));
     // The first region of the second chunk was seen empty; now it is not.
     let event = move || space.take(runs[2], txg, &**tree).unwrap();
@@ -1096,7 +1307,7 @@ fn the_longest_run_is_found_when_none_is_as_long_as_wanted() {
     }
     world.publish();
     world.release(0);
-    world.space.trim();
+    world.space.forget_bitmaps();
     let txg = world.txg(0);
     let get = || world.space.allocate(ChunkKind::Data, MIB, SECTOR_BYTES, txg, &*world.tree);
     assert_eq!(get(), Ok(run_at(first + 50, 7)));
@@ -1163,7 +1374,7 @@ fn a_bitmap_of_the_wrong_length_is_refused() {
         let run = allocate(&world, ChunkKind::Data, MIB / 2);
         world.groups[0].taken.extend(sectors(run));
         world.publish();
-        world.space.trim();
+        world.space.forget_bitmaps();
         world.tree.items.lock().insert(cut::bitmap_key(Logical(MIB)), vec![0xff; length]);
         let got = world.space.allocate(ChunkKind::Data, NODE, NODE, world.txg(0), &*world.tree);
         assert!(matches!(got, Err(Error::Corrupt { .. })), "{got:?}");

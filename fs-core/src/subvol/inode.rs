@@ -20,7 +20,7 @@
 
 use crate::format::inode::InodeItem;
 use crate::subvol::ranges::RangeMap;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{Ino, Txg};
 use alloc::sync::Arc;
 use core::sync::atomic::AtomicBool;
@@ -65,6 +65,13 @@ pub struct Aside {
     pub gone: bool,
     /// Whether the intent log lacks the fields.
     pub unlogged: bool,
+}
+
+impl Aside {
+    /// Whether the intent log lacks anything of it.
+    pub fn lacks(&self) -> bool {
+        self.unlogged || self.ranges.lacks()
+    }
 }
 
 impl State {
@@ -150,8 +157,8 @@ impl Inode {
     pub fn new(ino: Ino, state: State) -> Inode {
         Inode {
             ino,
-            state: RwLock::new(state),
-            flushing: Mutex::new(()),
+            state: RwLock::numbered(Rank::Inode, ino.0, state),
+            flushing: Mutex::ranked(Rank::Flushing, ()),
             used: AtomicBool::new(true),
         }
     }

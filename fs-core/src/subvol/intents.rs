@@ -8,7 +8,7 @@
 //! The list is bounded. When a group's part grows too long it is dropped, and until that group is
 //! published `fsync` makes a whole commit instead, which then is the better deal anyway.
 
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank};
 use crate::txg::{slot, SLOTS};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::BTreeSet;
@@ -25,20 +25,25 @@ struct Part {
     /// Records the log has.
     logged: usize,
     overflowed: bool,
-}
-
-#[derive(Default)]
-struct List {
-    parts: [Part; SLOTS],
     /// Files whose bytes must be in the log before the next record that needs them, because a name
     /// that held other content now stands for them.
     needed: BTreeSet<(TreeId, Ino)>,
 }
 
-/// The intent list of a pool.
 #[derive(Default)]
+struct List {
+    parts: [Part; SLOTS],
+}
+
+/// The intent list of a pool.
 pub struct Intents {
     list: Mutex<List>,
+}
+
+impl Default for Intents {
+    fn default() -> Intents {
+        Intents { list: Mutex::ranked(Rank::Short, List::default()) }
+    }
 }
 
 /// What the log lacks.
@@ -65,9 +70,13 @@ impl Intents {
         part.starts.extend(starts.iter().map(|start| (base + start) as u32));
     }
 
-    /// Notes that a file's bytes must be in the log along with what was appended last.
-    pub fn need(&self, tree: TreeId, ino: Ino) {
-        self.list.lock().needed.insert((tree, ino));
+    /// Notes that a file's bytes must be in the log along with what group `txg` is about to append.
+    pub fn need(&self, txg: Txg, tree: TreeId, ino: Ino) {
+        let mut list = self.list.lock();
+        let part = &mut list.parts[slot(txg)];
+        if !part.overflowed {
+            part.needed.insert((tree, ino));
+        }
     }
 
     /// Takes what the log lacks of the groups from `first` to `last`. `None` when some of it was
@@ -78,13 +87,10 @@ impl Intents {
         if groups().any(|txg| list.parts[slot(txg)].overflowed) {
             return None;
         }
-        let mut pending = Pending {
-            bytes: Vec::new(),
-            starts: Vec::new(),
-            needed: core::mem::take(&mut list.needed).into_iter().collect(),
-        };
+        let mut pending = Pending { bytes: Vec::new(), starts: Vec::new(), needed: Vec::new() };
         for txg in groups() {
             let part = &mut list.parts[slot(txg)];
+            pending.needed.extend(core::mem::take(&mut part.needed));
             let Some(from) = part.starts.get(part.logged).map(|start| *start as usize) else {
                 continue;
             };

@@ -52,7 +52,7 @@ use crate::subvol::overlay::Overlay;
 pub use crate::subvol::store::View;
 use crate::subvol::store::{Result, Store};
 use crate::subvol::table::Table;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, SLOTS};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::sync::Arc;
@@ -92,10 +92,10 @@ impl Subvol {
             table: Table::default(),
             overlays: core::array::from_fn(|_| Overlay::default()),
             overlay_bytes: [const { AtomicU64::new(0) }; SLOTS],
-            dirty: core::array::from_fn(|_| Mutex::new(Vec::new())),
-            view: RwLock::new(Arc::new(View { txg, tree: Tree { id, root } })),
+            dirty: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
+            view: RwLock::ranked(Rank::Leaf, Arc::new(View { txg, tree: Tree { id, root } })),
             next_ino: AtomicU64::new(item.next_ino),
-            item: Mutex::new(item),
+            item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
         })
     }

@@ -5,7 +5,7 @@
 
 use crate::btree::Edit;
 use crate::format::key::Key;
-use crate::sync::RwLock;
+use crate::sync::{Rank, RwLock};
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
@@ -24,7 +24,9 @@ pub struct Overlay {
 
 impl Default for Overlay {
     fn default() -> Overlay {
-        Overlay { shards: (0..SHARDS).map(|_| RwLock::new(BTreeMap::new())).collect() }
+        Overlay {
+            shards: (0..SHARDS).map(|_| RwLock::ranked(Rank::Short, BTreeMap::new())).collect(),
+        }
     }
 }
 

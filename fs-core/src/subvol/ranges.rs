@@ -66,6 +66,8 @@ pub struct RangeMap {
     pieces: BTreeMap<u64, Piece>,
     data_bytes: u64,
     next_id: u64,
+    /// Bytes that the last early write left in memory.
+    left_early: u64,
 }
 
 /// Where an item's or piece's blob begins in the file: items of one blob with one anchor share one
@@ -85,6 +87,17 @@ impl RangeMap {
         self.data_bytes
     }
 
+    /// Bytes that came since the last early write. What that one left is scattered, and looking at
+    /// it again with every write would take time in proportion to its square.
+    pub fn bytes_since_early(&self) -> u64 {
+        self.data_bytes.saturating_sub(self.left_early)
+    }
+
+    /// An early write is over.
+    pub fn written_early(&mut self) {
+        self.left_early = self.data_bytes;
+    }
+
     /// Number of pieces.
     pub fn len(&self) -> usize {
         self.pieces.len()
@@ -93,6 +106,11 @@ impl RangeMap {
     /// Every piece with its offset, ascending.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Piece)> {
         self.pieces.iter().map(|(at, piece)| (*at, piece))
+    }
+
+    /// Whether the intent log lacks any piece.
+    pub fn lacks(&self) -> bool {
+        self.pieces.values().any(|piece| !piece.logged)
     }
 
     /// Every piece, to mark what has been logged.

@@ -14,7 +14,7 @@ use crate::platform::{Platform, Timestamp};
 use crate::pool::Pool;
 use crate::space::{BitmapSource, Reservation, Space};
 use crate::subvol::intents::Intents;
-use crate::sync::{Mutex, RwLock};
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, Dirty, Groups, SLOTS};
 use crate::units::{Logical, TreeId, Txg};
 use alloc::sync::Arc;
@@ -72,6 +72,7 @@ pub struct Store {
     spare: [Mutex<Vec<Run>>; SLOTS],
     settings: [AtomicU8; 3],
     failed: AtomicBool,
+    shut_down: AtomicBool,
     read_only: AtomicBool,
 }
 
@@ -122,15 +123,16 @@ impl Store {
             intents: Intents::default(),
             hash_secret: parts.hash_secret,
             node_bytes: parts.node_bytes,
-            space_view: RwLock::new(Arc::new(View {
-                txg: parts.published,
-                tree: parts.space_tree,
-            })),
-            debts: core::array::from_fn(|_| Mutex::new(GroupDebts::default())),
-            reserved: core::array::from_fn(|_| Mutex::new(Vec::new())),
-            spare: core::array::from_fn(|_| Mutex::new(Vec::new())),
+            space_view: RwLock::ranked(
+                Rank::Leaf,
+                Arc::new(View { txg: parts.published, tree: parts.space_tree }),
+            ),
+            debts: core::array::from_fn(|_| Mutex::ranked(Rank::Short, GroupDebts::default())),
+            reserved: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
+            spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             failed: AtomicBool::new(false),
+            shut_down: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),
         };
         store.set_settings(parts.settings);
@@ -224,10 +226,17 @@ impl Store {
         core::mem::take(&mut *self.spare[slot(txg)].lock())
     }
 
-    /// Fails when the pool takes no changes.
+    /// Whether the pool takes changes.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] by choice, [`Error::TurnedReadOnly`] after an error, [`Error::Failed`]
+    /// after a shutdown.
     pub fn writable(&self) -> Result<()> {
-        if self.failed.load(Ordering::Acquire) {
+        if self.shut_down.load(Ordering::Acquire) {
             return Err(Error::Failed);
+        }
+        if self.has_failed() {
+            return Err(Error::TurnedReadOnly);
         }
         if self.read_only.load(Ordering::Acquire) {
             return Err(Error::ReadOnly);
@@ -245,6 +254,12 @@ impl Store {
         let first = !self.failed.swap(true, Ordering::AcqRel);
         self.groups.notify();
         first
+    }
+
+    /// Stops publishing for good, as if power had failed.
+    pub fn shut_down(&self) {
+        self.shut_down.store(true, Ordering::Release);
+        self.fail();
     }
 
     /// Whether changes are refused by choice.

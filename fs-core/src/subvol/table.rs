@@ -7,7 +7,7 @@
 //! [`Table::hold`].
 
 use crate::subvol::inode::Inode;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank};
 use crate::units::Ino;
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -35,7 +35,9 @@ pub struct Table {
 
 impl Default for Table {
     fn default() -> Table {
-        Table { shards: (0..SHARDS).map(|_| Mutex::new(Shard::default())).collect() }
+        Table {
+            shards: (0..SHARDS).map(|_| Mutex::ranked(Rank::Short, Shard::default())).collect(),
+        }
     }
 }
 

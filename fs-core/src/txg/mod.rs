@@ -18,7 +18,8 @@
 //! Never: hold a [`Handle`] while waiting for a commit, a reservation or dirty memory. The
 //! committer waits for handles.
 
-use crate::sync::Signal;
+use crate::sync::rank::{self, Held};
+use crate::sync::{Rank, Signal};
 use crate::units::Txg;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -46,6 +47,7 @@ pub struct Groups {
 pub struct Handle<'a> {
     groups: &'a Groups,
     txg: Txg,
+    _held: Held,
 }
 
 impl Handle<'_> {
@@ -57,11 +59,7 @@ impl Handle<'_> {
 
 impl Drop for Handle<'_> {
     fn drop(&mut self) {
-        if self.groups.active[slot(self.txg)].fetch_sub(1, Ordering::AcqRel) == 1
-            && self.groups.open() != self.txg
-        {
-            self.groups.changed.notify_all();
-        }
+        self.groups.leave(self.txg);
     }
 }
 
@@ -88,14 +86,31 @@ impl Groups {
 
     /// Enters the open group. Never waits; the caller holds the locks of what it will change.
     pub fn enter(&self) -> Handle<'_> {
+        self.enter_holding(rank::hold(Rank::Group))
+    }
+
+    /// Enters the open group for replay, while nobody else can change anything: locks may be taken
+    /// in it.
+    pub fn enter_alone(&self) -> Handle<'_> {
+        self.enter_holding(Held::nothing())
+    }
+
+    fn enter_holding(&self, held: Held) -> Handle<'_> {
         loop {
             let txg = self.open();
             self.active[slot(txg)].fetch_add(1, Ordering::SeqCst);
-            let handle = Handle { groups: self, txg };
             // If the group closed in between, the committer may have missed this entry.
             if self.open() == txg {
-                return handle;
+                return Handle { groups: self, txg, _held: held };
             }
+            self.leave(txg);
+        }
+    }
+
+    fn leave(&self, txg: Txg) {
+        let last = self.active[slot(txg)].fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.open() != txg {
+            self.changed.notify_all();
         }
     }
 

@@ -9,6 +9,7 @@ use crate::subvol::inode::{Inode, State};
 use crate::subvol::xattrs::{ACCESS_ACL, DEFAULT_ACL};
 use crate::units::Ino;
 use crate::vfs::acl::Acl;
+use crate::vfs::property::Property;
 use crate::vfs::volume::{AccessTime, Volume};
 use crate::vfs::{Attr, Caller, Result, SetAttr, SetTime, XattrMode};
 use alloc::sync::Arc;
@@ -156,7 +157,10 @@ impl Volume {
         check_xattr_name(name)?;
         let inode = self.inode(ino)?;
         let state = inode.state.read();
-        let value = self.subvol.get_xattr(ino, &state.item, name)?;
+        let value = match Property::of(name) {
+            Some(property) => property.get(&state.item),
+            None => self.subvol.get_xattr(ino, &state.item, name)?,
+        };
         value.ok_or(Error::Posix(Errno::NoData))
     }
 
@@ -190,7 +194,11 @@ impl Volume {
         let inode = self.inode(ino)?;
         let mut state = inode.state.write();
         check_xattr_change(&state)?;
-        let there = self.subvol.get_xattr(ino, &state.item, name)?.is_some();
+        let property = Property::of(name);
+        let there = match property {
+            Some(property) => property.get(&state.item).is_some(),
+            None => self.subvol.get_xattr(ino, &state.item, name)?.is_some(),
+        };
         match (how, there) {
             (XattrMode::Create, true) => return Err(Errno::Exist.into()),
             (XattrMode::Replace, false) => return Err(Errno::NoData.into()),
@@ -202,7 +210,9 @@ impl Volume {
             ACCESS_ACL | DEFAULT_ACL => apply_acl(name, value, &mut item)?,
             _ => Some(value),
         };
-        if value.is_some() || there {
+        if let Some(property) = property {
+            property.set(&mut item, value)?;
+        } else if value.is_some() || there {
             self.subvol.set_xattr(&mut change, ino, &mut item, name, value)?;
         }
         self.stamp_ctime(&mut item);
@@ -216,12 +226,20 @@ impl Volume {
         let inode = self.inode(ino)?;
         let mut state = inode.state.write();
         check_xattr_change(&state)?;
-        if self.subvol.get_xattr(ino, &state.item, name)?.is_none() {
+        let property = Property::of(name);
+        let there = match property {
+            Some(property) => property.get(&state.item).is_some(),
+            None => self.subvol.get_xattr(ino, &state.item, name)?.is_some(),
+        };
+        if !there {
             return Err(Errno::NoData.into());
         }
         let mut change = Change::begin(&self.subvol);
         let mut item = state.item;
-        self.subvol.set_xattr(&mut change, ino, &mut item, name, None)?;
+        match property {
+            Some(property) => property.set(&mut item, None)?,
+            None => drop(self.subvol.set_xattr(&mut change, ino, &mut item, name, None)?),
+        }
         self.stamp_ctime(&mut item);
         self.done(change, reservation, &mut [(&inode, &mut state, item)]);
         Ok(())

@@ -23,8 +23,17 @@ use crate::vfs::{Fallocate, Result, Seek, WriteFlags};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-/// Dirty bytes of one file from which on whole windows are written early.
+/// Dirty bytes that one file gathers before whole windows of it are written early.
 const EARLY_BYTES: u64 = 8 << 20;
+/// The same when all files together have gathered much.
+const EARLY_BYTES_PRESSED: u64 = 1 << 20;
+
+/// How far a seek looks at once among extents.
+const SEEK_STEP: u64 = 64 << 20;
+
+/// Metadata that moving one extent may take: an item deleted and one written, in nodes that have
+/// just been split.
+const MOVED_ITEM_BYTES: u64 = 1536;
 
 fn check_file(state: &State) -> Result<()> {
     if state.gone {
@@ -277,9 +286,10 @@ impl Volume {
         self.put_bytes(&mut change, &mut state, start, buf.into_slice());
         self.engine.keep(change.txg(), reservation);
         change.finish();
-        let much = state.ranges.data_bytes() >= EARLY_BYTES;
+        let came = state.ranges.bytes_since_early();
         drop(state);
-        if much || self.engine.store.dirty.over_soft() {
+        let pressed = self.engine.store.dirty.over_soft();
+        if came >= if pressed { EARLY_BYTES_PRESSED } else { EARLY_BYTES } {
             self.write_early(&inode);
         }
         Ok(at)
@@ -338,16 +348,22 @@ impl Volume {
     /// Writes whole windows of a file that has gathered much.
     fn write_early(&self, inode: &Arc<Inode>) {
         let Some(_only_one) = inode.flushing.try_lock() else { return };
-        let tasks = {
+        let (txg, tasks) = {
             let state = inode.state.read();
             if state.txg.0 == 0 {
                 return;
             }
-            data::tasks(&self.subvol, inode, &state, state.txg, true)
+            (state.txg, data::tasks(&self.subvol, inode, &state, state.txg, true))
         };
-        // Bytes that could not be written stay in memory; the commit will meet the same error and
-        // report it.
-        let _ = data::write_tasks(&self.engine.store, &tasks);
+        // Bytes that could not be written stay in memory. Without room the commit may yet find
+        // some; after an error of a device nothing more is published.
+        if let Err(error @ Error::Device { .. }) = data::write_tasks(&self.engine.store, &tasks) {
+            self.engine.fail(txg, &error);
+        }
+        let mut state = inode.state.write();
+        if let Some(ranges) = state.ranges_of(txg) {
+            ranges.written_early();
+        }
     }
 
     pub(super) fn truncate(&self, ino: Ino, size: u64) -> Result<()> {
@@ -513,10 +529,23 @@ impl Volume {
         if offset % SECTOR_BYTES != 0 || len % SECTOR_BYTES != 0 {
             return Err(Errno::Inval.into());
         }
-        let reservation = self.reserve(2 * SECTOR_BYTES, 16, Class::Normal)?;
         let inode = self.inode(ino)?;
-        let mut state = inode.state.write();
-        check_writable(&state)?;
+        let count = |state: &State| -> Result<u64> {
+            let view = self.subvol.view();
+            let stop = sector_round(state.item.size);
+            let moved = self.subvol.layout(&view.tree, ino, state, offset.min(stop), stop)?;
+            Ok(moved.len() as u64)
+        };
+        let (reservation, mut state) = loop {
+            let expected = count(&inode.state.read())?;
+            let metadata = 16 * self.engine.store.node_bytes as u64 + expected * MOVED_ITEM_BYTES;
+            let reservation = self.engine.reserve(2 * SECTOR_BYTES, metadata, Class::Normal)?;
+            let state = inode.state.write();
+            check_writable(&state)?;
+            if count(&state)? <= expected {
+                break (reservation, state);
+            }
+        };
         let size = state.item.size;
         let (from, to, new_size) = if down {
             if offset + len >= size {
@@ -589,19 +618,22 @@ impl Volume {
             return Err(Errno::NxIo.into());
         }
         let view = self.subvol.view();
-        let (mut at, mut step) = (align_down(offset, SECTOR_BYTES), 16 << 20);
+        let (mut at, mut step) = (align_down(offset, SECTOR_BYTES), SEEK_STEP);
         let stop = sector_round(size);
         while at < stop {
             let end = at.saturating_add(step).min(stop);
+            let mut is_dense = false;
             for segment in self.subvol.layout(&view.tree, ino, &state, at, end)? {
+                is_dense |= matches!(segment.place, Place::Extent(_));
                 let is_hole = matches!(segment.place, Place::Zeros { .. });
                 if is_hole == (what == Seek::Hole) {
                     return Ok(segment.at.max(offset).min(size));
                 }
             }
             at = end;
-            // Far apart extents of a sparse file are found in few steps.
-            step = step.saturating_mul(2);
+            // Far apart extents of a sparse file are found in few steps; those of a dense one are
+            // looked at by and by.
+            step = if is_dense { SEEK_STEP } else { step.saturating_mul(2) };
         }
         match what {
             Seek::Data => Err(Errno::NxIo.into()),

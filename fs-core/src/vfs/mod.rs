@@ -21,6 +21,7 @@ mod acl;
 mod attrs;
 mod files;
 mod names;
+mod property;
 mod rename;
 mod volume;
 
@@ -216,7 +217,8 @@ pub trait Filesystem: Send + Sync {
 
     fn statfs(&self) -> Result<StatFs>;
 
-    /// Finds a name; `..` and `.` work too.
+    /// Finds a name; `..` works too. `.` finds the inode itself, which may be of any type: so file
+    /// handles are opened. ESTALE when there is no such inode any more.
     fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Attr>;
 
     /// Gives back `count` lookups of an inode.

@@ -2,7 +2,7 @@
 
 use crate::error::{Errno, Error};
 use crate::format::dir::{Entry, FIRST_COOKIE};
-use crate::format::inode::{flag, mode, InodeItem};
+use crate::format::inode::{flag, mode, InodeItem, NLINK_MAX};
 use crate::format::key::{kind, Key};
 use crate::format::node::VALUE_BYTES_MAX;
 use crate::space::{Class, Reservation};
@@ -42,28 +42,26 @@ struct Inherited {
 impl Volume {
     pub(super) fn do_lookup(&self, dir: Ino, name: &[u8]) -> Result<Attr> {
         check_name(name)?;
+        if name == b"." {
+            return self.look_again(dir);
+        }
         let parent = self.inode(dir)?;
         let ino = {
             let state = parent.state.read();
             if !state.item.is_dir() {
                 return Err(Errno::NotDir.into());
             }
-            match name {
-                b"." => dir,
-                b".." => parent_of(dir, &state),
-                _ => {
-                    let found = self.subvol.find_name(dir, name)?;
-                    let found = found.ok_or(Error::Posix(Errno::NoEnt))?;
-                    // Held under the directory's lock: until then the name keeps it alive.
-                    self.subvol.table.hold(Ino(found.entry.ino));
-                    Ino(found.entry.ino)
-                }
+            if name == b".." {
+                let above = parent_of(dir, &state);
+                drop(state);
+                return self.look_again(above);
             }
+            let found = self.subvol.find_name(dir, name)?;
+            let found = found.ok_or(Error::Posix(Errno::NoEnt))?;
+            // Held under the directory's lock: until then the name keeps it alive.
+            self.subvol.table.hold(Ino(found.entry.ino));
+            Ino(found.entry.ino)
         };
-        let dots = matches!(name, b"." | b"..");
-        if dots {
-            self.subvol.table.hold(ino);
-        }
         let result = self.inode(ino).map(|inode| {
             let state = inode.state.read();
             self.attr(ino, &state)
@@ -83,6 +81,20 @@ impl Volume {
                 })
             }
         }
+    }
+
+    /// Looks up an inode of any type by its number, which need not be in use any more: file handles
+    /// keep numbers for as long as they like.
+    fn look_again(&self, ino: Ino) -> Result<Attr> {
+        let inode = self.inode(ino)?;
+        let state = inode.state.read();
+        let nameless = state.item.nlink == 0;
+        if state.gone || (nameless && !self.subvol.table.is_held(ino)) {
+            return Err(Errno::Stale.into());
+        }
+        // Held under its lock: a file without names is removed under it, if nobody holds it.
+        self.subvol.table.hold(ino);
+        Ok(self.attr(ino, &state))
     }
 
     pub(super) fn do_forget(&self, ino: Ino, count: u64) {
@@ -157,6 +169,9 @@ impl Volume {
         let parent = self.inode(dir)?;
         let mut dir_state = parent.state.write();
         check_may_add(&dir_state)?;
+        if new.mode & mode::TYPE == mode::DIRECTORY && dir_state.item.nlink >= NLINK_MAX {
+            return Err(Errno::MLink.into());
+        }
         if self.subvol.find_name(dir, name)?.is_some() {
             return Err(Errno::Exist.into());
         }
@@ -333,7 +348,7 @@ impl Volume {
             return Err(Errno::Perm.into());
         }
         check_may_change(state)?;
-        if state.item.nlink == u32::MAX {
+        if state.item.nlink >= NLINK_MAX {
             return Err(Errno::MLink.into());
         }
         if self.subvol.find_name(dir, name)?.is_some() {

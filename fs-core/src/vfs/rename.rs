@@ -2,7 +2,7 @@
 
 use crate::error::{Errno, Error};
 use crate::format::dir::Entry;
-use crate::format::inode::{mode, InodeItem};
+use crate::format::inode::{mode, InodeItem, NLINK_MAX};
 use crate::space::Class;
 use crate::subvol::change::Change;
 use crate::subvol::inode::Inode;
@@ -111,7 +111,7 @@ impl Volume {
             let exchanged = target.as_ref().filter(|_| flags.exchange);
             for named in [Some(&source), exchanged].into_iter().flatten() {
                 if locked.get(named.ino).item.is_file() {
-                    self.engine.store.intents.need(self.subvol.id, named.ino);
+                    self.engine.store.intents.need(change.txg(), self.subvol.id, named.ino);
                 }
             }
             all.sort_unstable_by_key(|inode| inode.ino);
@@ -250,8 +250,7 @@ impl Volume {
         subvol.detach(change, ino, drafts.get(ino), from.0, plan.source.cookie)?;
         subvol.attach(change, ino, drafts.get(ino), to.0, cookie)?;
         if is_dir && from.0 != to.0 {
-            drafts.get(from.0).nlink = drafts.get(from.0).nlink.saturating_sub(1);
-            drafts.get(to.0).nlink += 1;
+            move_link(drafts, from.0, to.0)?;
         }
         Ok(())
     }
@@ -300,11 +299,20 @@ impl Volume {
         if dir != new_dir {
             for (found, old, new) in [(a, dir, new_dir), (b, new_dir, dir)] {
                 if found.entry.file_type == mode::DIRECTORY {
-                    drafts.get(old).nlink = drafts.get(old).nlink.saturating_sub(1);
-                    drafts.get(new).nlink += 1;
+                    move_link(drafts, old, new)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// A directory's link to its parent is moved.
+fn move_link(drafts: &mut Drafts, old: Ino, new: Ino) -> Result<()> {
+    if drafts.get(new).nlink >= NLINK_MAX {
+        return Err(Errno::MLink.into());
+    }
+    drafts.get(old).nlink = drafts.get(old).nlink.saturating_sub(1);
+    drafts.get(new).nlink += 1;
+    Ok(())
 }

@@ -17,7 +17,7 @@ use crate::platform::{DeviceRef, Platform, Timestamp};
 use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::Subvol;
-use crate::sync::{Mutex, WriteGuard};
+use crate::sync::{Mutex, Rank, WriteGuard};
 use crate::units::Ino;
 use crate::vfs::{
     Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
@@ -61,7 +61,12 @@ impl Volume {
     ) -> Result<Arc<Volume>> {
         let engine = engine::open(devices, platform, options)?;
         let subvol = engine.default_subvol().ok_or(Error::NoSuperblock)?;
-        Ok(Arc::new(Volume { engine, subvol, access_time, moving: Mutex::new(()) }))
+        Ok(Arc::new(Volume {
+            engine,
+            subvol,
+            access_time,
+            moving: Mutex::ranked(Rank::Moving, ()),
+        }))
     }
 
     /// The engine below.
@@ -83,12 +88,14 @@ impl Volume {
     /// [`Error::Failed`] when not everything could be made durable; [`Error::ReadOnly`] when the
     /// devices are.
     pub fn set_read_only(&self, read_only: bool) -> Result<()> {
-        if read_only {
-            self.engine.commit()?;
-        } else if self.engine.store.pool.read_only() {
+        if !read_only && self.engine.store.pool.read_only() {
             return Err(Error::ReadOnly);
         }
+        // First, so that what is under way is the last there is to commit.
         self.engine.store.set_read_only(read_only);
+        if read_only {
+            self.engine.commit()?;
+        }
         Ok(())
     }
 

@@ -18,14 +18,16 @@ impl State {
         self.node(dir)?.entries().ok_or(Errno::NotDir)
     }
 
-    /// What a name stands for, `.` and `..` included.
+    /// What a name stands for, `..` included; `.` is the inode itself, whatever its type.
     pub(super) fn lookup(&self, dir: u64, name: &[u8]) -> Res<u64> {
+        if name == b"." {
+            return self.node(dir).map(|_| dir);
+        }
         let entries = self.dir(dir)?;
         if name.len() > NAME_BYTES_MAX {
             return Err(Errno::NameTooLong);
         }
         match name {
-            b"." => Ok(dir),
             b".." => match self.node(dir)?.kind {
                 Kind::Dir { parent, .. } => Ok(parent),
                 _ => unreachable!("only directories have entries"),

@@ -225,16 +225,18 @@ impl Device for FileDevice {
         if bytes == 0 || !self.geometry.discards {
             return Ok(());
         }
-        let done = if self.block_device {
-            self.block_discard(at, bytes)
-        } else {
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            rustix::fs::fallocate(&self.file, flags, at.0, bytes)
-        };
-        match done {
-            // A hint that cannot be followed is no failure.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) | Ok(()) => Ok(()),
-            Err(error) => Err(device_error(error)),
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            let done = match self.block_device {
+                true => self.block_discard(at, bytes),
+                false => rustix::fs::fallocate(&self.file, flags, at.0, bytes),
+            };
+            match done {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Err(DeviceError::Unsupported),
+                Err(error) => return Err(device_error(error)),
+            }
         }
     }
 

@@ -7,20 +7,14 @@
 //! | neither | spinning | spinning: for bare builds and single-threaded use only |
 //!
 //! No other module names a lock implementation. [`Signal`] is the only way to wait for progress.
-//! Lock ranks are listed in `docs/locking.md`.
+//! The order of locks is in `docs/locking.md`; tests assert it: see [`rank`].
 #![cfg_attr(not(feature = "host"), allow(unsafe_code, reason = "raw locks are made here"))]
 
-/// Mutual exclusion. See `lock_api::Mutex`.
-pub type Mutex<T> = lock_api::Mutex<raw::RawMutex, T>;
-/// Guard of a [`Mutex`].
-pub type MutexGuard<'a, T> = lock_api::MutexGuard<'a, raw::RawMutex, T>;
-/// Many readers or one writer. See `lock_api::RwLock`.
-pub type RwLock<T> = lock_api::RwLock<raw::RawRwLock, T>;
-/// Shared guard of a [`RwLock`].
-pub type ReadGuard<'a, T> = lock_api::RwLockReadGuard<'a, raw::RawRwLock, T>;
-/// Exclusive guard of a [`RwLock`].
-pub type WriteGuard<'a, T> = lock_api::RwLockWriteGuard<'a, raw::RawRwLock, T>;
+mod locks;
+pub mod rank;
 
+pub use locks::{Mutex, MutexGuard, ReadGuard, RwLock, WriteGuard};
+pub use rank::Rank;
 pub use raw::Signal;
 
 #[cfg(all(feature = "host", not(feature = "kernel")))]
