@@ -59,7 +59,8 @@ Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
   -h, --help         show this help
   -V, --version      show the version
 
-Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N";
+Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N,
+  transport=auto|device|uring";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -298,13 +299,13 @@ fn serve(
         }
     };
     unmount_on_signals(invocation.target.clone(), root);
-    let threads = Threads::new(invocation.options.threads);
+    let threads = Threads::new(invocation.options.threads, invocation.options.transport);
     let session = Session::new(device, server, threads);
     let target = invocation.target.clone();
     let admin_socket = Arc::new(Mutex::new(None));
     let socket = Arc::clone(&admin_socket);
     let settle = move || {
-        // Asks the root of the new mount, so this thread must not be one that serves.
+        // Writing to sysfs and waiting for the caller is not for a thread that serves.
         std::thread::spawn(move || {
             if root {
                 mount::raise_limits(&target, READAHEAD_BYTES);
@@ -321,7 +322,7 @@ fn serve(
 
 /// Listens for the `cairn` command. A daemon can do without.
 fn listen(target: &Path, handler: Arc<Handler>) -> Option<AdminServer> {
-    let device = rustix::fs::stat(target).ok()?.st_dev;
+    let device = mount::device_of(target).ok()?;
     AdminServer::start(device, handler)
         .map_err(|error| {
             log::warning(&format!("the cairn command cannot reach this mount: {error}"))

@@ -41,8 +41,10 @@
 
 use crate::log;
 use crate::ops::{self, Server, TRANSFER_BYTES_MAX};
+use crate::options::Transport;
 use crate::reply::{Head, Reply};
 use crate::request::{Op, Request};
+use crate::rings::Prepared;
 use crate::{sys, wire};
 use fs_core::buf::Buf;
 use fs_core::vfs::Seek;
@@ -74,6 +76,9 @@ const WATCH_LOOKS_BUSY: u32 = 16;
 /// Looks without a request in between after which the watch sleeps.
 const WATCH_LOOKS_IDLE: u32 = 50;
 
+/// Time between two looks for requests that nobody waits for.
+const COLLECT_EVERY: Duration = Duration::from_millis(2);
+
 /// How the threads of a session are arranged.
 #[derive(Clone, Copy, Debug)]
 pub struct Threads {
@@ -81,13 +86,27 @@ pub struct Threads {
     pub max: usize,
     /// Whether the leader follows its clients from CPU to CPU.
     pub follow: bool,
+    /// How requests travel.
+    pub transport: Transport,
+    /// Whether `max` was asked for.
+    pub is_given: bool,
 }
 
 impl Threads {
     /// What suits this machine, where `max` is not given.
-    pub fn new(max: Option<usize>) -> Threads {
+    pub fn new(max: Option<usize>, transport: Transport) -> Threads {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-        Threads { max: max.unwrap_or((4 * cpus).clamp(16, 64)), follow: true }
+        let is_given = max.is_some();
+        Threads { max: max.unwrap_or((4 * cpus).clamp(16, 64)), follow: true, transport, is_given }
+    }
+
+    /// How many for each queue, of as many queues as there are CPUs. A second one is needed where
+    /// requests must not wait for one that waits for the disk.
+    pub(crate) fn for_each_of(&self, queues: usize) -> usize {
+        match self.is_given {
+            true => (self.max / queues).max(1),
+            false => (64 / queues).clamp(2, 8),
+        }
     }
 }
 
@@ -106,6 +125,23 @@ enum Next {
     Unmounted,
 }
 
+/// What a descriptor gave.
+#[derive(Clone, Copy)]
+enum Received {
+    /// So many bytes of a request, in the worker's buffer.
+    Request(usize),
+    /// Nothing yet.
+    Nothing,
+    Unmounted,
+}
+
+/// How requests come once the protocol is agreed on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Device,
+    Rings,
+}
+
 impl Session {
     /// A session on a descriptor of /dev/fuse that has been, or will be, mounted.
     pub fn new(device: OwnedFd, server: Arc<Server>, threads: Threads) -> Session {
@@ -121,25 +157,78 @@ impl Session {
         let (seeks, to_seek) = mpsc::channel();
         let mut leader = Worker::new(&self, Arc::clone(&self.device), seeks.clone())
             .map_err(|_| "not enough memory for request buffers".to_string())?;
+        std::thread::scope(|scope| {
+            let served = self.initialise(scope, &mut leader);
+            let Ok(Some(way)) = served else { return served.map(drop) };
+            ready();
+            match way {
+                Way::Device => {
+                    start(scope, "fuse-seek", || self.seek_all(to_seek));
+                    start(scope, "fuse-watch", || self.watch(scope, seeks));
+                    self.lead(leader);
+                    self.crew.end();
+                }
+                Way::Rings => self.collect(leader),
+            }
+            Ok(())
+        })?;
+        self.finish()
+    }
+
+    /// Answers requests until the protocol is agreed on. `None` when that never came to pass.
+    fn initialise<'scope, 'env>(
+        &self,
+        scope: &'scope Scope<'scope, 'env>,
+        leader: &mut Worker<'_>,
+    ) -> Result<Option<Way>, String> {
+        let mut prepared = None;
         while !self.server.is_initialised() {
-            match leader.step() {
+            let received = leader.receive();
+            if let Ok(Received::Request(len)) = received {
+                if prepared.is_none() && leader.is_offered_rings(len) {
+                    prepared = self.prepare(scope);
+                }
+            }
+            match received.map(|received| leader.dispatch(received)) {
                 Ok(Next::Request) => (),
-                Ok(Next::Unmounted) => return self.finish(),
+                Ok(Next::Unmounted) => return Ok(None),
                 Err(errno) => return Err(format!("cannot read from /dev/fuse: {errno}")),
             }
         }
-        ready();
-        std::thread::scope(|scope| {
-            start(scope, "fuse-seek", || self.seek_all(to_seek));
-            start(scope, "fuse-watch", || self.watch(scope, seeks));
-            self.lead(leader);
-            self.crew.end();
-        });
-        self.finish()
+        let begun = match prepared {
+            Some(prepared) if self.server.uses_rings() => prepared.begin(),
+            _ => Err(Errno::OPNOTSUPP),
+        };
+        if let (Err(errno), Transport::Uring) = (begun, self.threads.transport) {
+            log::warning(&format!("requests come over /dev/fuse, not over io_uring: {errno}"));
+        }
+        Ok(Some(if begun.is_ok() { Way::Rings } else { Way::Device }))
+    }
+
+    fn prepare<'scope, 'env>(
+        &self,
+        scope: &'scope Scope<'scope, 'env>,
+    ) -> Option<Prepared<'scope, 'env>> {
+        if self.threads.transport == Transport::Device {
+            return None;
+        }
+        let prepared = Prepared::new(scope, &self.device, &self.server, self.threads);
+        prepared
+            .inspect(|_| self.server.accept_rings())
+            .inspect_err(|errno| log::warning(&format!("cannot make io_uring rings: {errno}")))
+            .ok()
     }
 
     fn finish(&self) -> Result<(), String> {
         self.server.close().map_err(|error| format!("cannot close the pool cleanly: {error}"))
+    }
+
+    /// Life of the leader where requests come over io_uring: what still comes here nobody waits
+    /// for. The kernel collects it in the pauses, so that not each costs a wake-up.
+    fn collect(&self, mut worker: Worker<'_>) {
+        while self.turn(&mut worker) {
+            std::thread::sleep(COLLECT_EVERY);
+        }
     }
 
     fn lead(&self, mut worker: Worker<'_>) {
@@ -247,7 +336,7 @@ impl Session {
     }
 }
 
-fn start<'scope>(
+pub(crate) fn start<'scope>(
     scope: &'scope Scope<'scope, '_>,
     name: &str,
     life: impl FnOnce() + Send + 'scope,
@@ -398,7 +487,7 @@ fn last_cpu(pid: u32) -> Option<usize> {
 }
 
 /// Keeps the calling thread on a CPU. Being elsewhere is slower, not wrong.
-fn stay_on(cpu: usize) -> bool {
+pub(crate) fn stay_on(cpu: usize) -> bool {
     use rustix::thread::{sched_setaffinity, CpuSet};
     if cpu >= CpuSet::MAX_CPU {
         return false;
@@ -480,6 +569,12 @@ impl<'a> Worker<'a> {
 
     /// Receives one request and answers it, or hands it on.
     fn step(&mut self) -> Result<Next, Errno> {
+        let received = self.receive()?;
+        Ok(self.dispatch(received))
+    }
+
+    /// Waits for a request.
+    fn receive(&mut self) -> Result<Received, Errno> {
         let crew = &self.session.crew;
         crew.begin_wait();
         let buf = &mut self.request[REQUEST_START..];
@@ -488,13 +583,35 @@ impl<'a> Worker<'a> {
             None => rustix::io::read(&self.device, buf),
         };
         crew.end_wait();
-        let len = match received {
-            Ok(0) => return Ok(Next::Unmounted),
-            Ok(len) => len,
+        match received {
+            Ok(0) | Err(Errno::NODEV | Errno::CONNABORTED) => Ok(Received::Unmounted),
+            Ok(len) => Ok(Received::Request(len)),
             // NOENT: the request was withdrawn between being queued and being read.
-            Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => return Ok(Next::Request),
-            Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(Next::Unmounted),
-            Err(errno) => return Err(errno),
+            Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => Ok(Received::Nothing),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// The request in the buffer.
+    fn decode(&self, len: usize) -> Result<Request<'_>, (Option<u64>, Errno)> {
+        let bytes = &self.request[REQUEST_START..REQUEST_START + len];
+        Request::decode(bytes, self.session.server.layout())
+    }
+
+    /// Whether the request in the buffer is an INIT that offers to go over io_uring.
+    fn is_offered_rings(&self, len: usize) -> bool {
+        self.decode(len).is_ok_and(|request| match request.op {
+            Op::Init { flags, .. } => flags & wire::init::OVER_IO_URING != 0,
+            _ => false,
+        })
+    }
+
+    /// Answers the request in the buffer, or hands it on.
+    fn dispatch(&mut self, received: Received) -> Next {
+        let len = match received {
+            Received::Request(len) => len,
+            Received::Nothing => return Next::Request,
+            Received::Unmounted => return Next::Unmounted,
         };
         let server = &self.session.server;
         let bytes = &self.request[REQUEST_START..REQUEST_START + len];
@@ -520,7 +637,7 @@ impl<'a> Worker<'a> {
         // An undeliverable reply means that the request is gone, or the connection; the next
         // read tells which.
         delivered.unwrap_or(());
-        Ok(Next::Request)
+        Next::Request
     }
 
     fn hand_on(&self, request: &Request<'_>, offset: u64, what: Seek) -> Result<(), Errno> {
@@ -557,13 +674,20 @@ fn answer(
     request: &Request<'_>,
     body: &mut [u8],
 ) -> Result<(), Errno> {
-    let result = catch_unwind(AssertUnwindSafe(|| server.handle(request, body)));
-    match result {
-        Ok(Ok(reply)) => deliver(server, device, request.unique, &reply, body),
-        Ok(Err(errno)) => send(device, &Head::error(request.unique, errno), &[]),
-        // A bug must not leave the caller waiting for ever. The panic hook has told what it was.
-        Err(_) => send(device, &Head::error(request.unique, Errno::IO), &[]),
+    match handle(server, request, body) {
+        Ok(reply) => deliver(server, device, request.unique, &reply, body),
+        Err(errno) => send(device, &Head::error(request.unique, errno), &[]),
     }
+}
+
+/// Carries out a request, whatever becomes of it: a bug must not leave the caller waiting for ever.
+pub(crate) fn handle(
+    server: &Server,
+    request: &Request<'_>,
+    body: &mut [u8],
+) -> Result<Reply, Errno> {
+    // The panic hook has told what it was.
+    catch_unwind(AssertUnwindSafe(|| server.handle(request, body))).unwrap_or(Err(Errno::IO))
 }
 
 fn deliver(
@@ -579,7 +703,11 @@ fn deliver(
 
 /// Makes the kernel write dirty pages of an inode from `offset` on back, and drop them. Blocks
 /// until the writes have been answered, by other threads.
-fn notify_inval_range(device: BorrowedFd<'_>, node: u64, offset: u64) -> Result<(), Errno> {
+pub(crate) fn notify_inval_range(
+    device: BorrowedFd<'_>,
+    node: u64,
+    offset: u64,
+) -> Result<(), Errno> {
     let start = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
     send(device, &Head::notify_inval_inode(node, start), &[])
 }

@@ -11,12 +11,12 @@
 //! | [`request`], [`reply`] | bytes to typed values, and back |
 //! | [`ops`], `ioctl` | what each request means |
 //! | [`device`] | threads, buffers, reading and writing /dev/fuse |
+//! | `rings`, `ring` | the same over io_uring, where the kernel offers it |
 //! | [`backend`], `admin` | the volume behind it; what it tells the `cairn` command |
 //! | [`mount`], [`options`], [`command`] | mounting, and the program `mount.cairn` |
 //! | [`noop`] | a filesystem without storage, for measurements |
 //!
-//! Only [`device`] knows how requests travel; a transport over io_uring would stand beside it. Why
-//! the protocol is spoken directly and not through a library, and what was observed of the
+//! Only [`device`] and `rings` know how requests travel. Why the protocol is spoken directly and not through a library, and what was observed of the
 //! kernel: `docs/decisions/0001-fuse-transport.md`.
 #![deny(unsafe_code)]
 
@@ -33,6 +33,9 @@ pub mod ops;
 pub mod options;
 pub mod reply;
 pub mod request;
+#[allow(unsafe_code, reason = "submissions name memory by address")]
+mod ring;
+mod rings;
 mod source;
 #[allow(unsafe_code, reason = "system calls without a safe wrapper")]
 mod sys;

@@ -22,7 +22,7 @@
 use crate::options::Options;
 use crate::sys::{self, LoopFlags};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
-use rustix::fs::{Mode, OFlags, CWD};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags, CWD};
 use rustix::io::Errno;
 use rustix::mount::{
     fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_bind,
@@ -210,11 +210,21 @@ pub fn unmount_as_root(target: &Path) -> Result<(), Errno> {
 /// unwritten data (1 % of what the system allows). Both are guards against servers that are not
 /// trusted; root started this one. Best effort.
 pub fn raise_limits(target: &Path, read_ahead_bytes: u32) {
-    let Ok(stat) = rustix::fs::stat(target) else { return };
-    let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+    let Ok(device) = device_of(target) else { return };
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     for suffix in ["", "-fuseblk"] {
         let bdi = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}{suffix}"));
         let _ = std::fs::write(bdi.join("read_ahead_kb"), (read_ahead_bytes >> 10).to_string());
         let _ = std::fs::write(bdi.join("max_ratio"), "40");
     }
+}
+
+/// The device number of a mount, without a request to its server.
+///
+/// A server must not ask itself: were it killed meanwhile, its waiting thread would keep the
+/// connection open that it waits for, for good.
+pub(crate) fn device_of(target: &Path) -> Result<rustix::fs::Dev, Errno> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let stat = rustix::fs::statx(CWD, target, flags, StatxFlags::empty())?;
+    Ok(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }

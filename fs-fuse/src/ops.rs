@@ -1,8 +1,7 @@
 //! From requests to calls of the core: no device, no buffer management, no threads.
 //!
 //! [`Server::handle`] takes a typed [`Request`] and gives a typed [`Reply`]. How requests arrive
-//! is the transport's business ([`crate::device`]); an io_uring transport would call the same
-//! method. Any number of threads may.
+//! is the transport's business ([`crate::device`], `rings`). Any number of threads may call it.
 //!
 //! What the kernel does by itself, and what is therefore not here:
 //!
@@ -29,7 +28,7 @@ use fs_core::units::Ino;
 use fs_core::vfs::{Attr, SetAttr, WriteFlags, XattrMode};
 use parking_lot::Mutex;
 use rustix::io::Errno;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -74,13 +73,20 @@ pub struct Server {
     volume: Arc<dyn Mounted>,
     /// Flags agreed on in INIT; zero before.
     agreed: AtomicU64,
+    /// Whether the transport can take requests over io_uring.
+    has_rings: AtomicBool,
     closed: Mutex<Option<Result<(), Error>>>,
 }
 
 impl Server {
     /// A server for a volume that has been opened.
     pub fn new(volume: Arc<dyn Mounted>) -> Server {
-        Server { volume, agreed: AtomicU64::new(0), closed: Mutex::new(None) }
+        Server {
+            volume,
+            agreed: AtomicU64::new(0),
+            has_rings: AtomicBool::new(false),
+            closed: Mutex::new(None),
+        }
     }
 
     /// How requests are to be read, given what was agreed on so far.
@@ -91,6 +97,16 @@ impl Server {
     /// Whether INIT has been answered.
     pub fn is_initialised(&self) -> bool {
         self.agreed.load(Ordering::Acquire) != 0
+    }
+
+    /// Lets INIT agree to requests over io_uring, if they are offered.
+    pub fn accept_rings(&self) {
+        self.has_rings.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether INIT has agreed to requests over io_uring.
+    pub fn uses_rings(&self) -> bool {
+        self.has(init::OVER_IO_URING)
     }
 
     /// Writes everything and closes the volume; once, however often it is called. The first
@@ -214,7 +230,8 @@ impl Server {
         if major < wire::MAJOR || (major == wire::MAJOR && minor < wire::MINOR_MIN) {
             return Err(Errno::PROTO.into());
         }
-        let agreed = offered & WANTED;
+        let rings = self.has_rings.load(Ordering::Relaxed);
+        let agreed = offered & (WANTED | if rings { init::OVER_IO_URING } else { 0 });
         if major == wire::MAJOR && agreed & REQUIRED != REQUIRED {
             return Err(Errno::PROTO.into());
         }

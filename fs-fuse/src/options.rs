@@ -16,6 +16,18 @@ pub enum Compression {
     Zstd(i8),
 }
 
+/// How requests travel from the kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// Over io_uring where the kernel offers it.
+    #[default]
+    Auto,
+    /// Over /dev/fuse.
+    Device,
+    /// Over io_uring; that it cannot be had is worth a warning.
+    Uring,
+}
+
 /// Parsed options. Defaults are those of a mount by root.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Options {
@@ -35,6 +47,8 @@ pub struct Options {
     pub cache_bytes: Option<u64>,
     /// Number of threads that answer requests.
     pub threads: Option<usize>,
+    /// How requests travel from the kernel.
+    pub transport: Transport,
     /// Security contexts, for the kernel.
     pub security: Vec<(String, String)>,
 }
@@ -195,6 +209,14 @@ impl Options {
                 let threads = value.parse().ok().filter(|t| (1..=256).contains(t));
                 self.threads = Some(threads.ok_or_else(bad)?);
             }
+            "transport" => {
+                self.transport = match value {
+                    "auto" => Transport::Auto,
+                    "device" => Transport::Device,
+                    "uring" => Transport::Uring,
+                    _ => return Err(bad()),
+                }
+            }
             _ if SECURITY.contains(&name) => {
                 self.security.push((name.to_string(), value.to_string()));
             }
@@ -351,18 +373,27 @@ mod tests {
 
     #[test]
     fn a_bad_value_is_refused_even_when_sloppy() {
-        for list in ["commit=0", "commit=x", "compress=lzma", "compress=zstd:99", "threads=0"] {
+        for list in [
+            "commit=0",
+            "commit=x",
+            "compress=lzma",
+            "compress=zstd:99",
+            "threads=0",
+            "transport=x",
+        ] {
             assert!(Options::default().add(list, true).is_err(), "{list}");
         }
     }
 
     #[test]
     fn values_are_read() {
-        let options = parse("compress=zstd:7,commit=30,cache=512M,threads=3").unwrap();
+        let options =
+            parse("compress=zstd:7,commit=30,cache=512M,threads=3,transport=device").unwrap();
         assert_eq!(options.compression, Some(Compression::Zstd(7)));
         assert_eq!(options.commit_seconds, Some(30));
         assert_eq!(options.cache_bytes, Some(512 << 20));
         assert_eq!(options.threads, Some(3));
+        assert_eq!(options.transport, Transport::Device);
         assert_eq!(parse_bytes("1GiB"), Some(1 << 30));
         assert_eq!(parse_bytes("99999999T"), None);
         assert_eq!(parse_bytes("G"), None);

@@ -76,6 +76,11 @@ impl Head {
         &self.bytes[..self.len]
     }
 
+    /// The header alone, and the fixed part alone.
+    pub fn split(&self) -> (&[u8], &[u8]) {
+        self.bytes().split_at(core::mem::size_of::<wire::OutHeader>())
+    }
+
     fn new(unique: u64, error: i32, fixed: &[u8], body: usize) -> Head {
         let header_bytes = core::mem::size_of::<wire::OutHeader>();
         let len = header_bytes + fixed.len();

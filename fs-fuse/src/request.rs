@@ -192,27 +192,42 @@ impl Forgets<'_> {
 }
 
 /// Takes structures and names off the front of a request.
-struct Body<'a>(&'a [u8]);
+///
+/// Nothing that is taken lies across the two parts.
+struct Body<'a> {
+    part: &'a [u8],
+    /// What comes when `part` has been used up.
+    rest: &'a [u8],
+}
 
 impl<'a> Body<'a> {
+    /// What has not been taken yet of the part it stands in.
+    fn part(&mut self) -> &'a [u8] {
+        if self.part.is_empty() {
+            self.part = std::mem::take(&mut self.rest);
+        }
+        self.part
+    }
+
     fn take<T: FromBytes + KnownLayout + Immutable>(&mut self) -> Result<T, Errno> {
-        let (value, rest) = T::read_from_prefix(self.0).map_err(|_| Errno::INVAL)?;
-        self.0 = rest;
+        let (value, rest) = T::read_from_prefix(self.part()).map_err(|_| Errno::INVAL)?;
+        self.part = rest;
         Ok(value)
     }
 
     /// A name that ends in NUL.
     fn name(&mut self) -> Result<&'a [u8], Errno> {
-        let end = self.0.iter().position(|&b| b == 0).ok_or(Errno::INVAL)?;
-        let (name, rest) = self.0.split_at(end);
-        self.0 = &rest[1..];
+        let part = self.part();
+        let end = part.iter().position(|&b| b == 0).ok_or(Errno::INVAL)?;
+        let (name, rest) = part.split_at(end);
+        self.part = &rest[1..];
         Ok(name)
     }
 
     /// The next `len` bytes.
     fn bytes(&mut self, len: u32) -> Result<&'a [u8], Errno> {
-        let (bytes, rest) = self.0.split_at_checked(len as usize).ok_or(Errno::INVAL)?;
-        self.0 = rest;
+        let (bytes, rest) = self.part().split_at_checked(len as usize).ok_or(Errno::INVAL)?;
+        self.part = rest;
         Ok(bytes)
     }
 }
@@ -230,25 +245,58 @@ impl<'a> Request<'a> {
     /// # Errors
     /// The request's number, when at least that could be read, and the errno to answer it with.
     pub fn decode(bytes: &'a [u8], layout: Layout) -> Result<Request<'a>, (Option<u64>, Errno)> {
-        let mut body = Body(bytes);
-        let head: wire::InHeader = body.take().map_err(|e| (None, e))?;
+        let (head, body) =
+            wire::InHeader::read_from_prefix(bytes).map_err(|_| (None, Errno::INVAL))?;
         let fail = |errno| (Some(head.unique), errno);
-        // Extensions, if any, stand at the end; none was asked for, so they are only left out.
-        let extensions = usize::from(head.total_extlen) * 8;
-        let len = (head.len as usize).checked_sub(extensions).ok_or(fail(Errno::INVAL))?;
         if head.len as usize != bytes.len() {
             return Err(fail(Errno::IO));
         }
-        body.0 =
-            bytes.get(core::mem::size_of::<wire::InHeader>()..len).ok_or(fail(Errno::INVAL))?;
-        let op = decode_op(&head, body, layout).map_err(fail)?;
+        Request::of_parts(&head, body, &[], layout).map_err(fail)
+    }
+
+    /// Reads a request that came in three parts: the header, the fixed part of the operation at the
+    /// front of `fixed`, and the rest.
+    ///
+    /// # Errors
+    /// The errno to answer the request with.
+    pub fn decode_split(
+        head: &wire::InHeader,
+        fixed: &'a [u8],
+        payload: &'a [u8],
+        layout: Layout,
+    ) -> Result<Request<'a>, Errno> {
+        // How long the fixed part is follows from the length of the whole.
+        let fixed_bytes = (head.len as usize)
+            .checked_sub(core::mem::size_of::<wire::InHeader>() + payload.len())
+            .ok_or(Errno::IO)?;
+        let fixed = fixed.get(..fixed_bytes).ok_or(Errno::IO)?;
+        Request::of_parts(head, fixed, payload, layout)
+    }
+
+    fn of_parts(
+        head: &wire::InHeader,
+        part: &'a [u8],
+        rest: &'a [u8],
+        layout: Layout,
+    ) -> Result<Request<'a>, Errno> {
+        // Extensions, if any, stand at the end; none was asked for, so they are only left out.
+        let extensions = usize::from(head.total_extlen) * 8;
+        let without = |part: &'a [u8]| {
+            let len = part.len().checked_sub(extensions).ok_or(Errno::INVAL)?;
+            Ok(&part[..len])
+        };
+        let body = if rest.is_empty() {
+            Body { part: without(part)?, rest }
+        } else {
+            Body { part, rest: without(rest)? }
+        };
         Ok(Request {
             unique: head.unique,
             node: head.node,
             uid: head.uid,
             gid: head.gid,
             pid: head.pid,
-            op,
+            op: decode_op(head, body, layout)?,
         })
     }
 }
@@ -265,7 +313,7 @@ fn decode_op<'a>(
         opcode::FORGET => Op::Forget { count: body.take()? },
         opcode::BATCH_FORGET => {
             body.take::<wire::BatchForgetIn>()?;
-            Op::BatchForget(Forgets(body.0))
+            Op::BatchForget(Forgets(body.part()))
         }
         opcode::GETATTR => Op::GetAttr,
         opcode::STATX => Op::Statx,
@@ -534,6 +582,46 @@ mod tests {
                         let layout = Layout { setxattr_ext: layout };
                         let _ = Request::decode(&bytes, layout);
                         let _ = Request::decode(&bytes[..bytes.len() / 2], layout);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_request_in_parts_means_what_it_means_in_one_piece() {
+        let lookup: &[u8] = b"name\0";
+        let rename = [&9u64.to_ne_bytes()[..], &4u64.to_ne_bytes(), b"old\0new\0"].concat();
+        let write = [&[0; 16][..], &4u32.to_ne_bytes(), &[0; 20], b"data"].concat();
+        let cases = [
+            (opcode::LOOKUP, 0, lookup),
+            (opcode::RENAME2, 16, &rename),
+            (opcode::WRITE, 40, &write),
+        ];
+        for (opcode, fixed_bytes, body) in cases {
+            let whole = request(opcode, body);
+            let (head, _) = wire::InHeader::read_from_prefix(&whole).unwrap();
+            // What is behind the fixed part is left from earlier requests.
+            let mut fixed = [0xff; 128];
+            fixed[..fixed_bytes].copy_from_slice(&body[..fixed_bytes]);
+            let layout = Layout::default();
+            let split = Request::decode_split(&head, &fixed, &body[fixed_bytes..], layout).unwrap();
+            let one_piece = Request::decode(&whole, layout).unwrap();
+            assert_eq!(format!("{split:?}"), format!("{one_piece:?}"));
+        }
+    }
+
+    #[test]
+    fn parts_of_any_length_are_decoded_or_refused_without_a_panic() {
+        for opcode in 0..64 {
+            for len in [0, 8, 40, 100, 167, 168, 169, 300, u32::MAX] {
+                for payload in [0, 1, 60, 200] {
+                    let whole = request(opcode, &[]);
+                    let (mut head, _) = wire::InHeader::read_from_prefix(&whole).unwrap();
+                    for extensions in [0, 1, 100] {
+                        (head.len, head.total_extlen) = (len, extensions);
+                        let (fixed, payload) = ([1; 128], vec![1; payload]);
+                        let _ = Request::decode_split(&head, &fixed, &payload, Layout::default());
                     }
                 }
             }

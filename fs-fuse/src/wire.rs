@@ -92,6 +92,15 @@ pub mod init {
     pub const SETXATTR_EXT: u64 = 1 << 29;
     pub const INIT_EXT: u64 = 1 << 30;
     pub const ALLOW_IDMAP: u64 = 1 << 40;
+    pub const OVER_IO_URING: u64 = 1 << 41;
+}
+
+/// Commands of FUSE over io_uring.
+pub mod ring {
+    /// Gives an entry, that is, its buffers, to a queue.
+    pub const REGISTER: u32 = 1;
+    /// Gives the answer to the request in an entry, and the entry back.
+    pub const COMMIT_AND_FETCH: u32 = 2;
 }
 
 /// Bits of [`SetattrIn::valid`].
@@ -141,6 +150,38 @@ pub struct OutHeader {
     pub len: u32,
     pub error: i32,
     pub unique: u64,
+}
+
+/// `struct fuse_uring_cmd_req`: the argument of a command of [`ring`].
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RingCommand {
+    pub flags: u64,
+    pub commit_id: u64,
+    pub queue: u16,
+    pub padding: [u8; 6],
+}
+
+/// `struct fuse_uring_req_header`: what of a request, and of its reply, is not payload.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RingHeaders {
+    /// The request's [`InHeader`], then the reply's [`OutHeader`].
+    pub in_out: [u8; 128],
+    /// The fixed part of the operation.
+    pub op_in: [u8; 128],
+    pub entry: RingEntryInOut,
+}
+
+/// `struct fuse_uring_ent_in_out`.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct RingEntryInOut {
+    pub flags: u64,
+    pub commit_id: u64,
+    pub payload_bytes: u32,
+    pub padding: u32,
+    pub reserved: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -3,6 +3,9 @@
 //!
 //! Needs root, /dev/fuse and loop devices; elsewhere the tests say so and pass. Each test mounts
 //! for itself and unmounts however it ends.
+//!
+//! The tests run twice: here with requests over /dev/fuse, and in `kernel_rings`, which includes
+//! this file as a module, over io_uring.
 
 use rustix::fs::{
     self as rfs, AtFlags, FallocateFlags, Mode, OFlags, RenameFlags, XattrFlags, CWD,
@@ -12,8 +15,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{symlink, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Where cargo puts the example beside the test.
@@ -37,15 +41,68 @@ fn can_mount() -> bool {
     if !able {
         eprintln!("skipped: needs root and /dev/fuse");
     }
+    if over_rings() && !Path::new(ENABLE_URING).exists() {
+        eprintln!("skipped: needs FUSE over io_uring");
+        return false;
+    }
     able
+}
+
+fn over_rings() -> bool {
+    module_path!().starts_with("kernel_rings")
+}
+
+fn transport() -> &'static str {
+    if over_rings() {
+        "uring"
+    } else {
+        "device"
+    }
+}
+
+/// Parameter of the module `fuse`: whether new connections are offered io_uring.
+const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Keeps the parameter set while anybody has one of these, and puts it back after.
+struct Rings;
+
+/// How many there are, and what the parameter was before the first.
+static RINGS: Mutex<(usize, String)> = Mutex::new((0, String::new()));
+
+impl Rings {
+    fn enable() -> Rings {
+        let mut rings = RINGS.lock().unwrap();
+        if rings.0 == 0 {
+            rings.1 = fs::read_to_string(ENABLE_URING).unwrap();
+            fs::write(ENABLE_URING, "Y").unwrap();
+        }
+        rings.0 += 1;
+        Rings
+    }
+}
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        let mut rings = RINGS.lock().unwrap();
+        rings.0 -= 1;
+        if rings.0 == 0 {
+            fs::write(ENABLE_URING, rings.1.trim()).unwrap();
+        }
+    }
 }
 
 /// A directory for one test with a mount in it; both go when it is dropped.
 struct Mount {
     base: PathBuf,
+    _rings: Option<Rings>,
 }
 
 impl Mount {
+    /// Nothing mounted yet.
+    fn prepared() -> Mount {
+        Mount { base: Mount::directory(), _rings: over_rings().then(Rings::enable) }
+    }
+
     fn directory() -> PathBuf {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -56,7 +113,7 @@ impl Mount {
 
     /// On an image file: type fuseblk.
     fn on_image(options: &str) -> Mount {
-        let mount = Mount { base: Mount::directory() };
+        let mount = Mount::prepared();
         File::create(mount.image()).unwrap().set_len(1 << 20).unwrap();
         let image = mount.image();
         mount.run(&image, options);
@@ -65,7 +122,7 @@ impl Mount {
 
     /// Without a device: type fuse.
     fn plain() -> Mount {
-        let mount = Mount { base: Mount::directory() };
+        let mount = Mount::prepared();
         mount.run(Path::new("no-device"), "rw");
         mount
     }
@@ -77,7 +134,8 @@ impl Mount {
 
     fn command(&self, source: &Path, options: &str) -> Command {
         let mut command = Command::new(program());
-        command.arg(source).arg(self.path()).args(["-o", options]);
+        let options = format!("transport={},{options}", transport());
+        command.arg(source).arg(self.path()).args(["-o", &options]);
         command.env("MEMORY_FUSE_CLOSED", self.base.join("closed"));
         command
     }
@@ -629,7 +687,7 @@ fn a_signal_unmounts_and_closes() {
     if !can_mount() {
         return;
     }
-    let mount = Mount { base: Mount::directory() };
+    let mount = Mount::prepared();
     File::create(mount.image()).unwrap().set_len(1 << 20).unwrap();
     let mut daemon = mount.command(&mount.image(), "rw").arg("-f").spawn().unwrap();
     wait_until("the mount", || mount.table_line().is_some());
@@ -645,12 +703,115 @@ fn a_signal_unmounts_and_closes() {
     assert!(mount.base.join("closed").exists());
 }
 
+/// Serves in the foreground, on an image.
+fn serve_in_foreground(mount: &Mount) -> Child {
+    serve_in_foreground_with(mount, "rw")
+}
+
+fn serve_in_foreground_with(mount: &Mount, options: &str) -> Child {
+    File::create(mount.image()).unwrap().set_len(1 << 20).unwrap();
+    let daemon = mount.command(&mount.image(), options).arg("-f").spawn().unwrap();
+    wait_until("the mount", || mount.table_line().is_some());
+    // Answered means that the protocol, and so the transport, is agreed on.
+    fs::write(mount.file("first"), "x").unwrap();
+    daemon
+}
+
+/// Whether a process has a thread for a queue of the first CPU.
+fn serves_rings(process: &Child) -> bool {
+    let threads = fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
+    threads
+        .filter_map(|thread| fs::read_to_string(thread.unwrap().path().join("comm")).ok())
+        .any(|name| name.starts_with("fuse-0."))
+}
+
+#[test]
+fn requests_come_the_way_that_was_asked_for() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::prepared();
+    let mut daemon = serve_in_foreground(&mount);
+    assert_eq!(serves_rings(&daemon), over_rings());
+    mount.unmount();
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
+fn without_an_offer_of_rings_the_device_is_used() {
+    let is_offered = fs::read_to_string(ENABLE_URING).is_ok_and(|value| value.trim() != "N");
+    if !can_mount() || over_rings() || is_offered {
+        return;
+    }
+    let mount = Mount::prepared();
+    let mut daemon = serve_in_foreground_with(&mount, "rw,transport=uring");
+    assert!(!serves_rings(&daemon));
+    mount.unmount();
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
+fn requests_of_many_clients_are_all_answered() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::on_image("rw");
+    std::thread::scope(|scope| {
+        for client in 0..24 {
+            let dir = mount.file(&format!("d{client}"));
+            scope.spawn(move || {
+                fs::create_dir(&dir).unwrap();
+                for round in 0..100u32 {
+                    let path = dir.join(round.to_string());
+                    fs::write(&path, round.to_le_bytes().repeat(1000)).unwrap();
+                    File::open(&path).unwrap().sync_all().unwrap();
+                    assert_eq!(fs::read(&path).unwrap(), round.to_le_bytes().repeat(1000));
+                    fs::rename(&path, dir.join("last")).unwrap();
+                }
+                assert_eq!(fs::read_dir(&dir).unwrap().count(), 1);
+            });
+        }
+    });
+    mount.unmount();
+}
+
+#[test]
+fn an_aborted_connection_ends_the_daemon() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::prepared();
+    let mut daemon = serve_in_foreground(&mount);
+    // Busy, so that forcing it does no more than abort.
+    let open = File::open(mount.file("first")).unwrap();
+    let forced = rustix::mount::unmount(mount.path(), rustix::mount::UnmountFlags::FORCE);
+    assert_eq!(forced, Err(Errno::BUSY));
+    wait_until("the daemon to end", || daemon.try_wait().unwrap().is_some());
+    assert!(fs::metadata(mount.file("not there")).is_err());
+    drop(open);
+}
+
+#[test]
+fn a_killed_daemon_leaves_nobody_waiting() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::prepared();
+    let mut daemon = serve_in_foreground(&mount);
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    // Which error depends on how far the kernel is with taking the connection down.
+    let error = fs::metadata(mount.file("not there")).unwrap_err();
+    assert_ne!(error.kind(), std::io::ErrorKind::NotFound);
+    mount.unmount();
+}
+
 #[test]
 fn a_mount_that_fails_exits_with_32_and_a_bad_option_with_1() {
     if !can_mount() {
         return;
     }
-    let mount = Mount { base: Mount::directory() };
+    let mount = Mount::prepared();
     let output = mount.command(Path::new("x"), "bogus").output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output).contains("bogus"));
@@ -669,7 +830,7 @@ fn an_ordinary_user_mounts_through_fusermount() {
         eprintln!("skipped: needs fusermount3, and /dev/fuse open to everyone");
         return;
     }
-    let mount = Mount { base: Mount::directory() };
+    let mount = Mount::prepared();
     // The user must be able to reach both the program and the directory.
     let program_copy = mount.base.join("memory-fuse");
     fs::copy(program(), &program_copy).unwrap();
@@ -684,7 +845,7 @@ fn an_ordinary_user_mounts_through_fusermount() {
     let output = as_user(&program_copy)
         .arg("a,source")
         .arg(mount.path())
-        .args(["-o", "noatime"])
+        .args(["-o", &format!("noatime,transport={}", transport())])
         .env("MEMORY_FUSE_CLOSED", mount.base.join("closed"))
         .output()
         .unwrap();
