@@ -613,6 +613,7 @@ impl<'a> Worker<'a> {
             Received::Nothing => return Next::Request,
             Received::Unmounted => return Next::Unmounted,
         };
+        let crew = &self.session.crew;
         let server = &self.session.server;
         let bytes = &self.request[REQUEST_START..REQUEST_START + len];
         let delivered = match Request::decode(bytes, server.layout()) {
