@@ -53,6 +53,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use rustix::thread::{sched_setaffinity, CpuSet};
 use std::io::IoSlice;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -488,7 +489,6 @@ fn last_cpu(pid: u32) -> Option<usize> {
 
 /// Keeps the calling thread on a CPU. Being elsewhere is slower, not wrong.
 pub(crate) fn stay_on(cpu: usize) -> bool {
-    use rustix::thread::{sched_setaffinity, CpuSet};
     if cpu >= CpuSet::MAX_CPU {
         return false;
     }
@@ -613,8 +613,7 @@ impl<'a> Worker<'a> {
             Received::Nothing => return Next::Request,
             Received::Unmounted => return Next::Unmounted,
         };
-        let crew = &self.session.crew;
-        let server = &self.session.server;
+        let Session { server, crew, .. } = self.session;
         let bytes = &self.request[REQUEST_START..REQUEST_START + len];
         let delivered = match Request::decode(bytes, server.layout()) {
             Ok(request) => {
@@ -660,7 +659,7 @@ impl<'a> Worker<'a> {
 }
 
 /// Whether waking another thread costs little compared with answering.
-fn is_long(op: &Op<'_>) -> bool {
+pub(crate) fn is_long(op: &Op<'_>) -> bool {
     const LARGE: usize = 128 << 10;
     match op {
         Op::Read { size, .. } => *size as usize >= LARGE,

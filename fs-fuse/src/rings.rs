@@ -16,6 +16,10 @@
 //! caches, and the buffers of the others are never touched. When it is held up, by a device or in
 //! the processor, the next request goes to the next thread.
 //!
+//! A large transfer takes long enough to be worth another CPU: with read-ahead and write-back there
+//! are several at once, all from one CPU. So before one a thread lets go of its CPU (`Place`), and
+//! comes back with the next short request.
+//!
 //! # Beginning and falling back
 //!
 //! Once INIT has been answered with the flag, the kernel holds requests back until each queue has
@@ -40,6 +44,7 @@ use crate::wire::{self, opcode};
 use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
+use rustix::thread::{sched_getaffinity, sched_setaffinity, CpuSet};
 use std::sync::{mpsc, Arc};
 use std::thread::Scope;
 use zerocopy::FromBytes;
@@ -180,8 +185,7 @@ impl<'scope, 'env> Rings<'scope, 'env> {
     }
 
     fn live(self: &Arc<Self>, cpu: usize, to: &mpsc::Sender<Result<(), Errno>>) {
-        // Where this is not possible it stays slower.
-        device::stay_on(cpu);
+        let place = Place::at(cpu);
         let made = Ring::new(Arc::clone(&self.device), cpu as u16, TRANSFER_BYTES_MAX);
         let (mut ring, reported) = match made {
             Ok(ring) => (ring, to.send(Ok(()))),
@@ -195,19 +199,20 @@ impl<'scope, 'env> Rings<'scope, 'env> {
             self.queues[cpu].lock().entries += 1;
         }
         if to.send(registered).is_ok() && registered.is_ok() {
-            self.serve(cpu, ring);
+            self.serve(ring, place);
         }
     }
 
     /// Answers the requests of an entry until the connection is gone.
-    fn serve(self: &Arc<Self>, cpu: usize, mut ring: Ring) {
+    fn serve(self: &Arc<Self>, mut ring: Ring, mut place: Place) {
+        let cpu = place.cpu;
         let mut input = Vec::new();
         let mut granted = None;
         loop {
             let waited = ring.wait();
             match waited {
                 Ok(()) => {
-                    granted = self.answer(cpu, &mut ring, &mut input);
+                    granted = self.answer(&mut ring, &mut place, &mut input);
                     if ring.commit().is_ok() {
                         continue;
                     }
@@ -228,7 +233,12 @@ impl<'scope, 'env> Rings<'scope, 'env> {
 
     /// Answers the request in the ring's buffers. Gives back what is to be undone if the reply
     /// cannot be delivered.
-    fn answer(self: &Arc<Self>, cpu: usize, ring: &mut Ring, input: &mut Vec<u8>) -> Option<Reply> {
+    fn answer(
+        self: &Arc<Self>,
+        ring: &mut Ring,
+        place: &mut Place,
+        input: &mut Vec<u8>,
+    ) -> Option<Reply> {
         let (headers, payload) = ring.buffers();
         let (head, _) = wire::InHeader::read_from_prefix(&headers.in_out)
             .expect("the header's place is larger than the header");
@@ -237,8 +247,11 @@ impl<'scope, 'env> Rings<'scope, 'env> {
                 let layout = self.server.layout();
                 let request = Request::decode_split(&head, &headers.op_in, parts.input, layout);
                 let result = request.and_then(|request| match request.op {
-                    Op::Seek { offset, .. } => self.seek(cpu, &request, offset),
-                    _ => device::handle(&self.server, &request, parts.body),
+                    Op::Seek { offset, .. } => self.seek(place.cpu, &request, offset),
+                    _ => {
+                        place.suit(&request.op);
+                        device::handle(&self.server, &request, parts.body)
+                    }
                 });
                 (result, parts.body_at)
             }
@@ -270,6 +283,34 @@ impl<'scope, 'env> Rings<'scope, 'env> {
         // NOENT: the kernel holds no such inode, so it holds no dirty page of it either.
         let _ = device::notify_inval_range(self.device.as_fd(), request.node, offset);
         device::handle(&self.server, request, &mut [])
+    }
+}
+
+/// Where a thread runs. Being elsewhere is slower, not wrong.
+struct Place {
+    /// That of its queue.
+    cpu: usize,
+    /// Where else it may be.
+    anywhere: Option<CpuSet>,
+    stays: bool,
+}
+
+impl Place {
+    /// Brings the calling thread to a CPU.
+    fn at(cpu: usize) -> Place {
+        let anywhere = sched_getaffinity(None).ok();
+        Place { cpu, anywhere, stays: device::stay_on(cpu) }
+    }
+
+    /// Stays for a short request, and may go elsewhere for a long one.
+    fn suit(&mut self, op: &Op<'_>) {
+        let is_long = device::is_long(op);
+        if is_long == self.stays {
+            self.stays = match &self.anywhere {
+                Some(anywhere) if is_long => sched_setaffinity(None, anywhere).is_err(),
+                _ => device::stay_on(self.cpu),
+            };
+        }
     }
 }
 

@@ -350,6 +350,7 @@ impl Generator {
             6 => Op::Sync,
             7 if self.rng.chance(1, 2) => Op::Trim,
             7 => Op::DropCaches,
+            8 => Op::Trim,
             _ => Op::Tick,
         }
     }
