@@ -408,3 +408,19 @@ fn a_write_that_finds_no_room_because_the_commit_fails_is_refused_not_lost() {
     assert_eq!(refused, Some(Errno::RoFs));
     assert_eq!(fs.fsync(file, false).unwrap_err().errno(), Errno::Io);
 }
+
+#[test]
+fn many_files_made_and_removed_in_one_group_leave_it_room_to_commit() {
+    let (device, test) = new_pool(256 << 20);
+    let fs = mount(&device, &test);
+    let name = |n: u32| std::format!("f{n}");
+    for n in 0..3000 {
+        let ino = create(&fs, fs.root(), name(n).as_bytes());
+        fs.write(ino, 0, &noise(4096, u64::from(n)), WriteFlags::default()).unwrap();
+        fs.forget(ino, 1);
+    }
+    (0..3000).for_each(|n| fs.unlink(fs.root(), name(n).as_bytes()).unwrap());
+    let last = create(&fs, fs.root(), b"last");
+    fs.write(last, 0, &noise(8 << 10, 9), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+}

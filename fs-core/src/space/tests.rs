@@ -762,15 +762,18 @@ fn deletes_may_reserve_what_normal_operations_may_not() {
 }
 
 #[test]
-fn metadata_of_normal_operations_counts_up_to_the_cap() {
+fn metadata_counts_up_to_the_cap() {
     let world = World::new(MIB, 16 * MIB, 64);
     world.space.set_metadata_cap(4 * NODE);
     let mut many: Vec<Reservation> = Vec::new();
     for _ in 0..10_000 {
         many.push(world.space.reserve(0, NODE, Class::Normal).unwrap());
     }
-    let delete = world.space.reserve(0, NODE, Class::Delete).unwrap();
-    assert_eq!(world.space.usage().reserved_metadata, 5 * NODE);
+    for _ in 0..10_000 {
+        many.push(world.space.reserve(0, NODE, Class::Delete).unwrap());
+    }
+    assert_eq!(world.space.usage().reserved_metadata, 4 * NODE);
+    let delete = many.pop();
     drop(many);
     assert_eq!(world.space.usage().reserved_metadata, NODE);
     drop(delete);
