@@ -506,7 +506,7 @@ struct Eager {
 }
 
 impl Eager {
-    /// How long to look. A wake-up takes up to 100 µs where this was measured (a virtual machine
+    /// How long to look. A wake-up takes up to 100 us where this was measured (a virtual machine
     /// without halt polling); what a client does between two requests is mostly less.
     const MOMENT: Duration = Duration::from_micros(100);
 
