@@ -16,8 +16,9 @@
 //! | [`mount`], [`options`], [`command`] | mounting, and the program `mount.cairn` |
 //! | [`noop`] | a filesystem without storage, for measurements |
 //!
-//! Only [`device`] and `rings` know how requests travel. Why the protocol is spoken directly and not through a library, and what was observed of the
-//! kernel: `docs/decisions/0001-fuse-transport.md`.
+//! Only [`device`] and `rings` know how requests travel. Why the protocol is spoken directly and
+//! not through a library, and what was observed of the kernel:
+//! `docs/decisions/0001-fuse-transport.md`.
 #![deny(unsafe_code)]
 
 mod admin;

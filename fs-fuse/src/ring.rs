@@ -7,8 +7,8 @@
 //! REGISTER -> completion: a request is there -> COMMIT_AND_FETCH -> completion: ... -> error: over
 //! ```
 //!
-//! Between a command and its completion the buffers are the kernel's, otherwise the thread's; `Ring`
-//! knows whose they are, so the methods here are safe.
+//! Between a command and its completion the buffers are the kernel's, otherwise the thread's. A
+//! `Ring` knows whose they are, so its methods are safe.
 //!
 //! Not used: `IORING_SETUP_DEFER_TASKRUN`. It is no faster here, and leaves requests for a thread
 //! that has died lying where not even an abort of the connection finds them, for as long as any
@@ -49,8 +49,8 @@ struct Buffers {
 #[derive(Clone, Copy, FromBytes, Immutable, IntoBytes)]
 #[repr(C)]
 struct Part {
-    address: u64,
-    bytes: u64,
+    address: usize,
+    bytes: usize,
 }
 
 /// `struct io_uring_sqe` with 128 bytes, as `IORING_OP_URING_CMD` has it. The crate's own builder
@@ -75,7 +75,7 @@ struct Submission {
     argument_rest: [u8; 80 - 24],
 }
 
-/// Numbers of io_uring's interface.
+/// `IORING_OP_URING_CMD`.
 const OP_URING_CMD: u8 = 46;
 
 impl Ring {
@@ -194,7 +194,7 @@ impl Drop for Ring {
 }
 
 fn part(buffer: &mut [u8]) -> Part {
-    Part { address: buffer.as_mut_ptr().expose_provenance() as u64, bytes: buffer.len() as u64 }
+    Part { address: buffer.as_mut_ptr().expose_provenance(), bytes: buffer.len() }
 }
 
 fn errno(error: &io::Error) -> Errno {

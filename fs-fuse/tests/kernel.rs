@@ -323,7 +323,18 @@ fn data_in_the_page_cache_is_not_taken_for_a_hole() {
     if !can_mount() {
         return;
     }
-    let mount = Mount::on_image("rw");
+    seek_over_dirty_pages(&Mount::on_image("rw"));
+}
+
+#[test]
+fn seeks_leave_a_thread_for_the_writes_they_wait_for() {
+    if !can_mount() {
+        return;
+    }
+    seek_over_dirty_pages(&Mount::on_image("rw,threads=1"));
+}
+
+fn seek_over_dirty_pages(mount: &Mount) {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
