@@ -296,8 +296,8 @@ impl Engine {
             (batch, core::mem::take(&mut *waiting))
         };
         let outcome = self.write_frame(requests);
-        // Not before: what was taken for the frame, and counts as logged now, may be of a group that
-        // was opened meanwhile.
+        // Not before: what was taken for the frame, and counts as logged now, may be of a group
+        // that was opened meanwhile.
         let upto = self.store.groups.open();
         match outcome {
             Ok(()) => {}

@@ -35,9 +35,10 @@ impl Pool {
     /// together. Nothing is durable before [`Pool::flush`].
     ///
     /// # Errors
-    /// [`Error::Device`] if any copy could not be written, although the others may have been;
-    /// [`Error::Unmapped`] for a run that is not within one chunk, in which case nothing is
-    /// written; [`Error::ReadOnly`].
+    /// [`Error::Device`](crate::error::Error::Device) if any copy could not be written, although
+    /// the others may have been; [`Error::Unmapped`](crate::error::Error::Unmapped) for a run that
+    /// is not within one chunk, in which case nothing is written;
+    /// [`Error::ReadOnly`](crate::error::Error::ReadOnly).
     pub fn write(&self, mut writes: Vec<RunWrite>) -> Result<()> {
         self.check_writable()?;
         let map = self.chunk_map();
@@ -73,7 +74,8 @@ impl Pool {
     /// Makes everything written so far durable.
     ///
     /// # Errors
-    /// [`Error::Device`]: nothing may be assumed about what was written since the last flush.
+    /// [`Error::Device`](crate::error::Error::Device): nothing may be assumed about what was
+    /// written since the last flush.
     pub fn flush(&self) -> Result<()> {
         self.check_writable()?;
         let mut outcome = Ok(());

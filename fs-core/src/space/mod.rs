@@ -359,8 +359,8 @@ impl Space {
         chunk.is_some_and(|chunk| chunk.birth <= state.published)
     }
 
-    /// Whether no unpublished group took any of the run: after a crash it belongs to whom it belongs
-    /// to now.
+    /// Whether no unpublished group took any of the run: after a crash it belongs to whom it
+    /// belongs to now.
     pub fn is_of_published_groups(&self, run: Run) -> bool {
         if !self.is_published(run) {
             return false;
