@@ -545,7 +545,7 @@ impl Space {
 
     fn promise(&self, data: u64, metadata: u64, class: Class) -> Result<()> {
         let mut state = self.state.lock();
-        let sum = state.promised.plus(data, metadata).ok_or(Error::NoSpace)?;
+        let sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
         let room = state.room(&*self.chunks);
         let reserve = match class {
             Class::Normal => state.reserve(&room),
@@ -558,8 +558,8 @@ impl Space {
         Ok(())
     }
 
-    fn give_back(&self, data: u64, metadata: u64) {
-        self.state.lock().promised.give_back(data, metadata);
+    fn give_back(&self, data: u64, metadata: u64, class: Class) {
+        self.state.lock().promised.give_back(data, metadata, class);
     }
 
     // Loading.

@@ -26,11 +26,12 @@
 //! reserve, divided by `cm`, added to `M`. It lives in metadata chunks or in `U`, wherever there is
 //! room.
 //!
-//! `M` is an overestimate when there are many operations: each promises itself a path of new nodes
-//! to every tree, and a group writes each node once. So it counts at most up to a cap, the bound of
-//! what all groups that are not published can write together, whoever wants it; the engine knows
-//! the trees and sets it. Without the cap on deletes too, thousands of them in one group would
-//! leave the same group's commit no room for data.
+//! `M` of normal operations is an overestimate when there are many: each promises itself a path of
+//! new nodes to every tree, and a group writes each node once. So it counts at most up to a cap,
+//! the bound of what all groups that are not published can write together; the engine knows the
+//! trees and sets it. What deletes and administration reserve counts on top, so that normal
+//! operations leave room for it, but also at most up to the cap: or thousands of deletes in one
+//! group would leave that group's own commit no room for data.
 //!
 //! (1) counts sectors. Data can be handed out sector by sector. Metadata blocks must be contiguous:
 //! as long as they come in multiples of the node size, so do the holes between them, and every free
@@ -113,33 +114,44 @@ impl Room {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Promised {
     pub data: u64,
-    /// Before the cap.
-    pub metadata: u64,
+    /// By class Normal, before the cap.
+    pub metadata_normal: u64,
+    /// By the other classes, before the cap.
+    pub metadata_other: u64,
     pub metadata_cap: u64,
 }
 
 impl Default for Promised {
     fn default() -> Promised {
-        Promised { data: 0, metadata: 0, metadata_cap: u64::MAX }
+        Promised { data: 0, metadata_normal: 0, metadata_other: 0, metadata_cap: u64::MAX }
     }
 }
 
 impl Promised {
     /// `M` of formula (1).
     pub fn metadata(&self) -> u64 {
-        self.metadata.min(self.metadata_cap)
+        let capped = |bytes: u64| bytes.min(self.metadata_cap);
+        capped(self.metadata_normal).saturating_add(capped(self.metadata_other))
     }
 
     /// With so much more promised; `None` when the sums overflow.
-    pub fn plus(&self, data: u64, metadata: u64) -> Option<Promised> {
-        let data = self.data.checked_add(data)?;
-        let metadata = self.metadata.checked_add(metadata)?;
-        Some(Promised { data, metadata, ..*self })
+    pub fn plus(&self, data: u64, metadata: u64, class: Class) -> Option<Promised> {
+        let mut sum = Promised { data: self.data.checked_add(data)?, ..*self };
+        let slot = sum.metadata_of(class);
+        *slot = slot.checked_add(metadata)?;
+        Some(sum)
     }
 
-    pub fn give_back(&mut self, data: u64, metadata: u64) {
+    pub fn give_back(&mut self, data: u64, metadata: u64, class: Class) {
         self.data -= data;
-        self.metadata -= metadata;
+        *self.metadata_of(class) -= metadata;
+    }
+
+    fn metadata_of(&mut self, class: Class) -> &mut u64 {
+        match class {
+            Class::Normal => &mut self.metadata_normal,
+            Class::Delete | Class::Admin => &mut self.metadata_other,
+        }
     }
 }
 
@@ -180,7 +192,7 @@ impl Reservation {
     /// When there is less: the caller's estimate was wrong.
     pub fn shrink(&mut self, data: u64, metadata: u64) {
         self.take_out(data, metadata);
-        self.space.give_back(data, metadata);
+        self.space.give_back(data, metadata, self.class);
     }
 
     /// Makes two promises of one.
@@ -218,7 +230,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if self.data > 0 || self.metadata > 0 {
-            self.space.give_back(self.data, self.metadata);
+            self.space.give_back(self.data, self.metadata, self.class);
         }
     }
 }

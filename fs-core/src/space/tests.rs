@@ -762,7 +762,7 @@ fn deletes_may_reserve_what_normal_operations_may_not() {
 }
 
 #[test]
-fn metadata_counts_up_to_the_cap() {
+fn metadata_of_each_class_counts_up_to_the_cap() {
     let world = World::new(MIB, 16 * MIB, 64);
     world.space.set_metadata_cap(4 * NODE);
     let mut many: Vec<Reservation> = Vec::new();
@@ -772,7 +772,7 @@ fn metadata_counts_up_to_the_cap() {
     for _ in 0..10_000 {
         many.push(world.space.reserve(0, NODE, Class::Delete).unwrap());
     }
-    assert_eq!(world.space.usage().reserved_metadata, 4 * NODE);
+    assert_eq!(world.space.usage().reserved_metadata, 8 * NODE);
     let delete = many.pop();
     drop(many);
     assert_eq!(world.space.usage().reserved_metadata, NODE);
