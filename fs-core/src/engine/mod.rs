@@ -195,12 +195,23 @@ impl Engine {
     }
 
     /// Reserves room for an operation; commits, which makes freed space usable and turns estimates
-    /// into facts, before it gives up. Waits while too much is dirty. No lock may be held.
+    /// into facts, and removes files without names, before it gives up. Waits while too much is
+    /// dirty. No lock may be held.
     ///
     /// # Errors
     /// [`Error::NoSpace`]; those of [`Store::writable`]: nothing was accepted yet, so nothing of
     /// the operation is lost when the commit fails that would have made room.
     pub fn reserve(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
+        match self.reserve_committing(data, metadata, class) {
+            Err(Error::NoSpace) => {}
+            other => return other,
+        }
+        self.reclaim_some();
+        self.reserve_committing(data, metadata, class)
+    }
+
+    /// As [`Engine::reserve`], for the removal of files itself.
+    fn reserve_committing(&self, data: u64, metadata: u64, class: Class) -> Result<Reservation> {
         rank::may_wait_for(Rank::Committer);
         self.store.writable()?;
         if self.store.dirty.over_hard() {
@@ -211,10 +222,6 @@ impl Engine {
             match self.store.space.reserve(data, metadata, class) {
                 Err(Error::NoSpace) => {}
                 other => return other,
-            }
-            if class != Class::Delete {
-                // Which itself reserves for deletion.
-                self.reclaim_some();
             }
             self.commit_upto(self.store.groups.open())
                 .or_else(|error| self.store.writable().and(Err(error)))?;

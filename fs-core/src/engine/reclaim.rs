@@ -80,7 +80,8 @@ impl Engine {
             Err(Error::Posix(_)) => return Ok(Progress::Done),
             Err(error) => return Err(error),
         };
-        let reservation = self.reserve(0, 8 * self.store.node_bytes as u64, Class::Delete)?;
+        let reservation =
+            self.reserve_committing(0, 8 * self.store.node_bytes as u64, Class::Delete)?;
         let mut state = inode.state.write();
         if state.item.nlink != 0 || state.gone || subvol.table.is_held(ino) {
             return Ok(Progress::Done);
