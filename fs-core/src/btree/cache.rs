@@ -147,6 +147,12 @@ impl NodeCache {
         Some(cached.node.clone())
     }
 
+    /// Whether the node that `ptr` names is here. Does not count as asking for it.
+    pub fn contains(&self, ptr: &BlockPtr) -> bool {
+        let shard = self.shard(ptr.addr).read();
+        shard.nodes.get(&ptr.addr).is_some_and(|cached| cached.node.ptr() == ptr)
+    }
+
     /// Adds a node, in place of any other at its address.
     pub fn insert(&self, node: Arc<Node>) {
         let limit = self.shard_limit.load(Ordering::Relaxed);

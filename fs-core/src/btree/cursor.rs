@@ -3,6 +3,7 @@
 use super::node::Value;
 use super::{NodeSource, Place, Tree};
 use crate::format::key::Key;
+use crate::format::ptr::BlockPtr;
 use crate::platform::Result;
 use alloc::vec::Vec;
 
@@ -22,6 +23,9 @@ pub struct Cursor {
     /// From the root to a leaf; empty before the first use and in an empty tree.
     path: Vec<Step>,
 }
+
+/// Leaves read together: as many as one transfer of a disk makes worth while.
+const READ_AHEAD_BYTES: usize = 256 << 10;
 
 /// Which way to go down.
 #[derive(Clone, Copy)]
@@ -125,6 +129,9 @@ impl Cursor {
         let Some(fork) = fork else { return Ok(false) };
         let step = &self.path[fork];
         let index = if forward { step.index + 1 } else { step.index - 1 };
+        if forward {
+            read_ahead(source, &step.place, index);
+        }
         let child = step.place.load_child(source, index)?;
         let mut below = Vec::with_capacity(self.path.len() - fork - 1);
         descend(source, &mut below, child, towards)?;
@@ -133,6 +140,19 @@ impl Cursor {
         self.path.append(&mut below);
         Ok(true)
     }
+}
+
+/// Before going on to the leaf at `index` of a node, has a group of leaves from there on read
+/// together. Groups begin at multiples of their size, so that each leaf is asked for once, whether
+/// one cursor goes over all of them or, as when a directory is listed, one after another does.
+fn read_ahead(source: &dyn NodeSource, above: &Place, index: usize) {
+    let group = READ_AHEAD_BYTES / source.node_bytes();
+    if above.node.level() != 1 || index % group != 0 {
+        return;
+    }
+    let end = above.node.count().min(index + group);
+    let ptrs: Vec<BlockPtr> = (index..end).map(|slot| above.node.child(slot)).collect();
+    source.prefetch(above.node.tree(), &ptrs);
 }
 
 fn item(leaf: &Step, index: usize) -> (Key, Value) {

@@ -20,6 +20,8 @@ struct Blocks {
     allocated: u64,
     /// How many more calls succeed.
     calls_left: Option<usize>,
+    /// What `prefetch` was told.
+    hints: Vec<Vec<Logical>>,
 }
 
 impl Blocks {
@@ -96,6 +98,9 @@ impl NodeSource for Store {
         assert_eq!(node.tree(), tree);
         assert_eq!(node.ptr(), ptr);
         Ok(node.clone())
+    }
+    fn prefetch(&self, _: TreeId, ptrs: &[BlockPtr]) {
+        self.blocks.lock().hints.push(ptrs.iter().map(|ptr| ptr.addr).collect());
     }
 }
 
@@ -609,6 +614,28 @@ fn a_tall_tree_of_single_children_collapses_to_its_leaf() {
     let collapsed = store.apply(&tree, &edits);
     assert_eq!(collapsed.root.unwrap().level, 0);
     assert_eq!(check(&collapsed, &store).unwrap().items, 1);
+}
+
+#[test]
+fn a_cursor_that_goes_on_hints_at_each_leaf_once() {
+    let store = Store::new(16384);
+    let tree = store.apply(&Tree::empty(TREE), &puts(0..60, 4000));
+    let root = store.load(TREE, &tree.root.unwrap()).unwrap();
+    assert!(root.level() == 1 && root.count() > 16, "{} leaves", root.count());
+    store.blocks.lock().hints.clear();
+    let mut cursor = tree.cursor();
+    let mut seen = 0;
+    while cursor.next(&store).unwrap().is_some() {
+        seen += 1;
+    }
+    assert_eq!(seen, 60);
+    let hints = core::mem::take(&mut store.blocks.lock().hints);
+    let hinted: Vec<Logical> = hints.into_iter().flatten().collect();
+    // The first group has been begun by seeking, and nobody knew how far the cursor would go.
+    let rest: Vec<Logical> = (16..root.count()).map(|slot| root.child(slot).addr).collect();
+    assert_eq!(hinted, rest);
+    while cursor.prev(&store).unwrap().is_some() {}
+    assert!(store.blocks.lock().hints.is_empty(), "going back is not read ahead");
 }
 
 #[test]

@@ -63,6 +63,10 @@ impl NodeSource for GroupSink<'_> {
     fn load(&self, tree: TreeId, ptr: &BlockPtr) -> Result<Arc<Node>> {
         self.store.load(tree, ptr)
     }
+
+    fn prefetch(&self, tree: TreeId, ptrs: &[BlockPtr]) {
+        self.store.prefetch(tree, ptrs);
+    }
 }
 
 impl NodeSink for GroupSink<'_> {

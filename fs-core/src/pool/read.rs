@@ -143,9 +143,24 @@ impl Pool {
     /// [`Error::Memory`].
     pub fn read_block(&self, ptr: &BlockPtr) -> Result<Buf> {
         let place = self.locate(Run { addr: ptr.addr, bytes: ptr.allocated() })?;
+        let first = self.read_copy(&place, 0);
+        self.open_block(ptr, (place, first))
+    }
+
+    /// Reads metadata blocks together: each as [`Pool::read_block`] does.
+    pub fn read_blocks(&self, ptrs: &[BlockPtr]) -> Vec<Result<Buf>> {
+        let run = |ptr: &BlockPtr| Run { addr: ptr.addr, bytes: ptr.allocated() };
+        let raw = self.read_first_copies(&self.chunk_map(), ptrs.iter().map(run));
+        ptrs.iter()
+            .zip(raw)
+            .map(|(ptr, raw)| raw.and_then(|raw| self.open_block(ptr, raw)))
+            .collect()
+    }
+
+    /// The content of a block, of which the first copy has been read.
+    fn open_block(&self, ptr: &BlockPtr, (place, first): (Place, Result<Buf>)) -> Result<Buf> {
         let seal =
             Seal { kind: ChecksumKind::Blake3, sum: &ptr.checksum, stored: ptr.stored as usize };
-        let first = self.read_copy(&place, 0);
         let buf = self.read_whole(&place, &seal, first)?;
         self.unpack(buf, ptr.compression, ptr.stored, ptr.logical, ptr.addr)
     }
@@ -172,7 +187,7 @@ impl Pool {
     /// Carries out a batch of data reads together. Each has its own result.
     pub fn read_data(&self, reads: &mut [DataRead]) {
         let map = self.chunk_map();
-        let raw = self.read_first_copies(&map, reads);
+        let raw = self.read_first_copies(&map, reads.iter().map(|read| read.source.run()));
         let work: u64 = reads.iter().map(|read| read.source.work()).sum();
         let workers = &self.platform().workers;
         if reads.len() < 2 || work < PARALLEL_WORK_MIN || workers.parallelism() < 2 {
@@ -193,12 +208,12 @@ impl Pool {
         });
     }
 
-    /// Reads the first copy of every source, all of them together.
-    fn read_first_copies(&self, map: &ChunkMap, reads: &[DataRead]) -> Vec<Raw> {
+    /// Reads the first copy of every run, all of them together.
+    fn read_first_copies(&self, map: &ChunkMap, runs: impl Iterator<Item = Run>) -> Vec<Raw> {
         let mut transfer = Transfer::new(self.members().len());
-        let mut planned = Vec::with_capacity(reads.len());
-        for read in reads {
-            let place = map.locate(read.source.run());
+        let mut planned = Vec::new();
+        for run in runs {
+            let place = map.locate(run);
             planned.push(place.and_then(|place| {
                 let parts = transfer.add(&place, 0)?;
                 Ok((place, parts))

@@ -671,6 +671,29 @@ proptest! {
 }
 
 #[test]
+fn blocks_read_together_are_verified_and_healed_one_by_one() {
+    let fixture = Fixture::dup();
+    let contents: Vec<Vec<u8>> = (0..4).map(|seed| noise(16384, seed)).collect();
+    let ptrs: Vec<BlockPtr> =
+        contents.iter().map(|content| fixture.block(content, CompressionKind::None)).collect();
+    // Of the second block one copy is bad, of the third both, and the fourth is not mapped.
+    fixture.ram.flip(fixture.places(ptrs[1].addr)[0]);
+    fixture.places(ptrs[2].addr).iter().for_each(|place| fixture.ram.flip(*place));
+    let nowhere = BlockPtr { addr: Logical(1 << 50), ..ptrs[3] };
+    let read = fixture.pool.read_blocks(&[ptrs[0], ptrs[1], ptrs[2], nowhere]);
+    assert_eq!(&read[0].as_ref().unwrap()[..], &contents[0][..]);
+    assert_eq!(&read[1].as_ref().unwrap()[..], &contents[1][..]);
+    assert!(matches!(read[2], Err(Error::Checksum { .. })), "{:?}", read[2]);
+    assert!(matches!(read[3], Err(Error::Unmapped { .. })), "{:?}", read[3]);
+    let told = fixture.env.incidents.take();
+    assert!(matches!(
+        told[..],
+        [Incident::Healed { addr: healed, rewritten: true, .. }, Incident::Lost { addr: lost, .. }]
+            if healed == ptrs[1].addr && lost == ptrs[2].addr
+    ));
+}
+
+#[test]
 fn a_block_without_a_good_copy_is_a_typed_error_and_told_once() {
     let fixture = Fixture::new(16 * MIB);
     let ptr = fixture.block(&noise(5000, 1), CompressionKind::None);

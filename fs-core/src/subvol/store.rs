@@ -6,6 +6,7 @@
 
 use crate::btree::cache::NodeCache;
 use crate::btree::{Node, NodeSource, Tree};
+use crate::buf::Buf;
 use crate::error::Error;
 use crate::format::key::{kind, Key};
 use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
@@ -273,6 +274,21 @@ impl Store {
     }
 }
 
+/// Most bytes of nodes that one hint makes the pool read: few enough that the first is still in
+/// the cache when the last is used.
+const PREFETCH_BYTES_MAX: usize = 4 << 20;
+
+impl Store {
+    /// The node in a block that has been read, which is cached from now on.
+    fn decode_node(&self, tree: TreeId, ptr: &BlockPtr, buf: Buf) -> Result<Arc<Node>> {
+        let pool_id = self.pool.pool_id();
+        let node = Node::decode(buf.into_slice(), ptr, tree, &pool_id, self.node_bytes)?;
+        let node = Arc::new(node);
+        self.cache.insert(node.clone());
+        Ok(node)
+    }
+}
+
 impl NodeSource for Store {
     fn node_bytes(&self) -> usize {
         self.node_bytes
@@ -286,16 +302,20 @@ impl NodeSource for Store {
         if let Some(node) = self.cache.get(ptr) {
             return Ok(node);
         }
-        let buf = self.pool.read_block(ptr)?;
-        let node = Arc::new(Node::decode(
-            buf.into_slice(),
-            ptr,
-            tree,
-            &self.pool.pool_id(),
-            self.node_bytes,
-        )?);
-        self.cache.insert(node.clone());
-        Ok(node)
+        self.decode_node(tree, ptr, self.pool.read_block(ptr)?)
+    }
+
+    fn prefetch(&self, tree: TreeId, ptrs: &[BlockPtr]) {
+        let most = PREFETCH_BYTES_MAX / self.node_bytes;
+        let missing = ptrs.iter().filter(|ptr| !self.cache.contains(ptr)).take(most);
+        let missing: Vec<BlockPtr> = missing.copied().collect();
+        if missing.len() < 2 {
+            return;
+        }
+        for (ptr, buf) in missing.iter().zip(self.pool.read_blocks(&missing)) {
+            // Who needs the node meets the error.
+            let _ = buf.and_then(|buf| self.decode_node(tree, ptr, buf));
+        }
     }
 }
 
