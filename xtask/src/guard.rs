@@ -22,6 +22,7 @@ enum Undo {
     RemoveMountPoint { dir: PathBuf },
     RemoveLink { link: PathBuf },
     RestoreMode { path: PathBuf, mode: u32 },
+    RestoreSetting { path: PathBuf, value: String },
 }
 
 struct Registry {
@@ -103,6 +104,11 @@ impl Undo {
                     eprintln!("xtask: cannot restore the mode of {}: {error}", path.display());
                 }
             }
+            Undo::RestoreSetting { path, value } => {
+                if let Err(error) = fs::write(&path, value) {
+                    eprintln!("xtask: cannot restore {}: {error}", path.display());
+                }
+            }
             Undo::RemoveLink { link } => {
                 if let Err(error) = fs::remove_file(&link) {
                     eprintln!("xtask: cannot remove {}: {error}", link.display());
@@ -135,6 +141,16 @@ pub fn symlink(target: &Path, link: &Path) -> Result<Guard> {
     std::os::unix::fs::symlink(target, link)
         .with_context(|| format!("cannot make {}", link.display()))?;
     Ok(Guard::register(Undo::RemoveLink { link: link.to_owned() }))
+}
+
+/// Another value for a setting of the machine, a file below /sys, until the guard is dropped.
+///
+/// # Errors
+/// When it cannot be changed.
+pub fn setting(path: &Path, value: &str) -> Result<Guard> {
+    let old = fs::read_to_string(path)?.trim().to_owned();
+    fs::write(path, value).with_context(|| format!("cannot change {}", path.display()))?;
+    Ok(Guard::register(Undo::RestoreSetting { path: path.to_owned(), value: old }))
 }
 
 /// Other permissions for `path` until the guard is dropped.

@@ -9,6 +9,9 @@
 //! Two floors stand beside them: the bare device, and a FUSE filesystem without storage, whose cost
 //! is that of the round trips alone. The workloads are this program's own, so that they are the
 //! same for all.
+//!
+//! Two settings of the machine are made for the run and put back after it ([`SETTINGS`]); `--as-is`
+//! leaves them alone.
 
 mod plot;
 mod report;
@@ -39,6 +42,9 @@ pub struct Options {
     /// Rounds; the median is reported.
     #[arg(long)]
     rounds: Option<usize>,
+    /// Leave the machine's settings as they are.
+    #[arg(long)]
+    as_is: bool,
     /// Filesystems to measure.
     #[arg(
         long,
@@ -72,6 +78,7 @@ pub fn run(options: &Options) -> Result<()> {
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 3 });
     let scale = if options.quick { Scale::QUICK } else { Scale::FULL };
     let mut results = Results::new(contenders.iter().map(|(name, _)| name.clone()).collect());
+    let _settings = if options.as_is { Vec::new() } else { settings()? };
     let start = Instant::now();
     for round in 1..=rounds {
         for workload in WORKLOADS {
@@ -95,6 +102,30 @@ pub fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     bail!("{} measurements failed:\n{}", results.failures.len(), results.failures.join("\n"))
+}
+
+/// Settings of the machine that a measurement depends on, for all contenders alike: what the guide
+/// recommends for FUSE, and what Linux does on a virtual machine unless told otherwise.
+const SETTINGS: &[(&str, &str, &str)] = &[
+    ("/sys/module/fuse/parameters/enable_uring", "Y", "FUSE over io_uring"),
+    // The default of the kernel's `haltpoll` governor. With zero, which some providers set, each
+    // wake-up of an idle CPU leaves the virtual machine.
+    ("/sys/module/haltpoll/parameters/guest_halt_poll_ns", "200000", "polling before halting"),
+];
+
+/// Makes the settings where this kernel has them, and says so.
+fn settings() -> Result<Vec<guard::Guard>> {
+    let mut changed = Vec::new();
+    for (path, value, what) in SETTINGS {
+        let path = Path::new(path);
+        let Ok(before) = fs::read_to_string(path) else { continue };
+        let before = before.trim();
+        if before != *value {
+            println!("{what}: {} = {value} (was {before}) for this run", path.display());
+            changed.push(guard::setting(path, value)?);
+        }
+    }
+    Ok(changed)
 }
 
 fn contenders(names: &[String]) -> Result<Vec<(String, Contender)>> {

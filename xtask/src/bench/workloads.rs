@@ -481,7 +481,7 @@ fn make_archive(scratch: &Path, archive: &Path, files: u32) -> Result<()> {
 }
 
 /// After this long a directory is large enough for a filesystem that looks at every name.
-const DIRECTORY_LIMIT: Duration = Duration::from_secs(60);
+const DIRECTORY_LIMIT: Duration = Duration::from_secs(180);
 
 /// How the rate of adding names holds up as a directory grows.
 fn directory(place: &Place, scale: &Scale) -> Result<Vec<Metric>> {
