@@ -1,4 +1,5 @@
-//! `cargo xtask install`: binaries, helper links, man pages, completions.
+//! `cargo xtask install`: binaries, helper links, man pages, completions, and the setting of the
+//! kernel that is made at each boot by systemd-tmpfiles(8).
 //!
 //! The administration commands and the mount helpers go to `sbin`. mount(8) and fsck(8) look for
 //! helpers in `/sbin` only, so with another prefix links are put there too.
@@ -40,6 +41,8 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<()> {
     for page in pages::generate()? {
         place.copy(&page.from, &prefix.join(page.to), 0o644)?;
     }
+    let settings = checkout::root().join("tools/etc/cairn-tmpfiles.conf");
+    place.copy(&settings, &prefix.join("lib/tmpfiles.d/cairn.conf"), 0o644)?;
     Ok(())
 }
 
