@@ -344,13 +344,12 @@ impl Generator {
     }
 
     fn durability(&mut self, state: &State) -> Op {
-        match self.rng.below(10) {
+        match self.rng.below(11) {
             0..=4 => Op::Fsync { target: self.file(state), data_only: self.rng.chance(1, 3) },
             5 => Op::Fsync { target: Target::Path(self.dir(state)), data_only: false },
             6 => Op::Sync,
-            7 if self.rng.chance(1, 2) => Op::Trim,
-            7 => Op::DropCaches,
-            8 => Op::Trim,
+            7 => Op::Trim,
+            8 => Op::DropCaches,
             _ => Op::Tick,
         }
     }

@@ -107,8 +107,8 @@ impl History {
         self.points.len() as u64 - 1
     }
 
-    /// The last operation changed that file in several steps: what a crash in between leaves of it
-    /// is not looked at.
+    /// The last operation changed that file in several steps, and any of them may have been the
+    /// last of a group. What a crash leaves of the file is not looked at until it is durable again.
     pub fn in_steps(&mut self, ino: u64) {
         self.points.last_mut().expect("an operation").stepwise = Some(ino);
     }
@@ -152,7 +152,9 @@ impl History {
         for (path, identity) in &tree.names {
             let file = &found.files[*identity];
             let ino = tree.files[*identity].ino;
-            if last > done && self.points[last].stepwise == Some(ino) {
+            let all = |p: &Point| p.effect == Effect::All || p.effect == Effect::Inode(ino);
+            let whole = self.points[..=done].iter().rposition(all).unwrap_or(0);
+            if self.points[whole + 1..=last].iter().any(|p| p.stepwise == Some(ino)) {
                 continue;
             }
             self.check_time(ino, file, moment, done, last)

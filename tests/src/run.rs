@@ -74,12 +74,14 @@ pub struct Runner {
     slots: [Option<Ino>; SLOTS],
     /// An error that is no ordinary outcome, if there was one.
     pub damage: Option<Error>,
+    /// In how many steps, each atomic, the last copy of a range was made.
+    pub steps: usize,
 }
 
 impl Runner {
     /// A program that holds nothing yet.
     pub fn new(fs: Arc<dyn Filesystem>) -> Runner {
-        Runner { fs, slots: [None; SLOTS], damage: None }
+        Runner { fs, slots: [None; SLOTS], damage: None, steps: 0 }
     }
 
     /// The filesystem.
@@ -291,11 +293,12 @@ impl Runner {
                 let (source, target) = (self.find(held, source)?, self.find(held, target)?);
                 // It may copy less than it was asked to, and is asked again.
                 let mut done = 0;
+                self.steps = 0;
                 while done < *len {
                     let (from, to) = (source_offset + done, target_offset + done);
                     match fs.copy_range(source, from, target, to, len - done)? {
                         0 => break,
-                        count => done += count,
+                        count => (done, self.steps) = (done + count, self.steps + 1),
                     }
                 }
                 Ok(Value::Number(done))

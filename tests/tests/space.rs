@@ -6,7 +6,7 @@ use cairn_tests::rng::Rng;
 use cairn_tests::subject::{Mounted, Pool, Subject};
 use fs_core::error::Errno;
 use fs_core::units::Ino;
-use fs_core::vfs::{Caller, Filesystem};
+use fs_core::vfs::{Caller, Fallocate, Filesystem, SetAttr, XattrMode};
 
 const CALLER: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 const PIECE: usize = 64 << 10;
@@ -124,5 +124,68 @@ fn every_file_of_a_full_pool_can_be_removed() {
         let mut large = Pool::cramped();
         large.format.node_bytes = 65536;
         fill_with_files(&large, bytes, sync_every);
+    }
+}
+
+/// Writes pieces, ever smaller ones, until not even a sector has room.
+fn fill_to_the_brim(fs: &dyn Filesystem, files: &[Ino]) {
+    let mut rng = Rng::new(3);
+    let mut piece = vec![0; 300 << 10];
+    rng.fill(&mut piece);
+    let mut at = vec![0; files.len()];
+    while piece.len() >= 4096 {
+        for (ino, at) in files.iter().zip(&mut at) {
+            match fs.write(*ino, *at, &piece, Default::default()) {
+                Ok(_) => *at += piece.len() as u64,
+                Err(error) => {
+                    assert_eq!(error.errno(), Errno::NoSpc, "{error}");
+                    piece.truncate(piece.len() / 2);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn on_a_full_pool_with_promised_room_and_a_log_everything_that_gives_room_back_succeeds() {
+    for (node_bytes, mib) in [16384, 65536].into_iter().flat_map(|n| (10..26).map(move |m| (n, m)))
+    {
+        let mut pool = Pool::cramped();
+        pool.format.node_bytes = node_bytes;
+        let mounted = mount(&pool, mib << 20);
+        let fs = mounted.fs();
+        let files: Vec<Ino> = [b"a", b"b", b"c", b"d"].map(|name| create(&*fs, name)).into();
+        let promised = create(&*fs, b"promised");
+        let room = 100 << 12;
+        fs.fallocate(promised, Fallocate::Allocate { keep_size: true }, 0, room).unwrap();
+        fs.setxattr(files[0], b"user.x", &[7; 2000], XattrMode::Either).unwrap();
+        fill_to_the_brim(&*fs, &files);
+        // The log begins when there is hardly room for it.
+        for ino in &files {
+            fs.fsync(*ino, false).unwrap();
+        }
+
+        let what = format!("{mib} MiB, nodes of {node_bytes} bytes");
+        let cut = |ino, size| {
+            let set = SetAttr { size: Some(size), ..SetAttr::default() };
+            fs.setattr(ino, &set, &CALLER).unwrap_or_else(|e| panic!("{what}: cut to {size}: {e}"));
+        };
+        let punched = fs.fallocate(files[0], Fallocate::PunchHole, 1000, 9000);
+        punched.unwrap_or_else(|e| panic!("{what}: punching: {e}"));
+        let removed = fs.removexattr(files[0], b"user.x");
+        removed.unwrap_or_else(|e| panic!("{what}: removing an attribute: {e}"));
+        cut(files[1], 5001);
+        cut(files[2], 0);
+        fs.sync().unwrap_or_else(|e| panic!("{what}: {e}"));
+        let mut data = vec![0; room as usize];
+        Rng::new(5).fill(&mut data);
+        let written = fs.write(promised, 0, &data, Default::default());
+        written.unwrap_or_else(|e| panic!("{what}: into promised room: {e}"));
+        for (name, ino) in [b"a", b"b", b"c", b"d"].into_iter().zip(files) {
+            fs.unlink(fs.root(), name).unwrap_or_else(|e| panic!("{what}: removing: {e}"));
+            fs.forget(ino, 1);
+        }
+        mounted.close().unwrap_or_else(|e| panic!("{what}: {e}"));
     }
 }

@@ -31,6 +31,8 @@ enum Progress {
     Done,
     /// More is left for a later group.
     More,
+    /// There is no room even for that, or not at the moment.
+    Full,
 }
 
 impl Engine {
@@ -43,35 +45,46 @@ impl Engine {
     pub fn reclaim_some(&self) {
         for _ in 0..FILES_PER_STEP {
             let Some((tree, ino)) = self.reclaim.lock().pop_front() else { return };
-            if !self.reclaim_one(tree, ino) {
+            // The rest needs a commit, or room, before going on makes sense.
+            if !matches!(self.reclaim_one(tree, ino), Progress::Done) {
                 return;
             }
         }
     }
 
-    /// Removes all files that wait for it, committing in between.
+    /// Removes all files that wait for it, committing in between. What there is no room for stays.
     pub fn reclaim_all(&self) {
         loop {
             let Some((tree, ino)) = self.reclaim.lock().pop_front() else { return };
-            if !self.reclaim_one(tree, ino) && self.commit_upto(self.store.groups.open()).is_err() {
+            let goes_on = match self.reclaim_one(tree, ino) {
+                Progress::Done => true,
+                Progress::More => self.commit_upto(self.store.groups.open()).is_ok(),
+                Progress::Full => false,
+            };
+            if !goes_on {
                 return;
             }
         }
     }
 
-    /// Returns false when a commit is needed before going on makes sense.
-    fn reclaim_one(&self, tree: TreeId, ino: Ino) -> bool {
-        let Some(subvol) = self.subvol(tree) else { return true };
-        match self.reclaim_step(&subvol, ino) {
-            Ok(Progress::Done) => true,
-            Ok(Progress::More) => {
+    fn reclaim_one(&self, tree: TreeId, ino: Ino) -> Progress {
+        let Some(subvol) = self.subvol(tree) else { return Progress::Done };
+        let progress = match self.reclaim_step(&subvol, ino) {
+            Ok(progress) => progress,
+            // It was tried with commits in between, but somebody else may have been faster.
+            Err(Error::NoSpace) => Progress::Full,
+            // Damaged, or no memory: the ORPHAN item stays, and the next mount tries again.
+            Err(_) => Progress::Done,
+        };
+        match progress {
+            Progress::Done => {}
+            Progress::More => {
                 self.queue_reclaim(&subvol, ino);
                 self.want_commit();
-                false
             }
-            // Damaged, or no memory: the ORPHAN item stays, and the next mount tries again.
-            Err(_) => true,
+            Progress::Full => self.queue_reclaim(&subvol, ino),
         }
+        progress
     }
 
     fn reclaim_step(&self, subvol: &Arc<Subvol>, ino: Ino) -> Result<Progress> {

@@ -123,6 +123,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 use group::Deltas;
+use reserve::Reserve;
 use runs::{span, RunSet};
 use state::{Dropped, Request, State, Step, Wanted};
 
@@ -336,7 +337,8 @@ impl Space {
     /// has: for what must be found again by log replay, before group `txg` is published.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] when no such chunk has a run of `min` bytes; a commit may change that.
+    /// [`Error::NoSpace`] when no such chunk has a run of `min` bytes that is not promised; a commit
+    /// may change that.
     pub fn allocate_published(
         &self,
         want: u64,
@@ -347,7 +349,15 @@ impl Space {
         let mut request = request(ChunkKind::Data, want, min, txg)?;
         request.newest_chunk = self.state.lock().published;
         request.may_grow = false;
-        self.allocate_request(&request, bitmaps)
+        self.repeat(bitmaps, |state, loads| {
+            // Nobody promised room for this: it must not be what was promised to others.
+            let left = state.data_left(&*self.chunks) >> SECTOR_SHIFT;
+            if left < u64::from(request.min) {
+                return Err(Error::NoSpace);
+            }
+            let want = u64::from(request.want).min(left) as u32;
+            state.try_allocate(&Request { want, ..request }, loads, &*self.chunks)
+        })
     }
 
     /// Whether the published chunk tree has the run's chunk: after a crash, a log record that names
@@ -527,9 +537,7 @@ impl Space {
     /// metadata: what statfs shows as available.
     pub fn available_data(&self) -> u64 {
         let state = self.state.lock();
-        let room = state.room(&*self.chunks);
-        let metadata = state.promised.metadata().saturating_add(state.reserve(&room));
-        room.data_that_fits(metadata).saturating_sub(state.promised.data)
+        state.data_left(&*self.chunks)
     }
 
     /// Forgets every bitmap: memory is short. They are read again when needed.
@@ -549,9 +557,10 @@ impl Space {
         let room = state.room(&*self.chunks);
         let reserve = match class {
             Class::Normal => state.reserve(&room),
-            Class::Delete | Class::Admin => 0,
+            Class::Delete | Class::Admin => Reserve::default(),
         };
-        if data + metadata > 0 && !room.fits(sum.data, sum.metadata().saturating_add(reserve)) {
+        let harmless = class == Class::Delete && data == 0 && sum.metadata() <= room.metadata.free;
+        if data + metadata > 0 && !harmless && !room.fits(&sum, reserve) {
             return Err(Error::NoSpace);
         }
         state.promised = sum;

@@ -21,10 +21,14 @@
 //! chunk that is *not* needed (to find a longer run) only when (1) still holds afterwards, and
 //! drops an empty one only when no promise counts on it.
 //!
-//! The *reserve* is metadata: what deletes, commits and administration need on a full pool is room
-//! for new tree nodes. A normal reservation must leave it alone, so for it (1) is asked with the
-//! reserve, divided by `cm`, added to `M`. It lives in metadata chunks or in `U`, wherever there is
-//! room.
+//! The *reserve* is what deletes, commits and administration need on a full pool: room for new tree
+//! nodes, and some sectors of data, because what is cut in the middle of a sector leaves a part of
+//! it that goes to a new place. A normal reservation must leave it alone, so for it (1) is asked
+//! with the reserve added to `M` and `D`. It lives in chunks of its kind or in `U`, wherever there
+//! is room. The log takes data without a promise: what (1), asked like that, leaves over.
+//!
+//! A delete that only needs nodes for which metadata chunks have room touches nothing that another
+//! promise counts on. It is let in even if (1) does not hold.
 //!
 //! `M` of normal operations is an overestimate when there are many: each promises itself a path of
 //! new nodes to every tree, and a group writes each node once. So it counts at most up to a cap,
@@ -59,11 +63,28 @@ const RESERVE_BYTES_MIN: u64 = 2 << 20;
 /// Greatest reserve, in device bytes.
 const RESERVE_BYTES_MAX: u64 = 1 << 30;
 
-/// The reserve of a pool with so many device bytes: 1/32, at least 2 MiB (but never more than
-/// 1/16, so that a pool of 8 MiB is of use), at most 1 GiB.
-pub(super) fn reserve_bytes(device_bytes: u64) -> u64 {
-    let least = RESERVE_BYTES_MIN.min(device_bytes / 16);
-    (device_bytes / 32).clamp(least, RESERVE_BYTES_MAX)
+/// Tree nodes that the reserve holds at least, whatever their size: what removing a file needs, and
+/// a commit besides.
+const RESERVE_NODES_MIN: u64 = 12;
+/// Data that the reserve holds: what some deletes that cut sectors need at a time.
+const RESERVE_DATA_BYTES: u64 = 16 * SECTOR_BYTES;
+
+/// What only deletes, commits and administration may promise themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Reserve {
+    pub data: u64,
+    pub metadata: u64,
+}
+
+impl Reserve {
+    /// That of a pool with so many device bytes: 1/32, at least 2 MiB (but never more than 1/16, so
+    /// that a pool of 8 MiB is of use), at most 1 GiB; in any case some nodes.
+    pub fn of(device_bytes: u64, metadata_copies: u64, node_bytes: u64) -> Reserve {
+        let least = RESERVE_BYTES_MIN.min(device_bytes / 16);
+        let bytes = (device_bytes / 32).clamp(least, RESERVE_BYTES_MAX) / metadata_copies;
+        let metadata = bytes.next_multiple_of(node_bytes).max(RESERVE_NODES_MIN * node_bytes);
+        Reserve { data: RESERVE_DATA_BYTES, metadata }
+    }
 }
 
 /// One kind's side of formula (1).
@@ -91,22 +112,26 @@ impl Room {
         chunks.checked_mul(self.chunk_bytes)?.checked_mul(side.copies)
     }
 
-    /// Formula (1).
-    pub fn fits(&self, data: u64, metadata: u64) -> bool {
+    /// Formula (1), with `reserve` left alone.
+    pub fn fits(&self, promised: &Promised, reserve: Reserve) -> bool {
+        let data = promised.data.saturating_add(reserve.data);
+        let metadata = promised.metadata().saturating_add(reserve.metadata);
         let shortages = (self.shortage(self.data, data), self.shortage(self.metadata, metadata));
         let (Some(data), Some(metadata)) = shortages else { return false };
         data.checked_add(metadata).is_some_and(|sum| sum <= self.unallocated)
     }
 
-    /// The most data for which formula (1) holds, given the metadata. Nothing when the metadata
-    /// alone does not fit: an operation that needs none does not exist.
-    pub fn data_that_fits(&self, metadata: u64) -> u64 {
+    /// The most data on top of what is promised for which formula (1) holds. Nothing when the
+    /// metadata alone does not fit: an operation that needs none does not exist.
+    pub fn data_left(&self, promised: &Promised, reserve: Reserve) -> u64 {
+        let metadata = promised.metadata().saturating_add(reserve.metadata);
         let taken = self.shortage(self.metadata, metadata);
         let Some(left) = taken.and_then(|taken| self.unallocated.checked_sub(taken)) else {
             return 0;
         };
         let chunks = left / self.chunk_bytes / self.data.copies;
-        self.data.free.saturating_add(chunks.saturating_mul(self.chunk_bytes))
+        let fits = self.data.free.saturating_add(chunks.saturating_mul(self.chunk_bytes));
+        fits.saturating_sub(promised.data.saturating_add(reserve.data))
     }
 }
 

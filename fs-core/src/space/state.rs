@@ -3,7 +3,7 @@
 use super::bits::{Bits, FreeRun};
 use super::chunk::{ChunkSpace, Find};
 use super::group::{Deltas, Group};
-use super::reserve::{reserve_bytes, Promised, Room, Side};
+use super::reserve::{Promised, Reserve, Room, Side};
 use super::runs::{span, RunSet};
 use super::{corrupt, ChunkSource};
 use crate::error::Error;
@@ -428,19 +428,21 @@ impl State {
         // The pool makes a smaller chunk of a last bit. No promise counts on it; but when there is
         // no other way, it is better than nothing.
         room.unallocated = room.unallocated.saturating_sub(price);
-        let (data, metadata) = (self.promised.data, self.promised.metadata());
         let allowed = match request.kind {
             ChunkKind::System => true,
             ChunkKind::Data => {
                 room.data.free += room.chunk_bytes;
-                let reserve = if needed { 0 } else { reserve };
-                room.fits(data, metadata.saturating_add(reserve))
+                // Whoever can make do with sectors was promised them. Who wants more in one piece
+                // can do without.
+                let is_promised = needed && request.min == 1;
+                let reserve = if is_promised { Reserve::default() } else { reserve };
+                room.fits(&self.promised, reserve)
             }
             ChunkKind::Metadata => {
                 // Only commits allocate metadata. Better to break a promise to an operation that
                 // may still be refused than to fail a commit.
                 room.metadata.free += room.chunk_bytes;
-                needed || room.fits(data, metadata.saturating_add(reserve))
+                needed || room.fits(&self.promised, reserve)
             }
         };
         if !allowed {
@@ -651,9 +653,10 @@ impl State {
         let totals = self.totals(chunk.kind);
         let left = totals.bytes - totals.busy - chunk.bytes();
         let room = self.room(source);
+        let reserve = self.reserve(&room);
         let promised = match chunk.kind {
-            ChunkKind::Data => self.promised.data,
-            _ => self.promised.metadata().saturating_add(self.reserve(&room)),
+            ChunkKind::Data => self.promised.data.saturating_add(reserve.data),
+            _ => self.promised.metadata().saturating_add(reserve.metadata),
         };
         let dearest = room.chunk_bytes * room.data.copies.max(room.metadata.copies);
         let keep = match room.unallocated < dearest {
@@ -678,16 +681,23 @@ impl State {
         }
     }
 
-    /// Device bytes of the reserve.
-    pub fn reserve_device_bytes(&self, room: &Room) -> u64 {
-        let held: u64 = self.totals.iter().map(|totals| totals.device_bytes).sum();
-        reserve_bytes(held.saturating_add(room.unallocated))
+    /// Bytes of data on top of all promises that leave the reserve alone.
+    pub fn data_left(&self, source: &dyn ChunkSource) -> u64 {
+        let room = self.room(source);
+        room.data_left(&self.promised, self.reserve(&room))
     }
 
-    /// The reserve as bytes of metadata.
-    pub fn reserve(&self, room: &Room) -> u64 {
-        let bytes = self.reserve_device_bytes(room) / room.metadata.copies;
-        bytes.next_multiple_of(bytes_of(self.metadata_unit))
+    /// Device bytes of the reserve.
+    pub fn reserve_device_bytes(&self, room: &Room) -> u64 {
+        let reserve = self.reserve(room);
+        reserve.data * room.data.copies + reserve.metadata * room.metadata.copies
+    }
+
+    /// What normal operations must leave alone.
+    pub fn reserve(&self, room: &Room) -> Reserve {
+        let held: u64 = self.totals.iter().map(|totals| totals.device_bytes).sum();
+        let device_bytes = held.saturating_add(room.unallocated);
+        Reserve::of(device_bytes, room.metadata.copies, bytes_of(self.metadata_unit))
     }
 }
 

@@ -735,12 +735,14 @@ proptest! {
 
 #[test]
 fn the_reserve_grows_with_the_pool_within_its_bounds() {
-    let reserve = reserve::reserve_bytes;
+    let reserve = |bytes| Reserve::of(bytes, 2, 16384).metadata * 2;
     assert_eq!(reserve(8 * MIB), MIB / 2);
     assert_eq!(reserve(32 * MIB), 2 * MIB);
     assert_eq!(reserve(64 * MIB), 2 * MIB);
     assert_eq!(reserve(1 << 30), 32 * MIB);
     assert_eq!(reserve(1 << 40), 1 << 30);
+    // What a delete needs does not become less in a small pool.
+    assert_eq!(Reserve::of(8 * MIB, 2, 65536).metadata, 12 * 65536);
 }
 
 #[test]
@@ -752,11 +754,16 @@ fn deletes_may_reserve_what_normal_operations_may_not() {
     while let Ok(node) = world.space.reserve(0, NODE, Class::Normal) {
         all.push(node);
     }
-    let reserve = world.space.usage().reserve_bytes / 2;
-    for _ in 0..reserve / NODE {
+    assert_eq!(world.space.reserve(SECTOR_BYTES, 0, Class::Normal).err(), Some(Error::NoSpace));
+    let reserve = Reserve::of(16 * MIB, 2, NODE);
+    for _ in 0..reserve.data / SECTOR_BYTES {
+        all.push(world.space.reserve(SECTOR_BYTES, 0, Class::Delete).unwrap());
+    }
+    for _ in 0..reserve.metadata / NODE {
         all.push(world.space.reserve(0, NODE, Class::Delete).unwrap());
     }
     assert_eq!(world.space.reserve(0, NODE, Class::Delete).err(), Some(Error::NoSpace));
+    assert_eq!(world.space.reserve(SECTOR_BYTES, 0, Class::Delete).err(), Some(Error::NoSpace));
     drop(all);
     assert_eq!(world.space.usage().reserved_metadata, 0);
 }
@@ -795,7 +802,10 @@ fn a_split_and_rejoined_reservation_promises_the_same() {
 // Single cases.
 
 fn allocate(world: &World, kind: ChunkKind, bytes: u64) -> Run {
-    world.space.allocate(kind, bytes, bytes, world.txg(0), &*world.tree).unwrap()
+    let least = if kind == ChunkKind::Data { SECTOR_BYTES } else { bytes };
+    let run = world.space.allocate(kind, bytes, least, world.txg(0), &*world.tree).unwrap();
+    assert_eq!(run.bytes, bytes);
+    run
 }
 
 #[test]
@@ -1124,8 +1134,8 @@ fn a_chunk_made_for_the_open_group_serves_the_one_being_written() {
     let filler = allocate(&world, ChunkKind::Data, MIB);
     world.groups[0].taken.extend(sectors(filler));
     let mut nodes = world.space.reserve(0, NODE, Class::Delete).unwrap();
-    let mut older = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
-    let mut younger = world.space.reserve(MIB / 2, 0, Class::Normal).unwrap();
+    let mut older = world.space.reserve(MIB / 2, 0, Class::Admin).unwrap();
+    let mut younger = world.space.reserve(MIB / 2, 0, Class::Admin).unwrap();
     assert_eq!(world.space.available_data(), 0);
     spend_data(&mut world, &mut younger, 128, 1);
     spend_data(&mut world, &mut older, 128, 0);
@@ -1176,7 +1186,8 @@ fn dropping_a_chunk_deletes_the_bitmaps_that_only_the_residue_cleared() {
 #[test]
 fn an_empty_chunk_that_a_promise_counts_on_is_not_dropped() {
     let (world, runs) = emptied(4);
-    let promise = world.space.reserve(2 * MIB, 0, Class::Admin).unwrap();
+    let promised = 2 * MIB - Reserve::of(4 * MIB, 2, NODE).data;
+    let promise = world.space.reserve(promised, 0, Class::Admin).unwrap();
     let gone = world.space.drop_empty(world.txg(0), &*world.tree).unwrap();
     assert_eq!(gone, [runs[1].addr]);
     drop(promise);

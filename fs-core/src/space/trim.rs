@@ -230,7 +230,7 @@ impl State {
     /// Whether, without so much, everything promised still fits, the reserve, and as much again.
     fn can_spare(&self, supply: Supply, bytes: u64, source: &dyn ChunkSource) -> bool {
         let mut room = self.room(source);
-        let metadata = self.promised.metadata().saturating_add(self.reserve(&room));
+        let reserve = self.reserve(&room);
         let stock = match supply {
             Supply::Chunks(ChunkKind::Data) => Some(&mut room.data.free),
             Supply::Chunks(ChunkKind::Metadata) => Some(&mut room.metadata.free),
@@ -241,6 +241,6 @@ impl State {
         if let Some(stock) = stock {
             *stock = stock.saturating_sub(bytes);
         }
-        room.data_that_fits(metadata) >= self.promised.data.saturating_add(bytes)
+        room.data_left(&self.promised, reserve) >= bytes
     }
 }

@@ -370,15 +370,27 @@ impl Volume {
         if size > FILE_BYTES_MAX {
             return Err(Errno::FBig.into());
         }
-        let reservation = self.reserve(2 * SECTOR_BYTES, 4, Class::Delete)?;
         let inode = self.inode(ino)?;
-        let mut state = inode.state.write();
+        let at = align_down(size, SECTOR_BYTES);
+        let keep = (size - at) as usize;
+        let (reservation, mut state) = loop {
+            let class = match size <= inode.state.read().item.size {
+                true => Class::Delete,
+                false => Class::Normal,
+            };
+            // Growing may move a small file out of the tree, cutting leaves a part of a sector.
+            let cut = if keep > 0 { SECTOR_BYTES } else { 0 };
+            let room = if class == Class::Normal { SECTOR_BYTES } else { cut };
+            let reservation = self.reserve(room, 4, class)?;
+            let state = inode.state.write();
+            if class == Class::Normal || size <= state.item.size {
+                break (reservation, state);
+            }
+        };
         check_writable(&state)?;
         if state.item.flags & flag::APPEND != 0 {
             return Err(Errno::Perm.into());
         }
-        let at = align_down(size, SECTOR_BYTES);
-        let keep = (size - at) as usize;
         let mut last = None;
         if size < state.item.size && keep > 0 {
             last = self.read_sector(ino, &state, at)?;
