@@ -110,6 +110,12 @@ impl<'a> Pair<'a> {
             // What fails for want of room has not happened at all.
             self.model.set_state(before.0);
             self.expected.set_slots(before.1);
+            // But for the steps of a copy before the one that failed.
+            let mut copy = op.clone();
+            if let Op::CopyRange { len, .. } = &mut copy {
+                *len = self.found.copied;
+                self.expected.run(&copy);
+            }
             self.full += 1;
             return Ok(true);
         }

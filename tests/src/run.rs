@@ -76,12 +76,14 @@ pub struct Runner {
     pub damage: Option<Error>,
     /// In how many steps, each atomic, the last copy of a range was made.
     pub steps: usize,
+    /// How many bytes these steps copied.
+    pub copied: u64,
 }
 
 impl Runner {
     /// A program that holds nothing yet.
     pub fn new(fs: Arc<dyn Filesystem>) -> Runner {
-        Runner { fs, slots: [None; SLOTS], damage: None, steps: 0 }
+        Runner { fs, slots: [None; SLOTS], damage: None, steps: 0, copied: 0 }
     }
 
     /// The filesystem.
@@ -290,18 +292,18 @@ impl Runner {
                 fs.seek(self.find(held, target)?, *offset, *what).map(Value::Number)
             }
             Op::CopyRange { source, source_offset, target, target_offset, len } => {
+                (self.steps, self.copied) = (0, 0);
                 let (source, target) = (self.find(held, source)?, self.find(held, target)?);
                 // It may copy less than it was asked to, and is asked again.
-                let mut done = 0;
-                self.steps = 0;
-                while done < *len {
+                while self.copied < *len {
+                    let done = self.copied;
                     let (from, to) = (source_offset + done, target_offset + done);
                     match fs.copy_range(source, from, target, to, len - done)? {
                         0 => break,
-                        count => (done, self.steps) = (done + count, self.steps + 1),
+                        count => (self.copied, self.steps) = (done + count, self.steps + 1),
                     }
                 }
-                Ok(Value::Number(done))
+                Ok(Value::Number(self.copied))
             }
             Op::Readdir { target } => {
                 let mut entries = BTreeMap::new();
