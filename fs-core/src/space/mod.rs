@@ -337,8 +337,8 @@ impl Space {
     /// has: for what must be found again by log replay, before group `txg` is published.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] when no such chunk has a run of `min` bytes that is not promised; a commit
-    /// may change that.
+    /// [`Error::NoSpace`] when no such chunk has a run of `min` bytes that is not promised; a
+    /// commit may change that.
     pub fn allocate_published(
         &self,
         want: u64,

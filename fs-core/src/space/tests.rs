@@ -1536,3 +1536,42 @@ proptest! {
         prop_assert_eq!(decoded, bits);
     }
 }
+
+#[test]
+fn the_log_takes_no_data_that_is_promised_and_a_delete_is_let_in_even_if_somebody_did() {
+    let mut world = World::new(MIB, 4 * MIB, 64);
+    // One chunk of each kind, published, and no room for another.
+    let node = allocate(&world, ChunkKind::Metadata, NODE);
+    world.groups[0].taken.extend(sectors(node));
+    let first = allocate(&world, ChunkKind::Data, SECTOR_BYTES);
+    world.groups[0].taken.extend(sectors(first));
+    world.cut();
+    world.publish();
+    let left = world.space.reserve(world.space.available_data(), 0, Class::Normal).unwrap();
+    assert!(left.data() > 0);
+    let log = world.space.allocate_published(NODE, SECTOR_BYTES, world.txg(0), &*world.tree);
+    assert_eq!(log.err(), Some(Error::NoSpace));
+
+    // Somebody takes what the promises and the reserve count on.
+    let all = MIB - SECTOR_BYTES;
+    let taken = allocate(&world, ChunkKind::Data, all / 2 / SECTOR_BYTES * SECTOR_BYTES);
+    world.groups[0].taken.extend(sectors(taken));
+    let more = world.space.reserve(0, NODE, Class::Normal);
+    assert_eq!(more.err(), Some(Error::NoSpace));
+    let delete = world.space.reserve(0, NODE, Class::Delete).unwrap();
+    drop((left, delete));
+}
+
+#[test]
+fn a_chunk_of_the_reserve_is_made_for_sectors_that_are_promised_but_not_for_a_longer_run() {
+    let mut world = World::new(MIB, 3 * MIB, 64);
+    let first = allocate(&world, ChunkKind::Data, MIB);
+    world.groups[0].taken.extend(sectors(first));
+    // Two MiB are left: the reserve's, for a chunk of metadata.
+    let (txg, tree) = (world.txg(0), world.tree.clone());
+    let blob =
+        world.space.allocate(ChunkKind::Data, 2 * SECTOR_BYTES, 2 * SECTOR_BYTES, txg, &*tree);
+    assert_eq!(blob.err(), Some(Error::NoSpace));
+    let sector = world.space.allocate(ChunkKind::Data, SECTOR_BYTES, SECTOR_BYTES, txg, &*tree);
+    world.groups[0].taken.extend(sectors(sector.unwrap()));
+}
