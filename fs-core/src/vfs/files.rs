@@ -697,9 +697,29 @@ impl Volume {
         if source % SECTOR_BYTES != 0 || target % SECTOR_BYTES != 0 {
             return Ok(0);
         }
-        let reservation =
-            self.reserve(2 * SECTOR_BYTES, 8 + len.div_ceil(8 << 20), Class::Normal)?;
-        let mut locked = Locked::new(&[from, to]);
+        // Bytes that have no extent to share yet are written twice.
+        let unwritten = |state: &State| -> Result<u64> {
+            let stop = sector_round(source + len.min(state.item.size.saturating_sub(source)));
+            let view = self.subvol.view();
+            let segments = self.subvol.layout(&view.tree, from.ino, state, source, stop)?;
+            let in_memory = |s: &&Segment| matches!(s.place, Place::Memory(_));
+            Ok(segments.iter().filter(in_memory).map(|s| s.len).sum())
+        };
+        let items = 8 + len.div_ceil(8 << 20);
+        let (reservation, mut locked) = loop {
+            let expected = unwritten(&from.state.read())?;
+            let reserved = self.reserve(expected + 2 * SECTOR_BYTES, items, Class::Normal);
+            let is_full = matches!(reserved, Err(Error::NoSpace));
+            if is_full && unwritten(&from.state.read())? < expected {
+                // Looking for room has written some of them.
+                continue;
+            }
+            let reservation = reserved?;
+            let locked = Locked::new(&[from, to]);
+            if unwritten(locked.get(from.ino))? <= expected {
+                break (reservation, locked);
+            }
+        };
         let source_state = locked.get(from.ino);
         check_writable(locked.get(to.ino))?;
         let (size, target_size) = (source_state.item.size, locked.get(to.ino).item.size);
