@@ -2,6 +2,7 @@
 
 use crate::{Done, Failure};
 use clap_complete::Shell;
+use fs_core::check::findings::rules;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -11,7 +12,7 @@ fn commands() -> [clap::Command; 3] {
     [crate::command(), cairn_mkfs::command(), cairn_fsck::command()]
 }
 
-/// Writes manual pages of section 8 for all commands and their verbs into `directory`.
+/// Writes manual pages for all commands and their verbs, and the one of findings, into `directory`.
 ///
 /// # Errors
 /// What the system says.
@@ -20,7 +21,40 @@ pub fn write_manual(directory: &Path) -> io::Result<()> {
     commands().into_iter().try_for_each(|command| {
         let name = command.get_name().to_string();
         page(command, &name, directory)
-    })
+    })?;
+    fs::write(directory.join("cairn-errors.7"), findings())
+}
+
+/// The page of what fsck.cairn finds.
+fn findings() -> String {
+    let mut page = String::from(
+        ".TH cairn-errors 7 \"\" \"\" cairn\n\
+         .SH NAME\n\
+         cairn\\-errors \\- what fsck.cairn finds, and what to do about it\n\
+         .SH DESCRIPTION\n\
+         Each finding has a permanent name. Those that begin with W are warnings: nothing is wrong \
+         for users yet. The others are errors; with \\fIloss\\fR, names or data are gone, or will \
+         be when the pool is written to.\n\
+         .PP\n\
+         A finding names the file if it is about one, and where it is known the bytes on the \
+         devices. Cairn never causes any of them by losing power. They come from devices that lose \
+         or change what they were given, from other programs that wrote to them, or from a fault \
+         in cairn; the last is worth reporting, with the output of fsck.cairn \\-v.\n\
+         .PP\n\
+         Before anything else make a copy of the devices, if there is room for one: it is what \
+         every later attempt can start from.\n\
+         .SH FINDINGS\n",
+    );
+    for rule in rules::TABLE {
+        let (id, severity) = (rule.id.replace('-', "\\-"), rule.severity.name());
+        let text = rule.text.replace('-', "\\-");
+        let advice = rule.advice.replace('-', "\\-");
+        page += &format!(".TP\n\\fB{id}\\fR (\\fI{severity}\\fR)\n{text}.\n.br\n{advice}\n");
+    }
+    page += ".SH SEE ALSO\nfsck.cairn(8), cairn\\-inspect(8)\n";
+    // A line that begins with one of these would be a request of the formatter.
+    debug_assert!(rules::TABLE.iter().all(|rule| !rule.text.starts_with(['.', '\''])));
+    page
 }
 
 /// Writes a command's page and, for its verbs, pages named `COMMAND-VERB`.

@@ -234,6 +234,11 @@ fn manuals_and_completions_cover_every_command() {
         assert!(text.contains(".SH SYNOPSIS"), "{page}");
     }
     assert!(!dir.path().join("cairn-man.8").exists());
+    let findings = fs::read_to_string(dir.path().join("cairn-errors.7")).unwrap();
+    for rule in fs_core::check::findings::rules::TABLE {
+        let entry = format!("\\fB{}\\fR (\\fI", rule.id.replace('-', "\\-"));
+        assert_eq!(findings.matches(&entry).count(), 1, "{}", rule.id);
+    }
     for shell in ["bash", "fish", "zsh"] {
         let all = contains("mkfs.cairn").and(contains("fsck.cairn")).and(contains("inspect"));
         cairn().args(["completions", shell]).assert().success().stdout(all);

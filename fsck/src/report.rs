@@ -2,7 +2,7 @@
 
 use crate::Arguments;
 use cairn_host::parse::format_size;
-use fs_core::check::{findings::rules, CheckReport, Finding, Severity};
+use fs_core::check::{findings::rules, CheckReport, Finding, Place, Severity};
 use fs_core::error::Error;
 use serde_json::{json, Value};
 
@@ -102,6 +102,9 @@ fn json(report: &CheckReport, devices: &str, seconds: f64) -> Value {
 
 fn finding(finding: &Finding) -> Value {
     let path = finding.path.as_deref().map(String::from_utf8_lossy);
+    let place =
+        |place: &Place| json!({ "device": place.device, "name": place.name, "offset": place.at.0 });
+    let places: Vec<Value> = finding.places.iter().map(place).collect();
     let fields = [
         ("id", Some(json!(finding.id))),
         ("severity", Some(json!(finding.severity.name()))),
@@ -110,6 +113,7 @@ fn finding(finding: &Finding) -> Value {
         ("tree", finding.spot.tree.map(|tree| json!(tree.0))),
         ("object", finding.spot.object.map(|object| json!(object))),
         ("address", finding.spot.addr.map(|addr| json!(addr.0))),
+        ("places", (!places.is_empty()).then(|| json!(places))),
     ];
     fields.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?))).collect()
 }
@@ -127,6 +131,7 @@ mod tests {
             message: rule.text.into(),
             spot: Spot::object(TreeId(256), 17),
             path: None,
+            places: Vec::new(),
         });
         CheckReport {
             findings: findings.collect(),

@@ -3,6 +3,7 @@
 use assert_cmd::Command;
 use cairn_host::{Access, FileDevice, OpenOptions, Wait};
 use clap::Parser;
+use fs_core::check::findings::rules::TABLE;
 use fs_core::format::label::{label_areas, ring_slot};
 use fs_core::format::superblock::Superblock;
 use predicates::prelude::*;
@@ -180,4 +181,48 @@ fn a_pool_whose_root_is_lost_is_a_finding_not_a_crash() {
     assert!(root.0 > 0);
     image.write(1 << 20, &vec![0x5a; (BYTES - (1 << 20) - (128 << 10)) as usize]);
     fsck().arg("-f").arg(image.path()).assert().code(4).stdout(contains("loss"));
+}
+
+/// What a rule is for is that its damage is recognised, by this version and every later one.
+#[test]
+fn every_finding_has_a_damaged_image_that_shows_it() {
+    let directory = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/damaged"));
+    for rule in TABLE {
+        let packed = fs::read(directory.join(format!("{}.cairn.zst", rule.id)));
+        let packed = packed.unwrap_or_else(|error| panic!("image of {}: {error}", rule.id));
+        let image = Image::empty();
+        image.write(0, &zstd::decode_all(&packed[..]).unwrap());
+        let before = fs::read(image.path()).unwrap();
+        let output = fsck().args(["-n", "--json"]).arg(image.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(4), "{}", rule.id);
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        let findings = json["findings"].as_array().unwrap();
+        let finding = findings.iter().find(|finding| finding["id"] == rule.id);
+        let finding = finding.unwrap_or_else(|| panic!("{} is not found: {json:#}", rule.id));
+        assert_eq!(finding["severity"], rule.severity.name());
+        assert!(fs::read(image.path()).unwrap() == before, "{}", rule.id);
+    }
+    let images = fs::read_dir(directory).unwrap().count();
+    assert_eq!(images, TABLE.len(), "an image of no finding, or two of one");
+}
+
+#[test]
+fn a_finding_names_device_and_byte_in_text_and_json() {
+    let packed = include_bytes!("../../images/damaged/E-DATA.cairn.zst");
+    let image = Image::empty();
+    image.write(0, &zstd::decode_all(&packed[..]).unwrap());
+    let output = fsck().arg("--json").arg(image.path()).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let finding = &json["findings"][0];
+    let place = &finding["places"][0];
+    let name = image.path().display().to_string();
+    assert_eq!((&finding["path"], &place["device"]), (&"/file".into(), &0.into()));
+    assert_eq!(place["name"], name);
+    // The damage is one flipped bit, and the rest of its sector has one value.
+    let at = place["offset"].as_u64().unwrap();
+    let sector = image.read(at);
+    assert_eq!(sector.iter().filter(|byte| **byte != sector[0]).count(), 1);
+    let text = "file /file; tree 256, object 0x3; logical address ";
+    let place = format!("; on device 0 ({name}) byte {at}\n");
+    fsck().arg(image.path()).assert().code(4).stdout(contains(text).and(contains(place)));
 }

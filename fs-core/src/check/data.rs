@@ -16,7 +16,7 @@ use crate::format::space::Run;
 use crate::platform::{Codecs, ReadOp, Result};
 use crate::pool::Pool;
 use crate::sync::Mutex;
-use crate::units::{Physical, SECTOR_BYTES};
+use crate::units::{Logical, Physical, SECTOR_BYTES};
 use alloc::format;
 use alloc::vec::Vec;
 
@@ -188,19 +188,27 @@ fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) {
     let Some(first) = copies.first() else { return };
     let is_lost = |sector: &&usize| copies.iter().all(|c| c.bad.binary_search(sector).is_ok());
     let lost: Vec<usize> = first.bad.iter().filter(is_lost).copied().collect();
-    let spot = job.spot.clone().at(job.run.addr);
-    if let Some(sector) = lost.first() {
+    let skipped = |sector: usize| (sector * SECTOR) as u64;
+    if let Some(sector) = lost.first().copied() {
         let (count, what) = match job.proof {
             Proof::Sectors { .. } => (lost.len() * SECTOR, "bytes"),
             Proof::Blob(blob) => (blob.logical as usize, "compressed bytes"),
         };
-        let offset = job.at.saturating_add((sector * SECTOR) as u64);
+        let offset = job.at.saturating_add(skipped(sector));
         let detail = format!("{count} {what} from byte {offset} on");
+        let spot = job.spot.clone().at(Logical(job.run.addr.0 + skipped(sector)));
         checker.findings.add(&rules::DATA, spot, detail);
         return;
     }
-    for copy in copies.iter().filter(|copy| !copy.bad.is_empty()) {
-        let detail = format!("on device {} at byte {}", copy.device, copy.at);
-        checker.findings.add(&rules::DATA_COPY, spot.clone(), detail);
+    for copy in copies {
+        let Some(sector) = copy.bad.first().copied() else { continue };
+        let bytes = match job.proof {
+            Proof::Sectors { .. } => skipped(copy.bad.len()),
+            Proof::Blob(_) => job.run.bytes,
+        };
+        let at = Physical(copy.at.0 + skipped(sector));
+        let addr = Logical(job.run.addr.0 + skipped(sector));
+        let spot = job.spot.clone().at(addr).copy(copy.device, at);
+        checker.findings.add(&rules::DATA_COPY, spot, format!("{bytes} bytes of it"));
     }
 }

@@ -17,17 +17,22 @@ use alloc::format;
 pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Findings) {
     for label in pool.damaged_labels() {
         let end = if label.area == 0 { "start" } else { "end" };
-        let detail = format!("device {}, label at the {end}: {}", label.device, label.error);
-        findings.add(&rules::LABEL, Spot::NONE, detail);
+        let detail = format!("label at the {end}: {}", label.error);
+        let areas = pool.members().get(usize::from(label.device));
+        let areas = areas.and_then(|member| label_areas(member.bytes()));
+        let spot = match areas.and_then(|areas| areas.get(label.area).copied()) {
+            Some(at) => Spot::NONE.copy(label.device, at),
+            None => Spot::NONE,
+        };
+        findings.add(&rules::LABEL, spot, detail);
     }
     for member in pool.members() {
         let Some(areas) = label_areas(member.identity().bytes) else { continue };
         for area in areas {
             let at = ring_slot(area, superblock.txg.0);
             if let Err(error) = check_copy(member, at, superblock) {
-                let index = member.index();
-                let detail = format!("device {index} at byte {at}: {error}");
-                findings.add(&rules::SUPERBLOCK_COPY, Spot::NONE, detail);
+                let spot = Spot::NONE.copy(member.index(), at);
+                findings.add(&rules::SUPERBLOCK_COPY, spot, format!("{error}"));
             }
         }
     }

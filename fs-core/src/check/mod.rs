@@ -20,6 +20,7 @@
 //! | `refs` | references that were met with those that are counted |
 //! | `space`, `usage` | sectors that were met with bitmaps, residue and summaries |
 //! | `findings` | the rules, each with a permanent id |
+//! | `paths`, `places` | nothing: they say which file a finding is about, and where it lies |
 //!
 //! What could not be read hides what is below it. So comparisons that need everything (links,
 //! references, leaks) are left out, with a finding that says so, once a tree is incomplete; what
@@ -40,6 +41,7 @@ mod forge;
 mod labels;
 mod links;
 mod paths;
+mod places;
 mod refs;
 mod space;
 mod subvols;
@@ -48,7 +50,7 @@ mod tests;
 mod usage;
 mod xattrs;
 
-pub use findings::{Finding, Rule, Severity, Spot};
+pub use findings::{Finding, Place, Rule, Severity, Spot};
 
 use crate::btree::{Tree, Walk};
 use crate::error::{Errno, Error};
@@ -190,6 +192,7 @@ pub fn check(
     };
     checker.run()?;
     paths::add(&blocks, &superblock, checker.findings.kept_mut())?;
+    places::add(&pool, checker.findings.kept_mut())?;
     let mut stats = checker.stats;
     (stats.txg, stats.clean) = (superblock.txg, superblock.clean);
     let (findings, counts) = checker.findings.finish();
@@ -268,8 +271,8 @@ impl<'a> Checker<'a> {
 
     fn report_bad_copies(&mut self, tree: TreeId) {
         for bad in self.blocks.take_bad() {
-            let detail = format!("on device {} at byte {}: {}", bad.device, bad.at, bad.error);
-            self.findings.add(&rules::BLOCK_COPY, Spot::block(tree, bad.addr), detail);
+            let spot = Spot::block(tree, bad.addr).copy(bad.device, bad.at);
+            self.findings.add(&rules::BLOCK_COPY, spot, format!("{}", bad.error));
         }
     }
 

@@ -14,7 +14,7 @@ use crate::format::ptr::CompressionKind;
 use crate::format::space::RefItem;
 use crate::format::superblock::LogStart;
 use crate::format::DiskField;
-use crate::units::{Ino, SECTOR_BYTES};
+use crate::units::{Ino, Physical, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::BTreeSet;
 use alloc::vec;
@@ -42,7 +42,7 @@ enum Damage {
 }
 use Damage::{After, AfterDup, Before};
 
-fn report_of(damage: &Damage) -> CheckReport {
+fn build(damage: &Damage) -> Built {
     let profile = match damage {
         AfterDup(_) => Profile::Dup,
         _ => Profile::Single,
@@ -55,7 +55,11 @@ fn report_of(damage: &Damage) -> CheckReport {
     if let After(change) | AfterDup(change) = damage {
         change(&built);
     }
-    check_built(&built)
+    built
+}
+
+fn report_of(damage: &Damage) -> CheckReport {
+    check_built(&build(damage))
 }
 
 /// Flips a bit in some copies of a block.
@@ -423,6 +427,60 @@ fn every_rule_has_a_pool_that_breaks_it() {
     let all: BTreeSet<&str> = TABLE.iter().map(|rule| rule.id).collect();
     assert_eq!(all.len(), TABLE.len(), "an id is there twice");
     assert_eq!(broken, all);
+}
+
+/// Writes `images/damaged`: an image for each rule, but never over one that is there. Run with
+/// `cargo test -p fs-core --lib -- --ignored images_of_damage`. The tests of `fsck` check them.
+#[test]
+#[ignore = "writes into the checkout"]
+fn images_of_damage_are_written() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/damaged");
+    std::fs::create_dir_all(directory).unwrap();
+    for (rule, damage) in DAMAGES {
+        let path = format!("{directory}/{}.cairn.zst", rule.id);
+        if !std::path::Path::new(&path).exists() {
+            let packed = zstd::encode_all(&build(damage).device.image()[..], 19).unwrap();
+            std::fs::write(path, packed).unwrap();
+        }
+    }
+}
+
+#[test]
+fn findings_about_blocks_name_every_copy_and_those_about_a_copy_that_one() {
+    let places = |finding: &Finding| -> Vec<_> {
+        finding.places.iter().map(|place| (place.device, place.at)).collect()
+    };
+    for (rule, profile, change) in DAMAGES.iter().filter_map(|(rule, damage)| match damage {
+        After(change) => Some((*rule, Profile::Single, change)),
+        AfterDup(change) => Some((*rule, Profile::Dup, change)),
+        Before(_) => None,
+    }) {
+        let built = Forge::sound(profile).build();
+        let before = built.device.image();
+        change(&built);
+        let after = built.device.image();
+        // Which sectors are damaged is known: those that are not what they were.
+        let differs = |at: &usize| before[*at..][..4096] != after[*at..][..4096];
+        let damaged: Vec<_> = (0..before.len()).step_by(4096).filter(differs).collect();
+        let damaged: Vec<_> = damaged.into_iter().map(|at| (0, Physical(at as u64))).collect();
+        let report = check_built(&built);
+        let finding = report.findings.iter().find(|finding| finding.id == rule.id).unwrap();
+        if *rule == rules::INCOMPLETE {
+            assert!(finding.places.is_empty());
+            continue;
+        }
+        assert_eq!(places(finding), damaged, "{}", text(&report));
+        let Physical(at) = damaged[0].1;
+        let shown = format!("{finding}");
+        assert!(shown.contains(&format!("; on device 0 (ram) byte {at}")), "{shown}");
+    }
+}
+
+#[test]
+fn what_is_in_no_chunk_is_on_no_device() {
+    let lost = report_of(&DAMAGES.iter().find(|d| *d.0 == rules::SPACE_UNMAPPED).unwrap().1);
+    let finding = lost.findings.iter().find(|f| f.id == rules::SPACE_UNMAPPED.id).unwrap();
+    assert!(finding.spot.addr.is_some() && finding.places.is_empty(), "{finding}");
 }
 
 #[test]
