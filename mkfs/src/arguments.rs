@@ -17,7 +17,7 @@ use std::path::PathBuf;
 #[command(name = "mkfs.cairn", version, max_term_width = 100)]
 pub struct Arguments {
     /// Block device or image file
-    #[arg(value_name = "TARGET", required = true)]
+    #[arg(value_name = "TARGET", required_unless_present = "features")]
     pub targets: Vec<PathBuf>,
 
     /// Size of the image file to make or resize, such as 64M or 10G
@@ -67,6 +67,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SIZE", default_value = "16K", value_parser = node_size)]
     pub node_size: u32,
 
+    /// Optional features of the format to use, separated by commas; "list" shows them
+    #[arg(short = 'O', long, value_name = "FEATURE", value_delimiter = ',', value_parser = feature)]
+    pub features: Vec<Feature>,
+
     /// Do not discard the device first
     #[arg(short = 'K', long)]
     pub no_discard: bool,
@@ -112,6 +116,13 @@ pub struct Owner {
     pub uid: u32,
     /// Group.
     pub gid: u32,
+}
+
+/// What -O names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// No feature: show all.
+    List,
 }
 
 /// Checksums of file data.
@@ -194,8 +205,8 @@ fn label(text: &str) -> Result<String, String> {
     }
 }
 
-/// Levels libzstd knows, as far as the format has room for them.
-const LEVELS: std::ops::RangeInclusive<i8> = -100..=22;
+/// The same as `cairn set` and the mount option take: those beyond need memory out of proportion.
+const LEVELS: std::ops::RangeInclusive<i8> = -7..=19;
 
 fn compression(text: &str) -> Result<Compression, String> {
     let (name, level) = match text.split_once(':') {
@@ -207,10 +218,19 @@ fn compression(text: &str) -> Result<Compression, String> {
         ("zstd", None) => Ok(Compression { kind: CompressionKind::Zstd, level: 0 }),
         ("zstd", Some(level)) => {
             let level = level.parse().ok().filter(|level| LEVELS.contains(level));
-            let level = level.ok_or("the level must be from 1 to 22, or negative for speed")?;
+            let level =
+                level.ok_or("the level must be from 1 to 19, or from -7 to -1 for speed")?;
             Ok(Compression { kind: CompressionKind::Zstd, level })
         }
         _ => Err("one of none, zstd, zstd:LEVEL is wanted".into()),
+    }
+}
+
+/// The format has no optional feature yet: every pool of version 1 has all there is.
+fn feature(text: &str) -> Result<Feature, String> {
+    match text {
+        "list" => Ok(Feature::List),
+        _ => Err("there is no such feature; -O list shows those there are".into()),
     }
 }
 
@@ -247,7 +267,7 @@ mod tests {
         assert_eq!(compression("zstd"), zstd(0));
         assert_eq!(compression("zstd:19"), zstd(19));
         assert_eq!(compression("zstd:-5"), zstd(-5));
-        for bad in ["", "lz4", "zstd:", "zstd:23", "zstd:x", "none:3", "zstd:-101", "zstd:999"] {
+        for bad in ["", "lz4", "zstd:", "zstd:20", "zstd:x", "none:3", "zstd:-8", "zstd:999"] {
             assert!(compression(bad).is_err(), "{bad}");
         }
     }

@@ -15,6 +15,7 @@ pub use arguments::Arguments;
 use cairn_host::{host_platform, parse, FixedClock, LogReport, LogTarget, SeededEntropy};
 use clap::{CommandFactory, Parser};
 use fs_core::engine::{format, FormatOptions};
+use fs_core::format::FORMAT_VERSION;
 use fs_core::platform::{DeviceRef, Platform, Timestamp};
 use std::fmt;
 use std::process::ExitCode;
@@ -29,6 +30,10 @@ pub fn command() -> clap::Command {
 /// Runs the command with the arguments of the process.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if arguments.features.contains(&arguments::Feature::List) {
+        println!("Format version {FORMAT_VERSION} has no optional features.");
+        return ExitCode::SUCCESS;
+    }
     match run(&arguments) {
         Ok(summary) => {
             summary.print(&arguments);

@@ -45,6 +45,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
         (&["--profile", "mirror", "x"], "single, dup"),
         (&["-L", &"n".repeat(64), "x"], "more than 63"),
         (&["-q", "-v", "x"], "cannot be used with"),
+        (&["-O", "checksums", "x"], "-O list"),
     ] {
         mkfs().args(arguments).assert().code(2).stderr(contains(said));
     }
@@ -129,6 +130,11 @@ fn a_date_that_is_no_number_is_refused() {
         .assert()
         .code(1)
         .stderr(contains("SOURCE_DATE_EPOCH"));
+}
+
+#[test]
+fn features_are_listed_without_a_target() {
+    mkfs().args(["-O", "list"]).assert().success().stdout(contains("no optional features"));
 }
 
 #[test]
