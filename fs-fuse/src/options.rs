@@ -386,6 +386,35 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_names_options_that_exist_and_all_that_do_something() {
+        let manual = include_str!("../../docs/man/cairn-mount.5");
+        // Names stand in bold; what a value may be, in italics.
+        let bold = manual.split("\\fB").skip(1).map(|rest| rest.split("\\f").next().unwrap());
+        let named: Vec<String> = bold.map(|name| name.replace('\\', "")).collect();
+        for name in &named {
+            let known = match name.as_str() {
+                // Values of `compress`.
+                "off" | "no" | "on" => true,
+                "-s" | "x-*" => true,
+                name => match name.strip_suffix('=') {
+                    None => Options::default().add_flag(name),
+                    // Refusing a value is as good as taking it.
+                    Some(name) => Options::default().add_value(name, "?") != Ok(false),
+                },
+            };
+            assert!(known, "{name} is in the manual only");
+        }
+        let ours = ["compress=", "commit=", "cache=", "threads=", "transport=", "allow_other"];
+        let flags = "ro rw remount noallow_other suid nosuid dev nodev exec noexec atime noatime \
+                     relatime norelatime strictatime nostrictatime diratime nodiratime symfollow \
+                     nosymfollow sync async dirsync lazytime nolazytime context= fscontext= \
+                     defcontext= rootcontext=";
+        for name in ours.into_iter().chain(flags.split_whitespace()) {
+            assert!(named.iter().any(|other| other == name), "{name} is not in the manual");
+        }
+    }
+
+    #[test]
     fn values_are_read() {
         let options =
             parse("compress=zstd:7,commit=30,cache=512M,threads=3,transport=device").unwrap();
