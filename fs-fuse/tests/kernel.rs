@@ -2,8 +2,8 @@
 //! `examples/memory-fuse.rs`.
 //!
 //! Needs root, /dev/fuse and loop devices; elsewhere the tests say so and pass. Those over io_uring
-//! set a parameter of the kernel while they run, so they also need CAIRN_LONG=1. Each test mounts
-//! for itself and unmounts however it ends.
+//! also need the parameter `enable_uring` of the kernel, which `cargo xtask test rings` sets while
+//! they run. Each test mounts for itself and unmounts however it ends.
 //!
 //! The tests run twice: here with requests over /dev/fuse, and in `kernel_rings`, which includes
 //! this file as a module, over io_uring.
@@ -18,7 +18,6 @@ use std::os::unix::fs::{symlink, FileExt, MetadataExt, OpenOptionsExt, Permissio
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Where cargo puts the example beside the test.
@@ -42,16 +41,15 @@ fn can_mount() -> bool {
     if !able {
         eprintln!("skipped: needs root and /dev/fuse");
     }
-    if over_rings() && !Path::new(ENABLE_URING).exists() {
-        eprintln!("skipped: needs FUSE over io_uring");
-        return false;
-    }
-    // The parameter is the whole machine's.
-    if over_rings() && std::env::var_os("CAIRN_LONG").is_none() {
-        eprintln!("skipped: changes a parameter of the kernel; set CAIRN_LONG=1");
+    if over_rings() && !rings_are_offered() {
+        eprintln!("skipped: needs {ENABLE_URING} to be set");
         return false;
     }
     able
+}
+
+fn rings_are_offered() -> bool {
+    fs::read_to_string(ENABLE_URING).is_ok_and(|value| value.trim() != "N")
 }
 
 fn over_rings() -> bool {
@@ -69,44 +67,15 @@ fn transport() -> &'static str {
 /// Parameter of the module `fuse`: whether new connections are offered io_uring.
 const ENABLE_URING: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// Keeps the parameter set while anybody has one of these, and puts it back after.
-struct Rings;
-
-/// How many there are, and what the parameter was before the first.
-static RINGS: Mutex<(usize, String)> = Mutex::new((0, String::new()));
-
-impl Rings {
-    fn enable() -> Rings {
-        let mut rings = RINGS.lock().unwrap();
-        if rings.0 == 0 {
-            rings.1 = fs::read_to_string(ENABLE_URING).unwrap();
-            fs::write(ENABLE_URING, "Y").unwrap();
-        }
-        rings.0 += 1;
-        Rings
-    }
-}
-
-impl Drop for Rings {
-    fn drop(&mut self) {
-        let mut rings = RINGS.lock().unwrap();
-        rings.0 -= 1;
-        if rings.0 == 0 {
-            fs::write(ENABLE_URING, rings.1.trim()).unwrap();
-        }
-    }
-}
-
 /// A directory for one test with a mount in it; both go when it is dropped.
 struct Mount {
     base: PathBuf,
-    _rings: Option<Rings>,
 }
 
 impl Mount {
     /// Nothing mounted yet.
     fn prepared() -> Mount {
-        Mount { base: Mount::directory(), _rings: over_rings().then(Rings::enable) }
+        Mount { base: Mount::directory() }
     }
 
     fn directory() -> PathBuf {
@@ -756,8 +725,7 @@ fn requests_come_the_way_that_was_asked_for() {
 
 #[test]
 fn without_an_offer_of_rings_the_device_is_used() {
-    let is_offered = fs::read_to_string(ENABLE_URING).is_ok_and(|value| value.trim() != "N");
-    if !can_mount() || over_rings() || is_offered {
+    if !can_mount() || over_rings() || rings_are_offered() {
         return;
     }
     let mount = Mount::prepared();

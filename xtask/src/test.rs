@@ -2,8 +2,9 @@
 
 use crate::run::Cmd;
 use crate::steps::{passed, Outcome, Steps};
-use crate::{docs, kmod, need, suites, tidy};
+use crate::{docs, guard, kmod, need, suites, tidy};
 use anyhow::Result;
+use std::path::Path;
 
 /// Options of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -33,6 +34,7 @@ pub fn run(options: &Options) -> Result<()> {
     sources(&mut steps);
     builds(&mut steps);
     units(&mut steps, options.long);
+    steps.step("rings", rings);
     suites::steps(&mut steps, &options.subject, options.long)?;
     steps.step("kmod-smoke", || match kmod::smoke().map_err(anyhow::Error::msg)? {
         kmod::Outcome::Done(what) => Ok(Outcome::Passed(what)),
@@ -92,7 +94,7 @@ fn builds(steps: &mut Steps) {
 
 fn target_is_installed(target: &str) -> bool {
     let libraries = Cmd::new("rustc").args(["--print", "target-libdir", "--target", target]).text();
-    libraries.is_ok_and(|dir| std::path::Path::new(dir.trim()).is_dir())
+    libraries.is_ok_and(|dir| Path::new(dir.trim()).is_dir())
 }
 
 fn units(steps: &mut Steps, long: bool) {
@@ -105,4 +107,20 @@ fn units(steps: &mut Steps, long: bool) {
         cmd.run()?;
         passed()
     });
+}
+
+/// The driver's tests with requests over io_uring, which the kernel offers while a parameter of the
+/// whole machine is set.
+fn rings() -> Result<Outcome> {
+    let parameter = Path::new("/sys/module/fuse/parameters/enable_uring");
+    if let Err(why) = need::can_mount() {
+        return Ok(Outcome::Skipped(format!("{why:#}")));
+    }
+    if !parameter.exists() {
+        return Ok(Outcome::Skipped("this kernel has no FUSE over io_uring".into()));
+    }
+    Cmd::cargo(&["build", "--package", "fs-fuse", "--examples"]).run()?;
+    let _set = guard::setting(parameter, "Y")?;
+    Cmd::cargo(&["test", "--package", "fs-fuse", "--test", "kernel_rings"]).run()?;
+    passed()
 }
