@@ -354,10 +354,11 @@ impl Workers for ThreadWorkers {
             work();
         });
     }
-    fn every(&self, period_ms: u64, mut tick: Box<dyn FnMut() -> bool + Send>) {
+    /// Ticks as often as can be, so that more happens at the same time.
+    fn every(&self, _period_ms: u64, mut tick: Box<dyn FnMut() -> bool + Send>) {
         std::thread::spawn(move || {
             while tick() {
-                std::thread::sleep(core::time::Duration::from_millis(period_ms));
+                std::thread::sleep(core::time::Duration::from_millis(1));
             }
         });
     }

@@ -116,46 +116,6 @@ impl Workers for SerialWorkers {
     }
 }
 
-/// Workers with threads, for tests that look for races. Nothing about them can be repeated.
-pub struct ThreadWorkers {
-    /// How many take part in one `parallel_for`.
-    pub threads: usize,
-}
-
-impl Workers for ThreadWorkers {
-    fn parallelism(&self) -> usize {
-        self.threads
-    }
-
-    fn spawn(&self, job: Job) {
-        std::thread::spawn(job);
-    }
-
-    fn parallel_for(&self, count: usize, each: &(dyn Fn(usize) + Sync)) {
-        let next = AtomicU64::new(0);
-        let work = || loop {
-            let index = next.fetch_add(1, Ordering::SeqCst) as usize;
-            if index >= count {
-                break;
-            }
-            each(index);
-        };
-        std::thread::scope(|scope| {
-            (1..self.threads.min(count)).for_each(|_| drop(scope.spawn(work)));
-            work();
-        });
-    }
-
-    fn every(&self, _period_ms: u64, mut tick: Tick) {
-        // As often as can be: more happens at the same time.
-        std::thread::spawn(move || {
-            while tick() {
-                std::thread::sleep(std::time::Duration::from_millis(1));
-            }
-        });
-    }
-}
-
 /// zstd and crc32c from their crates.
 pub struct CrateCodecs;
 

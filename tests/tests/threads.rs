@@ -6,11 +6,12 @@ use cairn_tests::device::{refs, RamDevice};
 use cairn_tests::drive::seeds;
 use cairn_tests::gen::{Generator, Op, Options};
 use cairn_tests::model::Model;
-use cairn_tests::platform::{Spawn, TestPlatform, ThreadWorkers};
+use cairn_tests::platform::{Spawn, TestPlatform};
 use cairn_tests::run::{compare, describe, is_left_open, Runner};
 use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
 use fs_core::platform::Platform;
+use fs_core::testing::ThreadWorkers;
 use fs_core::vfs::{Caller, Filesystem};
 use std::sync::Arc;
 

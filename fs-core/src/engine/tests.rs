@@ -290,16 +290,24 @@ fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
     let copied = fs.copy_range(source, 0, clone, 0, data.len() as u64).unwrap();
     assert_eq!(copied, data.len() as u64);
     fs.fsync(clone, false).unwrap();
+    assert!(after_power_loss(&device, &test, fs, b"clone") == data, "the clone has other bytes");
+}
+
+/// What a file holds when the power has failed and what is free then has been used again.
+fn after_power_loss(
+    device: &Arc<RamDevice>,
+    test: &TestPlatform,
+    fs: Arc<Volume>,
+    name: &[u8],
+) -> Vec<u8> {
     fs.shutdown();
     drop(fs);
-
-    let fs = mount(&device, &test);
-    let clone = fs.lookup(fs.root(), b"clone").unwrap().ino;
-    // What is free is used again.
+    let fs = mount(device, test);
+    let file = fs.lookup(fs.root(), name).unwrap().ino;
     let other = create(&fs, fs.root(), b"other");
     let _ = fs.write(other, 0, &noise(12 << 20, 6), WriteFlags::default());
     fs.sync().unwrap();
-    assert!(read_all(&fs, clone) == data, "the clone has other bytes");
+    read_all(&fs, file)
 }
 
 #[test]
@@ -310,15 +318,8 @@ fn ranges_moved_within_a_file_keep_their_bytes_when_synced() {
     fs.write(file, 0, &data, WriteFlags::default()).unwrap();
     fs.fallocate(file, Fallocate::CollapseRange, 0, 1 << 20).unwrap();
     fs.fsync(file, false).unwrap();
-    fs.shutdown();
-    drop(fs);
-
-    let fs = mount(&device, &test);
-    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
-    let other = create(&fs, fs.root(), b"other");
-    let _ = fs.write(other, 0, &noise(12 << 20, 8), WriteFlags::default());
-    fs.sync().unwrap();
-    assert!(read_all(&fs, file) == data[1 << 20..], "the file has other bytes");
+    let found = after_power_loss(&device, &test, fs, b"file");
+    assert!(found == data[1 << 20..], "the file has other bytes");
 }
 
 #[test]
