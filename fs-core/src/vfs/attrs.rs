@@ -195,10 +195,7 @@ impl Volume {
         let mut state = inode.state.write();
         check_xattr_change(&state)?;
         let property = Property::of(name);
-        let there = match property {
-            Some(property) => property.get(&state.item).is_some(),
-            None => self.subvol.get_xattr(ino, &state.item, name)?.is_some(),
-        };
+        let there = self.has_xattr(ino, &state.item, name, property)?;
         match (how, there) {
             (XattrMode::Create, true) => return Err(Errno::Exist.into()),
             (XattrMode::Replace, false) => return Err(Errno::NoData.into()),
@@ -220,6 +217,20 @@ impl Volume {
         Ok(())
     }
 
+    /// Whether an inode has the attribute of that name, or the property that the name stands for.
+    fn has_xattr(
+        &self,
+        ino: Ino,
+        item: &InodeItem,
+        name: &[u8],
+        property: Option<Property>,
+    ) -> Result<bool> {
+        match property {
+            Some(property) => Ok(property.get(item).is_some()),
+            None => Ok(self.subvol.get_xattr(ino, item, name)?.is_some()),
+        }
+    }
+
     pub(super) fn do_removexattr(&self, ino: Ino, name: &[u8]) -> Result<()> {
         check_xattr_name(name)?;
         let reservation = self.reserve(0, 6, Class::Delete)?;
@@ -227,10 +238,7 @@ impl Volume {
         let mut state = inode.state.write();
         check_xattr_change(&state)?;
         let property = Property::of(name);
-        let there = match property {
-            Some(property) => property.get(&state.item).is_some(),
-            None => self.subvol.get_xattr(ino, &state.item, name)?.is_some(),
-        };
+        let there = self.has_xattr(ino, &state.item, name, property)?;
         if !there {
             return Err(Errno::NoData.into());
         }
