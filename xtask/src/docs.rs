@@ -146,6 +146,7 @@ fn sentence(doc: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::Cmd;
 
     #[test]
     fn the_document_in_the_checkout_is_up_to_date() {
@@ -162,5 +163,27 @@ mod tests {
     #[test]
     fn a_table_of_nothing_is_an_error() {
         assert!(fill("<!-- table: Nothing -->\n<!-- end -->\n").is_err());
+    }
+
+    /// A test that has been renamed or is gone protects nobody.
+    #[test]
+    fn every_test_that_the_hazards_name_exists() {
+        let text = fs::read_to_string(checkout::root().join("docs/hazards.md")).unwrap();
+        let list = Cmd::new("git").args(["grep", "-hoE", "fn [a-z0-9_]+\\(", "--", "*.rs"]);
+        let functions = list.dir(checkout::root()).text().unwrap();
+        let steps = fs::read_to_string(checkout::root().join("docs/testing.md")).unwrap();
+        let mut tests = 0;
+        for name in text.split('`').skip(1).step_by(2) {
+            let is_test = name.matches('_').count() >= 3 && !name.contains(' ');
+            let exists = functions.lines().any(|line| line == format!("fn {name}("));
+            assert!(!is_test || exists, "there is no test {name}");
+            tests += usize::from(is_test);
+        }
+        assert!(tests > 30, "{tests} tests");
+        for line in text.lines().filter(|line| line.starts_with('|')) {
+            for name in line.split("step").skip(1).flat_map(|rest| rest.split('`').nth(1)) {
+                assert!(steps.contains(&format!("`{name}`")), "there is no step {name}");
+            }
+        }
     }
 }
