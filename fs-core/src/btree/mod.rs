@@ -1,11 +1,12 @@
 //! The tree: sorted items, immutable nodes, batches.
 //!
 //! One B+tree serves everything that is looked up. A [`Tree`] is a root pointer; it never changes.
-//! There are three things to do with it:
+//! There are four things to do with it:
 //!
 //! - *look up* one item, or move a [`Cursor`] over a range;
 //! - *apply* a sorted batch of edits, which gives another tree that shares every node the batch
 //!   did not touch (`apply.rs` tells how);
+//! - *compare* it with another state of itself, at the cost of what differs (`diff.rs`);
 //! - *walk* all its nodes, for the checker.
 //!
 //! ```text
@@ -32,6 +33,7 @@ mod bound;
 pub mod cache;
 pub mod check;
 mod cursor;
+mod diff;
 mod node;
 mod pack;
 mod walk;
@@ -41,6 +43,7 @@ mod tests;
 
 pub use cache::NodeCache;
 pub use cursor::Cursor;
+pub use diff::{Difference, Differences};
 pub use node::{Node, Value};
 pub use walk::{Visit, Walk};
 

@@ -68,6 +68,17 @@ impl Store {
         after
     }
 
+    /// Goes back to `tree`, which this store has had before: the next batch is applied to it.
+    fn go_back(&self, tree: &Tree) {
+        let mut live = BTreeSet::new();
+        tree.walk(self, &mut |visit| {
+            live.insert(visit.ptr.addr);
+            Ok(Walk::Down)
+        })
+        .unwrap();
+        self.blocks.lock().live = live;
+    }
+
     /// Exactly the nodes of `tree` are allocated and not freed.
     fn verify(&self, tree: &Tree) {
         let mut reachable = BTreeSet::new();
@@ -758,4 +769,141 @@ mod caching {
             prop_assert_eq!((cache.stats().bytes, cache.stats().nodes), (0, 0));
         }
     }
+}
+
+/// What `Differences` finds, checked for its order.
+fn differences(store: &Store, old: &Tree, new: &Tree, from: Key) -> Vec<FoundDifference> {
+    let mut found: Vec<FoundDifference> = Vec::new();
+    let mut differences = old.differences(new, from);
+    while let Some(Difference { key, old, new }) = differences.next(store).unwrap() {
+        assert!(found.last().is_none_or(|last| last.0 < key), "{key:?} out of order");
+        found.push((key, old.map(|value| value.to_vec()), new.map(|value| value.to_vec())));
+    }
+    assert!(differences.next(store).unwrap().is_none(), "the end is the end");
+    found
+}
+
+type FoundDifference = (Key, Option<Vec<u8>>, Option<Vec<u8>>);
+
+/// The same of two maps.
+fn differences_of_maps(
+    old: &BTreeMap<Key, Vec<u8>>,
+    new: &BTreeMap<Key, Vec<u8>>,
+    from: Key,
+) -> Vec<FoundDifference> {
+    let keys: BTreeSet<Key> = old.range(from..).chain(new.range(from..)).map(|i| *i.0).collect();
+    let both = keys.into_iter().map(|key| (key, old.get(&key).cloned(), new.get(&key).cloned()));
+    both.filter(|(_, old, new)| old != new).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn two_trees_differ_where_their_maps_do(
+        node_bytes in prop_oneof![Just(16384usize), Just(65536)],
+        steps in proptest::collection::vec(step(), 1..8),
+        froms in proptest::collection::vec(0..6500u64, 4),
+    ) {
+        let store = Store::new(node_bytes);
+        let mut states = alloc::vec![(Tree::empty(TREE), BTreeMap::new())];
+        for (seed, step) in steps.iter().enumerate() {
+            let (tree, mut map) = states.last().unwrap().clone();
+            let edits = edits_of(step, &map, seed as u64);
+            for (key, edit) in &edits {
+                match edit {
+                    Edit::Put(value) => map.insert(*key, value.clone()),
+                    Edit::Delete => map.remove(key),
+                };
+            }
+            states.push((store.apply(&tree, &edits), map));
+        }
+        for (old_tree, old_map) in &states {
+            for (new_tree, new_map) in &states {
+                for from in core::iter::once(Key::MIN).chain(froms.iter().map(|n| key(*n))) {
+                    let found = differences(&store, old_tree, new_tree, from);
+                    prop_assert!(found == differences_of_maps(old_map, new_map, from));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn comparing_reads_only_what_differs() {
+    let store = Store::new(16384);
+    let tree = store.apply(&Tree::empty(TREE), &puts(0..60_000, 60));
+    let height = u64::from(tree.root.unwrap().level) + 1;
+    let changed = |numbers: &[u64]| {
+        let edits: Vec<_> = numbers.iter().map(|n| (key(*n), Edit::Put(value(1, 60)))).collect();
+        store.go_back(&tree);
+        store.apply(&tree, &edits)
+    };
+    let loads = |new: &Tree, from| {
+        store.blocks.lock().calls_left = Some(1_000_000);
+        let found = differences(&store, &tree, new, from);
+        let left = store.blocks.lock().calls_left.take().unwrap();
+        (found.len(), 1_000_000 - left as u64)
+    };
+    assert_eq!(loads(&tree.clone(), Key::MIN), (0, 0), "equal roots");
+    let one = changed(&[30_000]);
+    assert_eq!(loads(&one, Key::MIN), (1, 2 * height));
+    assert_eq!(loads(&one, key(29_999)), (1, 2 * height), "from just before it");
+    let (found, count) = loads(&one, key(30_001));
+    assert!(found == 0 && count <= 2 * height);
+    let three = changed(&[3, 30_000, 59_000]);
+    let (found, count) = loads(&three, Key::MIN);
+    assert!(found == 3 && count <= 3 * 2 * height, "{count} loads");
+}
+
+#[test]
+fn a_tree_that_has_grown_by_a_level_still_shares_its_leaves() {
+    let store = Store::new(16384);
+    let small = store.apply(&Tree::empty(TREE), &puts(0..20_000, 60));
+    let census = check(&small, &store).unwrap();
+    let grown = store.apply(&small, &puts(20_000..60_000, 60));
+    assert!(grown.root.unwrap().level > small.root.unwrap().level);
+    let added = check(&grown, &store).unwrap().nodes[0] - census.nodes[0];
+    for (old, new) in [(&small, &grown), (&grown, &small)] {
+        store.blocks.lock().calls_left = Some(1_000_000);
+        assert_eq!(differences(&store, old, new, Key::MIN).len(), 40_000);
+        let count = 1_000_000 - store.blocks.lock().calls_left.take().unwrap() as u64;
+        assert!(count < added + added / 8 + 8, "{count} loads for {added} leaves more");
+    }
+}
+
+#[test]
+fn a_comparison_goes_on_after_any_load_failed() {
+    let store = Store::new(16384);
+    let old = store.apply(&Tree::empty(TREE), &puts(0..3000, 300));
+    let edits: Vec<_> = (0..3000).step_by(700).map(|n| (key(n), Edit::Delete)).collect();
+    let new = store.apply(&store.apply(&old, &edits), &puts(3000..3300, 300));
+    let whole = differences(&store, &old, &new, Key::MIN);
+    let mut found = Vec::new();
+    let mut comparison = old.differences(&new, Key::MIN);
+    let mut failures = 0;
+    // Every load fails once.
+    loop {
+        store.blocks.lock().calls_left = Some(0);
+        let first = comparison.next(&store);
+        store.blocks.lock().calls_left = Some(1);
+        let next = match first {
+            Err(_) => {
+                failures += 1;
+                match comparison.next(&store) {
+                    Err(_) => continue,
+                    next => next.unwrap(),
+                }
+            }
+            first => first.unwrap(),
+        };
+        match next {
+            Some(Difference { key, old, new }) => {
+                found.push((key, old.map(|v| v.to_vec()), new.map(|v| v.to_vec())));
+            }
+            None => break,
+        }
+    }
+    assert!(failures > 10, "{failures} failures");
+    assert!(found == whole);
 }
