@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | `vfs` | one method per operation |
 //! | `check` | the checker |
+//! | `stream` | comparing states of a subvolume; the identity of its content |
 //! | `engine` | open, commit, replay, close |
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
@@ -40,6 +41,7 @@ pub mod intent;
 pub mod platform;
 pub mod pool;
 pub mod space;
+pub mod stream;
 pub mod subvol;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]
