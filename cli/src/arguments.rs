@@ -29,6 +29,8 @@ pub(crate) enum Command {
     Get(Get),
     /// Choose how new data of files is stored
     Set(Set),
+    /// Name the content of a pool that is not mounted: equal where the same is stored, however
+    Id(InSubvol),
     /// Look at what is stored on a pool that is not mounted
     #[command(subcommand)]
     Inspect(Inspect),

@@ -14,6 +14,7 @@
 mod arguments;
 mod df;
 mod documents;
+mod id;
 mod info;
 mod inspect;
 mod output;
@@ -86,6 +87,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
+        Command::Id(of) => id::run(&of),
         Command::Inspect(command) => inspect::run(&command),
         Command::Completions { shell } => documents::print_completions(shell),
         Command::Man { directory } => documents::run_manual(&directory),

@@ -33,13 +33,17 @@ fn content() -> &'static [u8] {
     })
 }
 
-fn fill(image: &Image) {
+fn open(image: &Image) -> Arc<Volume> {
     let options = OpenOptions::new(Access::ReadWrite);
     let device = FileDevice::open(&image.path(), options, &Wait::none()).unwrap();
     let devices = vec![Arc::new(device) as DeviceRef];
     let platform = cairn_host::host_platform();
     let options = engine::OpenOptions::default();
-    let volume = Volume::open(devices, platform, &options, AccessTime::Never).unwrap();
+    Volume::open(devices, platform, &options, AccessTime::Never).unwrap()
+}
+
+fn fill(image: &Image) {
+    let volume = open(image);
     let caller = Caller { uid: 0, gid: 0, umask: 0 };
     let dir = volume.mkdir(volume.root(), b"dir", mode::DIRECTORY | 0o755, &caller).unwrap().ino;
     let make = |name: &[u8]| -> Ino {
@@ -200,9 +204,54 @@ fn superblocks_are_shown_although_one_area_is_damaged() {
 }
 
 #[test]
+fn an_id_names_the_content_and_follows_its_changes() {
+    let (image, copy) = (Image::of_pool(), Image::of_pool());
+    let id = image.json(&["id"], &[], 0);
+    assert_eq!(id["identity"], copy.json(&["id"], &[], 0)["identity"]);
+    assert_eq!(id["inodes"], 4, "{id:#}");
+    assert_eq!(id["complete"], true);
+    let hex = id["identity"].as_str().unwrap();
+    assert_eq!(hex.len(), 64);
+    let line = format!("{hex}  {}\n", image.path().display());
+    cairn().arg("id").arg(image.path()).assert().success().stdout(line).stderr("");
+
+    let volume = open(&copy);
+    let dir = volume.lookup(volume.root(), b"dir").unwrap().ino;
+    let text = volume.lookup(dir, b"text").unwrap().ino;
+    volume.write(text, 100_000, b"y", WriteFlags::default()).unwrap();
+    volume.close().unwrap();
+    drop(volume);
+    assert_ne!(copy.json(&["id"], &[], 0)["identity"], id["identity"]);
+}
+
+#[test]
+fn an_id_of_what_was_not_unmounted_says_that_the_log_is_not_counted() {
+    let image = Image::of_pool();
+    let volume = open(&image);
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    volume.mkdir(volume.root(), b"new", mode::DIRECTORY | 0o755, &caller).unwrap();
+    volume.sync().unwrap();
+    volume.shutdown();
+    drop(volume);
+    assert_eq!(image.json(&["id"], &[], 4)["complete"], false);
+    cairn().arg("id").arg(image.path()).assert().code(4).stderr(contains("was not unmounted"));
+}
+
+#[test]
+fn an_id_of_damaged_data_is_refused() {
+    let image = Image::of_pool();
+    let noise = image.json(&["inspect", "file"], &["/dir/noise"], 0);
+    let place = noise["extents"][0]["places"][0].as_str().unwrap().to_string();
+    image.damage(place.rsplit_once('@').unwrap().1.parse().unwrap(), 100);
+    let damaged = contains("do not match their checksum");
+    cairn().arg("id").arg(image.path()).assert().code(1).stdout("").stderr(damaged);
+}
+
+#[test]
 fn looking_changes_nothing() {
     let image = Image::of_pool();
-    for words in [&["info"][..], &["df"], &["inspect", "tree"], &["inspect", "superblock"]] {
+    for words in [&["info"][..], &["df"], &["id"], &["inspect", "tree"], &["inspect", "superblock"]]
+    {
         cairn().args(words).arg(image.path()).assert().success();
     }
     assert!(fs::read(image.path()).unwrap() == content());
