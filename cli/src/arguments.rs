@@ -109,12 +109,13 @@ pub(crate) struct Set {
     #[arg(value_name = "PROPERTY=VALUE", value_parser = parse_assignment)]
     pub(crate) assignment: (Property, String),
     /// Files and directories of mounted pools; what is made in a directory takes over its
-    /// properties
+    /// properties. Further PROPERTY=VALUE may come before them; write ./NAME for a path that looks
+    /// like one
     #[arg(value_name = "PATH", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }
 
-fn parse_assignment(text: &str) -> Result<(Property, String), String> {
+pub(crate) fn parse_assignment(text: &str) -> Result<(Property, String), String> {
     let (name, value) = text.split_once('=').ok_or("expected PROPERTY=VALUE")?;
     let property = Property::from_str(name, false)
         .map_err(|_| format!("{name:?} is no property; there are compression and checksum"))?;

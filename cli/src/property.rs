@@ -3,11 +3,11 @@
 //! Properties are extended attributes of files and directories; what is made in a directory takes
 //! over the directory's.
 
-use crate::arguments::{Get, Property, Set};
+use crate::arguments::{parse_assignment, Get, Property, Set};
 use crate::{output, Done, Failure};
 use rustix::fs::{getxattr, removexattr, setxattr, XattrFlags};
 use rustix::io::Errno;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Longest value of a property.
 const VALUE_BYTES_MAX: usize = 64;
@@ -53,9 +53,16 @@ pub(crate) fn get(arguments: &Get) -> Result<Done, Failure> {
 }
 
 pub(crate) fn set(arguments: &Set) -> Result<Done, Failure> {
-    let (property, value) = &arguments.assignment;
-    for path in &arguments.paths {
-        write(path, *property, value)?;
+    let assignment = |word: &PathBuf| parse_assignment(word.to_str()?).ok();
+    let more: Vec<_> = arguments.paths.iter().map_while(assignment).collect();
+    let paths = &arguments.paths[more.len()..];
+    if paths.is_empty() {
+        return Err(Failure::new("cairn set needs a path behind PROPERTY=VALUE"));
+    }
+    for path in paths {
+        for (property, value) in core::iter::once(&arguments.assignment).chain(&more) {
+            write(path, *property, value)?;
+        }
     }
     Ok(Done::Whole)
 }

@@ -293,3 +293,13 @@ fn manuals_and_completions_cover_every_command() {
         cairn().args(["completions", shell]).assert().success().stdout(all);
     }
 }
+
+#[test]
+fn properties_come_before_paths_and_one_path_is_needed() {
+    let run = |words: &[&str]| cairn().arg("set").args(words).assert().failure();
+    run(&["compression=zstd", "checksum=blake3"]).stderr(contains("needs a path"));
+    // The path is what is at fault here, not the second property.
+    let words = ["compression=zstd", "checksum=blake3", "/proc/version"];
+    run(&words).stderr(contains("/proc/version"));
+    run(&["compression=zstd", "./checksum=blake3"]).stderr(contains("./checksum=blake3"));
+}

@@ -197,7 +197,16 @@ impl Options {
     }
 
     fn add_value(&mut self, name: &str, value: &str) -> Result<bool, BadOption> {
-        let bad = || BadOption(format!("mount option '{name}' cannot be '{value}'"));
+        let bad = || {
+            let allowed = match name {
+                "compress" => "none, zstd or zstd:LEVEL (-7 to 19)",
+                "commit" => "1 to 3600 seconds",
+                "cache" => "a size such as 256M",
+                "threads" => "1 to 256",
+                _ => "auto, device or uring",
+            };
+            BadOption(format!("mount option '{name}' cannot be '{value}': it takes {allowed}"))
+        };
         match name {
             "compress" => self.compression = Some(parse_compression(value).ok_or_else(bad)?),
             "commit" => {
