@@ -218,7 +218,10 @@ impl Engine {
             self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
         for _ in 0..3 {
-            self.store.space.set_metadata_cap(self.metadata_bound(metadata));
+            // With the operation's own bytes: a cap that rises when they have become dirty memory
+            // would make more of promises that were let in under a lower one.
+            let more = metadata.saturating_add(data.saturating_mul(3));
+            self.store.space.set_metadata_cap(self.metadata_bound(more));
             match self.store.space.reserve(data, metadata, class) {
                 Err(Error::NoSpace) => {}
                 other => return other,
@@ -238,7 +241,7 @@ impl Engine {
         let existing = self.metadata_used.load(Ordering::Relaxed);
         let added = self.store.dirty.bytes().saturating_mul(3);
         let roots = ROOT_NODES * self.store.node_bytes as u64;
-        existing.saturating_mul(2).saturating_add(added).saturating_add(roots + more)
+        existing.saturating_mul(2).saturating_add(added).saturating_add(roots).saturating_add(more)
     }
 
     /// Keeps an operation's reservation until the group it entered is published.
