@@ -71,7 +71,9 @@ impl View {
             TreeId::DEAD => self.superblock.dead_root,
             subvol => {
                 let item = self.subvol(subvol)?;
-                item.root(self.superblock.txg).map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?
+                let root = item.root(self.superblock.txg);
+                let root = root.map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?;
+                return Ok(Tree { id: item.lineage(subvol), root });
             }
         };
         Ok(Tree { id, root })

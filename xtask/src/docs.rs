@@ -6,7 +6,8 @@
 use crate::{checkout, need, pages};
 use anyhow::{bail, Context, Result};
 use fs_core::format::{
-    chunk, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr, FieldDoc,
+    chunk, dead, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr,
+    FieldDoc,
 };
 use std::fmt::Write as _;
 use std::fs;
@@ -39,8 +40,11 @@ const STRUCTURES: &[Structure] = structures![
     node::ItemHead,
     chunk::ChunkHeader,
     chunk::StripeItem,
+    dead::DeadHeader,
+    dead::DeadEntry,
     chunk::DeviceItem,
     pool::SubvolItem,
+    pool::BookmarkItem,
     inode::InodeItem,
     inode::LinkItem,
     dir::EntryHeader,

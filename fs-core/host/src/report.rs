@@ -63,9 +63,10 @@ fn severity(incident: &Incident) -> u8 {
     match incident {
         Incident::Replayed { .. } => NOTICE,
         Incident::Healed { .. } => WARNING,
-        Incident::Lost { .. } | Incident::FileDamaged { .. } | Incident::WentReadOnly { .. } => {
-            ERROR
-        }
+        Incident::Lost { .. }
+        | Incident::FileDamaged { .. }
+        | Incident::WentReadOnly { .. }
+        | Incident::DeletionStopped { .. } => ERROR,
     }
 }
 
