@@ -65,6 +65,7 @@ fn severity(incident: &Incident) -> u8 {
         Incident::Healed { .. } => WARNING,
         Incident::Lost { .. }
         | Incident::FileDamaged { .. }
+        | Incident::DeviceFailed { .. }
         | Incident::WentReadOnly { .. }
         | Incident::DeletionStopped { .. } => ERROR,
     }
