@@ -349,10 +349,6 @@ fn entry_met(
     list: u64,
     entry: &DeadRef,
 ) -> Result<()> {
-    if family.broken {
-        // Who goes on from whom cannot be followed: it may lead round in a circle.
-        return Ok(());
-    }
     let Some(owner) = family.owners.get(&list).copied() else {
         let spot = Spot::object(TreeId::DEAD, list);
         checker.findings.add(&rules::DEAD_LIST, spot, "it belongs to nobody");

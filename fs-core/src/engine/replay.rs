@@ -22,6 +22,7 @@ use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
 use crate::intent;
+use crate::pool::RunWrite;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::{anchor, Content};
 use crate::subvol::store::Result;
@@ -378,8 +379,12 @@ impl Proof<'_> {
         }
         let Some(bytes) = good else { return Ok(is_unreadable) };
         if is_bad && !pool.read_only() {
-            // The power failed before it had reached every copy.
-            pool.complete_copies(run, &bytes)?;
+            // The power failed before it had reached every copy. To write over the good one what
+            // it holds does no harm.
+            pool.write(alloc::vec![RunWrite {
+                addr: run.addr,
+                bufs: alloc::vec![bytes.into_slice()]
+            }])?;
         }
         Ok(true)
     }

@@ -4,7 +4,6 @@
 //! `(list, DEAD, birth << 20 | part)`; part 0 begins with a [`DeadHeader`] that sums them up, so
 //! that a range of births is summed up by reading one item for each.
 
-use super::chunk::CHUNK_BYTES_MAX;
 use super::key::{kind, Key};
 use super::space::Run;
 use super::{rule, BadBytes, DiskField};
@@ -102,8 +101,7 @@ impl Part {
             let run = Run { addr: Logical(raw.addr), bytes: raw.bytes_and_node & !1 };
             rule(raw.addr % SECTOR_BYTES == 0, "dead list entry at an unaligned address")?;
             rule(
-                (SECTOR_BYTES..=CHUNK_BYTES_MAX).contains(&run.bytes)
-                    && run.bytes % SECTOR_BYTES == 0,
+                run.bytes > 0 && run.bytes % SECTOR_BYTES == 0,
                 "dead list entry of a bad length",
             )?;
             rule(run.addr.checked_add(run.bytes).is_some(), "dead list entry out of range")?;

@@ -165,8 +165,6 @@ impl Label {
             self.reserved0 == [0; 6] && self.reserved1 == [0; 6] && self.reserved.is_zero(),
             "reserved field of a label is not zero",
         )?;
-        // It counts failures and changes of devices.
-        rule(self.epoch < u64::MAX / 2, "label of an impossible epoch")?;
         rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")
     }
 

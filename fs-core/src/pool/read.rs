@@ -240,8 +240,6 @@ impl Pool {
             let copy = (turn + step) % copies;
             let member = self.member(piece.segment(copy).device);
             let rank = match member.standing() {
-                // One device has both copies; they go in turn, whatever it has to do meanwhile.
-                Standing::Complete if piece.profile() == Profile::Dup => 0,
                 Standing::Complete if member.seems_gone() => u64::MAX - 1,
                 Standing::Complete => member.reading_bytes() >> LOAD_SHIFT,
                 Standing::Behind if verified => u64::MAX,
@@ -464,39 +462,6 @@ impl Pool {
                 rewritten,
             });
         }
-    }
-
-    /// Makes every copy of a run hold `content`, which one of them is known to hold. Writes over
-    /// the others alone, so that power may fail meanwhile. A second copy on one device that cannot
-    /// be written is left as it is.
-    ///
-    /// # Errors
-    /// [`Error::Unmapped`], [`Error::Memory`], [`Error::ReadOnly`]; [`Error::Device`] when a device
-    /// refuses and the pool cannot go on without it.
-    pub fn complete_copies(&self, run: Run, content: &[u8]) -> Result<()> {
-        self.check_writable()?;
-        let place = self.locate(run)?;
-        let (mut failed, mut start) = (Vec::new(), 0);
-        for piece in place.pieces() {
-            let part = &content[start..start + piece.bytes as usize];
-            start += part.len();
-            for copy in 0..piece.copies() {
-                let device = piece.segment(copy).device;
-                if !self.member(device).is_there() {
-                    continue;
-                }
-                match self.read_copy(&piece, copy) {
-                    Ok(found) if found.get(..part.len()) == Some(part) => continue,
-                    Err(Error::Memory) => return Err(Error::Memory),
-                    _ => {}
-                }
-                match self.rewrite(&piece, copy, part) {
-                    Err(error) if piece.profile() != Profile::Dup => failed.push((device, error)),
-                    _ => {}
-                }
-            }
-        }
-        self.leave_behind(failed)
     }
 
     fn rewrite(&self, piece: &Place, copy: usize, content: &[u8]) -> Result<()> {
@@ -732,10 +697,7 @@ impl<'a> Mosaic<'a> {
             let content = &buf[start..start + copies[*index].piece.bytes as usize];
             // What follows the content on disk is not vouched for.
             let covered = self.seal.stored.saturating_sub(start).min(content.len());
-            // Without a checksum nobody knows which of two readable copies is right.
-            let is_vouched = self.seal.kind != ChecksumKind::None;
-            let good =
-                |bytes: &[u8]| !is_vouched || bytes.get(..covered) == Some(&content[..covered]);
+            let good = |bytes: &[u8]| bytes.get(..covered) == Some(&content[..covered]);
             for got in copies {
                 match &got.result {
                     Ok(bytes) if good(bytes) => continue,
