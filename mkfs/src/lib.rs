@@ -32,8 +32,8 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.features.contains(&arguments::Feature::List) {
         println!(
-            "Format version {FORMAT_VERSION} has no optional features: what a pool needs is \
-             turned on when it is first used."
+            "Format version {FORMAT_VERSION} has no optional features: what a pool needs is turned on \
+             when it is first used."
         );
         return ExitCode::SUCCESS;
     }

@@ -290,8 +290,8 @@ impl Pool {
         });
     }
 
-    /// Reads a copy of every run, all of them together; with each goes whether a checksum vouches
-    /// for it.
+    /// Reads a copy of every run, all of them together; with each goes whether a checksum vouches for
+    /// it.
     fn read_first_copies(
         &self,
         map: &ChunkMap,
