@@ -113,13 +113,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
 
 fn cannot_open(error: &fs_core::error::Error) -> bool {
     use fs_core::error::Error;
-    matches!(
-        error,
-        Error::NoSuperblock
-            | Error::Truncated { .. }
-            | Error::MissingDevices { .. }
-            | Error::Split { .. }
-    )
+    matches!(error, Error::NoSuperblock | Error::Truncated { .. } | Error::MissingDevice { .. })
 }
 
 fn fail(sentence: &str) -> u8 {

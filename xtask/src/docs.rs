@@ -34,7 +34,6 @@ macro_rules! structures {
 /// Every structure that reaches a disk.
 const STRUCTURES: &[Structure] = structures![
     label::Label,
-    label::LabelMember,
     superblock::SuperblockRaw,
     ptr::BlockPtrRaw,
     node::NodeHeader,

@@ -65,7 +65,6 @@ fn severity(incident: &Incident) -> u8 {
         Incident::Healed { .. } => WARNING,
         Incident::Lost { .. }
         | Incident::FileDamaged { .. }
-        | Incident::DeviceFailed { .. }
         | Incident::WentReadOnly { .. }
         | Incident::DeletionStopped { .. } => ERROR,
     }

@@ -67,9 +67,6 @@ mod advice {
     pub const MOUNT: &str =
         "Nothing is lost: the other copy serves. Mounting the pool for writing \
         writes the damaged one anew. If it comes back, replace the device.";
-    pub const DEVICE: &str =
-        "Nothing is lost, but less may fail now. Connect the device that is missing; \
-         what one that was away lacks is written anew where it is read.";
     pub const COUNTS: &str =
         "Files are not affected; what df and quotas say may be wrong. Copy the \
         files to a new pool when it suits you.";
@@ -111,9 +108,6 @@ pub mod rules {
             "a copy of the newest superblock is damaged" MOUNT;
         SUPERBLOCK_USAGE "W-SUPERBLOCK-USAGE" Warning
             "the superblock counts other space than is in use" COUNTS;
-        DEVICE_MISSING "W-DEVICE-MISSING" Warning "a device of the pool is missing" DEVICE;
-        DEVICE_BEHIND "W-DEVICE-BEHIND" Warning
-            "a device has missed writes and holds fewer copies than it should" DEVICE;
         // Blocks.
         BLOCK "E-BLOCK" Loss "a metadata block cannot be had from any copy" BLOCK;
         BLOCK_COPY "W-BLOCK-COPY" Warning

@@ -171,7 +171,7 @@ pub fn check(
     options: &CheckOptions,
     progress: &dyn CheckProgress,
 ) -> Result<CheckReport> {
-    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg, degraded: true };
+    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg };
     let (pool, superblock) = Pool::open(devices, platform, &pool_options)?;
     let mut findings = Findings::default();
     labels::check(&pool, &superblock, &mut findings);

@@ -39,8 +39,6 @@ pub struct OpenOptions {
     pub ignore_log: bool,
     /// Open the pool as of this group. Only with `read_only`.
     pub max_txg: Option<Txg>,
-    /// Open the pool without devices that are missing, if the others have a copy of everything.
-    pub degraded: bool,
     /// Bytes of tree nodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
@@ -57,7 +55,6 @@ impl Default for OpenOptions {
             read_only: false,
             ignore_log: false,
             max_txg: None,
-            degraded: false,
             cache_bytes: 128 << 20,
             dirty_bytes: 256 << 20,
             commit_seconds: 5,
@@ -81,8 +78,7 @@ pub fn open(
     if options.max_txg.is_some() && !options.read_only {
         return Err(Error::Argument { what: "an older group can only be opened read-only" });
     }
-    let OpenOptions { read_only, max_txg, degraded, .. } = *options;
-    let pool_options = PoolOptions { read_only, max_txg, degraded };
+    let pool_options = PoolOptions { read_only: options.read_only, max_txg: options.max_txg };
     let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
     let unknown = superblock.unknown_ro_compat();
     if unknown != 0 && !options.read_only {
@@ -103,7 +99,6 @@ pub fn open(
         commit_seconds: options.commit_seconds,
         read_only: options.read_only,
     })?;
-    engine.store.pool.begin(&superblock)?;
     engine.load_pool_tree(options)?;
     if let (Some(start), false) = (&superblock.log, options.ignore_log) {
         let applied = engine.replay(start)?;

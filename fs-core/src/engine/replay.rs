@@ -22,7 +22,6 @@ use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
 use crate::intent;
-use crate::pool::RunWrite;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::{anchor, Content};
 use crate::subvol::store::Result;
@@ -358,8 +357,8 @@ impl Proof<'_> {
         }
     }
 
-    /// Whether a copy of a run is good; the others are made so. One that cannot be read may be
-    /// good: then reading it fails later, which says more than to forget that it was written.
+    /// Whether a copy of a run is good. One that cannot be read may be: then reading it fails
+    /// later, which says more than to forget that it was written.
     fn any_copy(&self, run: Run, is_good: &dyn Fn(&[u8]) -> bool) -> Result<bool> {
         let pool = &self.engine.store.pool;
         let copies = match pool.map(run.addr, run.bytes) {
@@ -368,24 +367,15 @@ impl Proof<'_> {
             Err(Error::Unmapped { .. }) => return Ok(false),
             Err(error) => return Err(error),
         };
-        let (mut good, mut is_bad, mut is_unreadable) = (None, false, false);
+        let mut is_unreadable = false;
         for copy in 0..copies {
             match pool.read_run(run, copy) {
-                Ok(bytes) if is_good(&bytes) => good = Some(bytes),
-                Ok(_) => is_bad = true,
+                Ok(bytes) if is_good(&bytes) => return Ok(true),
+                Ok(_) => {}
                 Err(Error::Device { .. }) => is_unreadable = true,
                 Err(error) => return Err(error),
             }
         }
-        let Some(bytes) = good else { return Ok(is_unreadable) };
-        if is_bad && !pool.read_only() {
-            // The power failed before it had reached every copy. To write over the good one what
-            // it holds does no harm.
-            pool.write(alloc::vec![RunWrite {
-                addr: run.addr,
-                bufs: alloc::vec![bytes.into_slice()]
-            }])?;
-        }
-        Ok(true)
+        Ok(is_unreadable)
     }
 }

@@ -211,11 +211,9 @@ pub const FORMAT_VERSION: u32 = 1;
 pub mod features {
     /// Incompat: the pool has, or had, more than one subvolume, or snapshots. Set when the first is
     /// made.
-    pub const VERSIONS: u64 = 1 << 0;
-    /// Incompat: the pool has several devices, or had when it was made.
-    pub const DEVICES: u64 = 1 << 1;
+    pub const VERSIONS: u64 = 1;
     /// Bits that forbid opening when unknown.
-    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES;
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

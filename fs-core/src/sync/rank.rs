@@ -37,8 +37,6 @@ pub enum Rank {
     Space,
     /// One repair at a time.
     Heal,
-    /// Changing which devices are complete.
-    Standing,
     /// Room on devices.
     Ledger,
     /// What is replaced or copied whole, and nothing is taken under.
