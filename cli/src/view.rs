@@ -71,9 +71,7 @@ impl View {
             TreeId::DEAD => self.superblock.dead_root,
             subvol => {
                 let item = self.subvol(subvol)?;
-                let root = item.root(self.superblock.txg);
-                let root = root.map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?;
-                return Ok(Tree { id: item.lineage(subvol), root });
+                item.root(self.superblock.txg).map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?
             }
         };
         Ok(Tree { id, root })

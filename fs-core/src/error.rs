@@ -292,13 +292,6 @@ pub enum Incident {
         /// The error below.
         error: Error,
     },
-    /// Something that was deleted cannot be taken apart.
-    DeletionStopped {
-        /// The subvolume or snapshot that was deleted.
-        tree: TreeId,
-        /// What could not be read.
-        error: Error,
-    },
     /// The pool stopped accepting changes.
     WentReadOnly {
         /// The group that could not be published.
@@ -329,11 +322,6 @@ impl fmt::Display for Incident {
                 f,
                 "file {path} (inode {ino}, subvolume {tree}) cannot be read at byte \
                  {offset}: {error}"
-            ),
-            Incident::DeletionStopped { tree, error } => write!(
-                f,
-                "what only the deleted subvolume or snapshot {tree} held cannot be freed now: \
-                 {error}; it is tried again when the pool is opened next"
             ),
             Incident::WentReadOnly { txg, error } => write!(
                 f,

@@ -33,4 +33,3 @@ pub mod rng;
 pub mod run;
 pub mod subject;
 pub mod tree;
-pub mod versions;

@@ -6,8 +6,7 @@
 use crate::{checkout, need, pages};
 use anyhow::{bail, Context, Result};
 use fs_core::format::{
-    chunk, dead, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr,
-    FieldDoc,
+    chunk, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr, FieldDoc,
 };
 use std::fmt::Write as _;
 use std::fs;
@@ -40,11 +39,8 @@ const STRUCTURES: &[Structure] = structures![
     node::ItemHead,
     chunk::ChunkHeader,
     chunk::StripeItem,
-    dead::DeadHeader,
-    dead::DeadEntry,
     chunk::DeviceItem,
     pool::SubvolItem,
-    pool::BookmarkItem,
     inode::InodeItem,
     inode::LinkItem,
     dir::EntryHeader,

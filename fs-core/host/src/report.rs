@@ -63,10 +63,9 @@ fn severity(incident: &Incident) -> u8 {
     match incident {
         Incident::Replayed { .. } => NOTICE,
         Incident::Healed { .. } => WARNING,
-        Incident::Lost { .. }
-        | Incident::FileDamaged { .. }
-        | Incident::WentReadOnly { .. }
-        | Incident::DeletionStopped { .. } => ERROR,
+        Incident::Lost { .. } | Incident::FileDamaged { .. } | Incident::WentReadOnly { .. } => {
+            ERROR
+        }
     }
 }
 

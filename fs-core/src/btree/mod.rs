@@ -34,7 +34,6 @@ pub mod cache;
 pub mod check;
 mod cursor;
 mod diff;
-mod fresh;
 mod node;
 mod pack;
 mod walk;
@@ -45,7 +44,6 @@ mod tests;
 pub use cache::NodeCache;
 pub use cursor::Cursor;
 pub use diff::{Difference, Differences};
-pub use fresh::FreshVisitor;
 pub use node::{Node, Value};
 pub use walk::{Visit, Walk};
 

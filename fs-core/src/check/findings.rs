@@ -144,10 +144,7 @@ pub mod rules {
         SUBVOL_SUMS "E-SUBVOL-SUMS" Error "a subvolume's counts differ from what it holds" COUNTS;
         SUBVOL_NEXT_INO "E-SUBVOL-NEXT-INO" Error
             "an inode's number is not below the next one to hand out" MOVE;
-        DEAD_LIST "E-DEAD-LIST" Loss
-            "a dead list is not what a version dropped and its parent has" MOVE;
-        VERSION_PARENT "E-VERSION-PARENT" Loss
-            "a subvolume or snapshot goes on from one that is missing or another" MOVE;
+        DEAD_LIST "E-DEAD-LIST" Error "there is a dead list, but no snapshot" MOVE;
         // Inodes.
         INODE_MISSING "E-INODE-MISSING" Loss "items belong to an inode that does not exist" FILE;
         INODE_FIELD "E-INODE-FIELD" Error "a field of an inode contradicts its type" FILE;

@@ -15,7 +15,6 @@
 //! | `files` | inodes, one object of a subvolume after the other |
 //! | `dirs` | entries, hashes and counts of a directory |
 //! | `extents`, `xattrs` | content of a file |
-//! | `versions` | subvolumes and snapshots, their dead lists |
 //! | `links` | names with inodes, both ways; directories with the root |
 //! | `data` | file data with its checksums, every copy |
 //! | `refs` | references that were met with those that are counted |
@@ -49,7 +48,6 @@ mod subvols;
 #[cfg(test)]
 mod tests;
 mod usage;
-mod versions;
 mod xattrs;
 
 pub use findings::{Finding, Place, Rule, Severity, Spot};
@@ -186,7 +184,6 @@ pub fn check(
         findings,
         usage: Usage::new(&chunks)?,
         extra: Vec::new(),
-        met: versions::Met::default(),
         incomplete: false,
         queue: DataQueue::default(),
         stats: CheckStats::default(),
@@ -216,8 +213,6 @@ struct Checker<'a> {
     usage: Usage,
     /// Runs of data that were met once more after the first time.
     extra: Vec<Run>,
-    /// What was met of the version whose tree is walked.
-    met: versions::Met,
     /// Some block could not be had: what is below it was not met.
     incomplete: bool,
     queue: DataQueue,
@@ -231,10 +226,14 @@ impl<'a> Checker<'a> {
     fn run(&mut self) -> Result<()> {
         let superblock = self.superblock;
         self.each_item(&tree(TreeId::CHUNK, superblock.chunk_root), &mut |_, _, _, _| Ok(()))?;
-        let mut family = subvols::check(self)?;
+        subvols::check(self)?;
         data::flush(self)?;
         self.step(Pass::Space, 0)?;
-        versions::check_dead(self, &mut family)?;
+        let dead = tree(TreeId::DEAD, superblock.dead_root);
+        self.each_item(&dead, &mut |checker, key, _, _| {
+            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::DEAD, key.object), "");
+            Ok(())
+        })?;
         let counted = refs::load(self)?;
         let mut stored = space::load(self)?;
         space::mark_log(self, &mut stored)?;
@@ -289,11 +288,7 @@ impl<'a> Checker<'a> {
         tree.walk(blocks, &mut |visit| {
             let spot = Spot::block(tree.id, visit.ptr.addr);
             let run = Run { addr: visit.ptr.addr, bytes: visit.ptr.allocated() };
-            // What is older the walk of the version's parent has marked.
-            if visit.ptr.birth > self.met.since {
-                self.mark_run(spot.clone(), run, kind);
-            }
-            self.met.add(run, visit.ptr.birth, true);
+            self.mark_run(spot.clone(), run, kind);
             self.report_bad_copies(tree.id);
             self.step(Pass::Trees, visit.ptr.allocated())?;
             let node = match visit.node {

@@ -1,45 +1,48 @@
-//! The pool tree: subvolumes, snapshots, bookmarks and properties.
+//! The pool tree: subvolumes and properties.
 
 use super::findings::rules;
-use super::versions::{self, Family, Found};
-use super::{push, tree, Checker, Spot};
+use super::{files, push, tree, Checker, Spot};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem};
+use crate::format::ptr::BlockPtr;
 use crate::platform::Result;
-use crate::subvol::versions::Versions;
 use crate::units::{TreeId, Txg};
 use alloc::format;
 use alloc::vec::Vec;
 
-/// Checks the pool tree and every subvolume and snapshot.
+/// A subvolume that can be looked into.
+pub(super) struct Found {
+    pub id: TreeId,
+    pub item: SubvolItem,
+    pub root: Option<BlockPtr>,
+}
+
+/// Checks the pool tree and every subvolume.
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
-pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
+pub(super) fn check(checker: &mut Checker<'_>) -> Result<()> {
     let mut found: Vec<Found> = Vec::new();
-    let mut all = Versions::default();
     let pool = tree(TreeId::POOL, checker.superblock.pool_root);
     checker.each_item(&pool, &mut |checker, key, value, birth| {
-        item(checker, &mut found, &mut all, key, value, birth)
+        item(checker, &mut found, key, value, birth)
     })?;
     let default = TreeId(checker.superblock.default_subvol);
-    let is_default = |found: &Found| {
-        found.id == default && !found.item.is_snapshot() && !found.item.is_deleted()
-    };
-    let has_default = found.iter().any(is_default);
+    let has_default = found.iter().any(|subvol| subvol.id == default);
     if !has_default && !checker.incomplete {
         let spot = Spot::object(TreeId::POOL, default.0);
         checker.findings.add(&rules::SUBVOL_DEFAULT, spot, "");
     }
-    let mut family = Family::new(all);
-    versions::check(checker, &mut family, &found)?;
-    Ok(family)
+    for subvol in &found {
+        checker.stats.subvols += 1;
+        files::check(checker, subvol)?;
+    }
+    Ok(())
 }
 
 fn item(
     checker: &mut Checker<'_>,
     found: &mut Vec<Found>,
-    all: &mut Versions,
     key: Key,
     value: &[u8],
     birth: Txg,
@@ -55,10 +58,8 @@ fn item(
                 checker.findings.add(&rules::SUBVOL_ID, spot, "");
                 return Ok(());
             }
-            all.load(key, value)?;
             push(found, Found { id, item, root })
         }
-        (kind::NAME | kind::HOLDS | kind::BOOKMARK, 0) => all.load(key, value).map(|_| ()),
         (kind::PROPERTY, number) => {
             let want = match number {
                 property::COMPRESSION => 2,

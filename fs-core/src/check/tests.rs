@@ -4,7 +4,6 @@ use super::findings::rules::{self, TABLE};
 use super::forge::{Built, Forge, Items, SECRET, SUBVOL, TXG};
 use super::*;
 use crate::format::chunk::{DeviceItem, Profile};
-use crate::format::dead::{key as dead_key, DeadHeader, DeadRef, Part};
 use crate::format::dir::{encode_cookies, name_hash, Entry};
 use crate::format::extent::Extent;
 use crate::format::inode::{mode, LinkItem};
@@ -260,17 +259,8 @@ const DAMAGES: &[(&Rule, Damage)] = &[
     (
         &rules::DEAD_LIST,
         Before(|forge| {
-            let run = Run { addr: Logical(SECTOR_BYTES), bytes: SECTOR_BYTES };
-            let entry = DeadRef { birth: Txg(1), run, is_node: false };
-            let bytes = SECTOR_BYTES;
-            let header = DeadHeader { entries: 1, bytes, last_part: 0, reserved: 0 };
-            let part = Part { header: Some(header), refs: vec![entry] };
-            forge.dead.insert(dead_key(1, Txg(1), 0).unwrap(), part.encode());
+            forge.dead.insert(Key::new(1, kind::DEAD, 0), vec![1]);
         }),
-    ),
-    (
-        &rules::VERSION_PARENT,
-        Before(|forge| (forge.item.parent, forge.item.snapshot_txg) = (999, 1)),
     ),
     (
         &rules::INODE_MISSING,

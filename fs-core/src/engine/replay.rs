@@ -306,9 +306,8 @@ impl Proof<'_> {
         if record.txg <= self.published {
             return Ok(true);
         }
-        // One that was deleted: nobody waits for what it was.
         if self.engine.subvol(record.tree).is_none() {
-            return Ok(true);
+            return Ok(false);
         }
         match &record.record {
             Record::Range { content: RangeContent::Written(extent), .. } => self.is_there(extent),

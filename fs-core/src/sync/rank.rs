@@ -25,10 +25,8 @@ pub enum Rank {
     Group,
     /// The log's position.
     Log,
-    /// The list of subvolumes, and that of open snapshots.
+    /// The list of subvolumes.
     Subvols,
-    /// What subvolumes and snapshots there are.
-    Versions,
     /// Lists and maps that are held for a moment, one at a time.
     Short,
     /// Being the one who releases or trims.
