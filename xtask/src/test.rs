@@ -100,6 +100,7 @@ fn target_is_installed(target: &str) -> bool {
 fn units(steps: &mut Steps, long: bool) {
     steps.step("unit", || {
         need::tools(need::BUILD)?;
+        need::tools(DRIVER_TESTS)?;
         let mut cmd = Cmd::cargo(&["test", "--workspace"]);
         if long {
             cmd = cmd.env("PROPTEST_CASES", "4096").env("CAIRN_LONG", "1");
@@ -108,6 +109,9 @@ fn units(steps: &mut Steps, long: bool) {
         passed()
     });
 }
+
+/// What the driver's tests call.
+const DRIVER_TESTS: &[need::Tool] = &[("setfacl", "acl"), ("fusermount3", "fuse3")];
 
 /// The driver's tests with requests over io_uring, which the kernel offers while a parameter of the
 /// whole machine is set.
@@ -119,6 +123,7 @@ fn rings() -> Result<Outcome> {
     if !parameter.exists() {
         return Ok(Outcome::Skipped("this kernel has no FUSE over io_uring".into()));
     }
+    need::tools(DRIVER_TESTS)?;
     Cmd::cargo(&["build", "--package", "fs-fuse", "--examples"]).run()?;
     let _set = guard::setting(parameter, "Y")?;
     Cmd::cargo(&["test", "--package", "fs-fuse", "--test", "kernel_rings"]).run()?;

@@ -100,7 +100,8 @@ fn verify(pool: &Pool, jobs: &[Job]) -> Result<Vec<Copy>> {
             push(&mut all, Copy { job, device, at, bad: Vec::new() })?;
         }
     }
-    all.sort_unstable_by_key(|copy| (copy.device, copy.at));
+    // By cached keys, because sorting what is as large takes more stack than a kernel has.
+    all.sort_by_cached_key(|copy| (copy.device, copy.at));
     let mut done: Vec<Copy> = Vec::new();
     while !all.is_empty() {
         let device = all[0].device;
@@ -109,7 +110,7 @@ fn verify(pool: &Pool, jobs: &[Job]) -> Result<Vec<Copy>> {
         done.extend(verify_on(pool, jobs, device, all)?);
         all = rest;
     }
-    done.sort_unstable_by_key(|copy| (copy.job, copy.device, copy.at));
+    done.sort_by_cached_key(|copy| (copy.job, copy.device, copy.at));
     Ok(done)
 }
 

@@ -167,8 +167,12 @@ impl Changes {
         current.path = shown;
         let ino = current.ino.0;
         let named = |paths: &Paths, places: BTreeSet<Place>| -> Result<BTreeMap<Name, Place>> {
-            let name = |place: Place| Ok(((place.0, paths.name(nodes, ino, place)?), place));
-            places.into_iter().map(name).collect()
+            // Collecting would sort them all at once, with more of the stack than a kernel has.
+            let mut named = BTreeMap::new();
+            for place in places {
+                named.insert((place.0, paths.name(nodes, ino, place)?), place);
+            }
+            Ok(named)
         };
         let mut lost = named(&self.old, core::mem::take(&mut current.lost))?;
         let mut gained = named(&self.new, core::mem::take(&mut current.gained))?;
