@@ -34,7 +34,7 @@ impl View {
     /// As [`Pool::open`], and what reading the chunk tree gives.
     pub(crate) fn open(devices: Vec<Arc<FileDevice>>) -> Result<View> {
         let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
-        let options = PoolOptions { read_only: true, max_txg: None };
+        let options = PoolOptions { read_only: true, max_txg: None, degraded: true };
         let (pool, superblock) = Pool::open(devices, host_platform(), &options)?;
         let view = View { pool, superblock, nodes: Mutex::default() };
         view.load_chunks()?;
@@ -71,7 +71,9 @@ impl View {
             TreeId::DEAD => self.superblock.dead_root,
             subvol => {
                 let item = self.subvol(subvol)?;
-                item.root(self.superblock.txg).map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?
+                let root = item.root(self.superblock.txg);
+                let root = root.map_err(|bad| bad.in_item(TreeId::POOL, subvol.0))?;
+                return Ok(Tree { id: item.lineage(subvol), root });
             }
         };
         Ok(Tree { id, root })

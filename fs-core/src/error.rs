@@ -6,7 +6,17 @@
 use crate::platform::DeviceError;
 use crate::units::{Ino, Logical, Physical, TreeId, Txg};
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
+
+/// An id as its hexadecimal digits.
+struct Hex<'a>(&'a [u8; 16]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
 
 /// The POSIX outcomes an operation can have. The names are those of errno(3); drivers turn them
 /// into their platform's numbers.
@@ -129,10 +139,17 @@ pub enum Error {
         /// The unknown bits.
         unknown: u64,
     },
-    /// A device of the pool is missing.
-    MissingDevice {
-        /// Index of the device in the pool.
-        device: u16,
+    /// Devices of the pool are missing.
+    MissingDevices {
+        /// Index and id of each.
+        devices: Vec<(u16, [u8; 16])>,
+        /// Whether the pool cannot be opened without them at all.
+        needed: bool,
+    },
+    /// Devices of the pool were written without the others, and the others without them.
+    Split {
+        /// Indices of those that are fewer changes of the set of devices from where they parted.
+        devices: Vec<u16>,
     },
     /// A device belongs to another pool, or twice to this one.
     WrongDevice {
@@ -164,7 +181,8 @@ impl Error {
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
             Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
-            Error::MissingDevice { .. } => Errno::NxIo,
+            Error::MissingDevices { .. } => Errno::NxIo,
+            Error::Split { .. } => Errno::Uclean,
             Error::WrongDevice { .. } | Error::Argument { .. } => Errno::Inval,
         }
     }
@@ -244,7 +262,37 @@ impl fmt::Display for Error {
                     )
                 }
             },
-            Error::MissingDevice { device } => write!(f, "device {device} of the pool is missing"),
+            Error::MissingDevices { devices, needed } => {
+                let (many, it) = if devices.len() == 1 { ("", "it") } else { ("s", "them") };
+                write!(f, "the pool's device{many} ")?;
+                for (position, (index, id)) in devices.iter().enumerate() {
+                    let comma = if position == 0 { "" } else { ", " };
+                    write!(f, "{comma}{index} (id {})", Hex(id))?;
+                }
+                let be = if devices.len() == 1 { "is" } else { "are" };
+                write!(f, " {be} missing")?;
+                match needed {
+                    true => write!(
+                        f,
+                        " and the other devices do not have all that is on {it}; connect {it}"
+                    ),
+                    false => {
+                        write!(f, "; connect {it}, or open the pool degraded to go on without {it}")
+                    }
+                }
+            }
+            Error::Split { devices } => {
+                write!(f, "the pool was written in two halves that no longer belong together: ")?;
+                for (position, index) in devices.iter().enumerate() {
+                    let before = if position == 0 { "device " } else { " and device " };
+                    write!(f, "{before}{index}")?;
+                }
+                write!(
+                    f,
+                    " without the others, and they without it; disconnect the half to give up \
+                     and open the other degraded"
+                )
+            }
             Error::WrongDevice { name } => write!(f, "{name} does not belong to this pool"),
             Error::TooSmall { minimum } => {
                 write!(f, "the device is too small: at least {minimum} bytes are needed")
@@ -292,11 +340,27 @@ pub enum Incident {
         /// The error below.
         error: Error,
     },
+    /// Something that was deleted cannot be taken apart.
+    DeletionStopped {
+        /// The subvolume or snapshot that was deleted.
+        tree: TreeId,
+        /// What could not be read.
+        error: Error,
+    },
     /// The pool stopped accepting changes.
     WentReadOnly {
         /// The group that could not be published.
         txg: Txg,
         /// Why.
+        error: Error,
+    },
+    /// A device failed, and the pool goes on without it.
+    DeviceFailed {
+        /// Index of the device.
+        device: u16,
+        /// Its name.
+        name: String,
+        /// What it did.
         error: Error,
     },
     /// The intent log was replayed on open.
@@ -323,10 +387,20 @@ impl fmt::Display for Incident {
                 "file {path} (inode {ino}, subvolume {tree}) cannot be read at byte \
                  {offset}: {error}"
             ),
+            Incident::DeletionStopped { tree, error } => write!(
+                f,
+                "what only the deleted subvolume or snapshot {tree} held cannot be freed now: \
+                 {error}; it is tried again when the pool is opened next"
+            ),
             Incident::WentReadOnly { txg, error } => write!(
                 f,
                 "transaction group {txg} could not be written ({error}); the pool is now \
                  read-only and keeps the last good state"
+            ),
+            Incident::DeviceFailed { device, name, error } => write!(
+                f,
+                "device {device} ({name}) failed and is no longer used: {error}; the pool goes on \
+                 with the copies on the other devices"
             ),
             Incident::Replayed { records } => {
                 write!(f, "replayed {records} records of the intent log after an unclean shutdown")

@@ -401,10 +401,14 @@ fn a_label_reads_back_and_a_changed_one_does_not() -> Outcome {
         name: [b'n'; 64],
         written: 1,
         sequence: 3,
+        epoch: 0,
+        device_count: 0,
+        reserved1: [0; 6],
+        members: Skipped::ZEROS,
         reserved: Skipped::ZEROS,
         checksum: [0; 32],
     };
-    let mut bytes = written.encode();
+    let mut bytes = written.encode(&[]);
     let mut read = label::Label::decode(&bytes).map_err(failed)?;
     read.checksum = [0; 32];
     ensure_eq!(read, written);

@@ -113,7 +113,13 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
 
 fn cannot_open(error: &fs_core::error::Error) -> bool {
     use fs_core::error::Error;
-    matches!(error, Error::NoSuperblock | Error::Truncated { .. } | Error::MissingDevice { .. })
+    matches!(
+        error,
+        Error::NoSuperblock
+            | Error::Truncated { .. }
+            | Error::MissingDevices { .. }
+            | Error::Split { .. }
+    )
 }
 
 fn fail(sentence: &str) -> u8 {

@@ -187,7 +187,10 @@ fn a_pool_whose_root_is_lost_is_a_finding_not_a_crash() {
 #[test]
 fn every_finding_has_a_damaged_image_that_shows_it() {
     let directory = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/damaged"));
-    for rule in TABLE {
+    // An image is one device; the tests of several devices find these two.
+    let several = ["W-DEVICE-MISSING", "W-DEVICE-BEHIND"];
+    let alone: Vec<_> = TABLE.iter().filter(|rule| !several.contains(&rule.id)).collect();
+    for rule in &alone {
         let packed = fs::read(directory.join(format!("{}.cairn.zst", rule.id)));
         let packed = packed.unwrap_or_else(|error| panic!("image of {}: {error}", rule.id));
         let image = Image::empty();
@@ -203,7 +206,7 @@ fn every_finding_has_a_damaged_image_that_shows_it() {
         assert!(fs::read(image.path()).unwrap() == before, "{}", rule.id);
     }
     let images = fs::read_dir(directory).unwrap().count();
-    assert_eq!(images, TABLE.len(), "an image of no finding, or two of one");
+    assert_eq!(images, alone.len(), "an image of no finding, or two of one");
 }
 
 #[test]

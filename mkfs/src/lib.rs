@@ -31,7 +31,10 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.features.contains(&arguments::Feature::List) {
-        println!("Format version {FORMAT_VERSION} has no optional features.");
+        println!(
+            "Format version {FORMAT_VERSION} has no optional features: what a pool needs is \
+             turned on when it is first used."
+        );
         return ExitCode::SUCCESS;
     }
     match run(&arguments) {

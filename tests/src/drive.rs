@@ -2,7 +2,7 @@
 //!
 //! A failing list of operations is shrunk: parts of it are left out for as long as it still fails.
 
-use crate::device::{refs, RamDevice};
+use crate::device::{refs, several};
 use crate::gen::{Generator, Op, Options};
 use crate::model::Model;
 use crate::platform::{Spawn, TestPlatform};
@@ -67,7 +67,7 @@ struct Pair<'a> {
 impl<'a> Pair<'a> {
     fn new(subject: &'a dyn Subject, plan: &Plan) -> Result<Pair<'a>, String> {
         let platform = TestPlatform::new(plan.seed, Spawn::AtOnce);
-        let devices = refs(&[RamDevice::new("ram", plan.device_bytes)]);
+        let devices = refs(&several(subject.devices(), plan.device_bytes));
         let core = platform.platform();
         subject.format(&devices, &core).map_err(|e| format!("format: {e}"))?;
         let mounted = subject.open(&devices, &core).map_err(|e| format!("open: {e}"))?;

@@ -5,7 +5,7 @@
 //! opened as after a crash, and must show what [`History`] allows.
 
 use crate::crash::{Crashes, Sampling};
-use crate::device::{refs, Counts, Fault, Image, RamDevice, Recording};
+use crate::device::{refs, several, Counts, Fault, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
 use crate::history::{Effect, History};
 use crate::model::{Model, State};
@@ -43,9 +43,9 @@ pub enum End {
 
 struct Run<'a> {
     subject: &'a dyn Subject,
-    device: Arc<RamDevice>,
-    /// The device before the recording.
-    base: Image,
+    devices: Vec<Arc<RamDevice>>,
+    /// The devices before the recording.
+    base: Vec<Image>,
     core: Platform,
     test: TestPlatform,
     recording: Recording,
@@ -59,11 +59,11 @@ struct Run<'a> {
 /// When the script fails without any fault.
 pub fn requests(subject: &dyn Subject, script: &Script) -> Result<Counts, String> {
     let mut run = Run::new(subject, script)?;
-    let before = run.device.counts();
+    let before = run.devices[0].counts();
     if let Some((index, what)) = run.tell(script)? {
         return Err(format!("operation {index} fails without any fault: {what}"));
     }
-    let after = run.device.counts();
+    let after = run.devices[0].counts();
     Ok(Counts {
         reads: after.reads - before.reads,
         writes: after.writes - before.writes,
@@ -78,9 +78,9 @@ pub fn requests(subject: &dyn Subject, script: &Script) -> Result<Counts, String
 pub fn attempt(subject: &dyn Subject, script: &Script, fault: Fault) -> Result<End, String> {
     let guarded = catch_unwind(AssertUnwindSafe(|| {
         let mut run = Run::new(subject, script)?;
-        run.device.arm(fault);
+        run.devices[0].arm(fault);
         let noticed = run.tell(script)?;
-        let struck = run.device.struck();
+        let struck = run.devices[0].struck();
         run.look()?;
         Ok(match (struck, noticed) {
             (false, _) => End::NotReached,
@@ -98,20 +98,19 @@ impl<'a> Run<'a> {
     fn new(subject: &'a dyn Subject, script: &Script) -> Result<Run<'a>, String> {
         let test = TestPlatform::new(script.seed, Spawn::AtOnce);
         let core = test.platform();
-        let device = RamDevice::new("ram", script.device_bytes);
-        subject
-            .format(&refs(std::slice::from_ref(&device)), &core)
-            .map_err(|e| format!("format: {e}"))?;
+        let devices = several(subject.devices(), script.device_bytes);
+        subject.format(&refs(&devices), &core).map_err(|e| format!("format: {e}"))?;
         let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
         let history = History::new(model.state());
-        let (base, recording) = (device.image(), Recording::start(std::slice::from_ref(&device)));
-        Ok(Run { subject, device, base, core, test, recording, model, history })
+        let base = devices.iter().map(|device| device.image()).collect();
+        let recording = Recording::start(&devices);
+        Ok(Run { subject, devices, base, core, test, recording, model, history })
     }
 
     /// Carries out the operations until one fails that should not, or reports damage; says which,
     /// and how. An error is a wrong result.
     fn tell(&mut self, script: &Script) -> Result<Option<(usize, String)>, String> {
-        let opened = self.subject.open(&refs(std::slice::from_ref(&self.device)), &self.core);
+        let opened = self.subject.open(&refs(&self.devices), &self.core);
         let mounted = match opened {
             Ok(mounted) => mounted,
             Err(error) => return Ok(Some((0, format!("open: {error}")))),
@@ -172,7 +171,7 @@ impl<'a> Run<'a> {
     fn look(&self) -> Result<(), String> {
         let events = self.recording.events();
         let sampling = Sampling { seed: 7, random: 2 };
-        for state in Crashes::at_end(vec![self.base.clone()], &events, sampling) {
+        for state in Crashes::at_end(self.base.clone(), &events, sampling) {
             let [image] = &state.images[..] else { unreachable!("one device, one image") };
             self.look_at(image.clone(), state.mark)?;
         }
@@ -201,15 +200,70 @@ impl<'a> Run<'a> {
 /// What was wrong.
 pub fn lie(subject: &dyn Subject, script: &Script, fault: Fault) -> Result<End, String> {
     let mut run = Run::new(subject, script)?;
-    run.device.arm(fault);
+    run.devices[0].arm(fault);
     if run.tell(script)?.is_some() {
         return Ok(End::Noticed);
     }
-    if !run.device.struck() {
+    if !run.devices[0].struck() {
         return Ok(End::NotReached);
     }
-    run.device.disarm();
-    compare_with(subject, &run.core, run.device.image(), &Tree::of_state(&run.model.state()))
+    run.devices[0].disarm();
+    compare_with(subject, &run.core, run.devices[0].image(), &Tree::of_state(&run.model.state()))
+}
+
+/// Carries out a script on several devices one of which goes wrong, which is less than the subject
+/// can do without: no operation fails, and everything is there, with that device as it is then, and
+/// without it. Returns whether the fault struck.
+///
+/// # Errors
+/// What was wrong.
+pub fn tolerate(
+    subject: &dyn Subject,
+    script: &Script,
+    device: usize,
+    fault: Fault,
+) -> Result<bool, String> {
+    let guarded = catch_unwind(AssertUnwindSafe(|| {
+        let mut run = Run::new(subject, script)?;
+        run.devices[device].arm(fault);
+        if let Some((index, what)) = run.tell(script)? {
+            return Err(format!("operation {index} fails: {what}"));
+        }
+        let struck = run.devices[device].struck();
+        let images: Vec<Image> = run.devices.iter().map(|device| device.image()).collect();
+        let want = Tree::of_state(&run.model.state());
+        for with_it in [true, false] {
+            let there = (0..images.len()).filter(|index| with_it || *index != device);
+            let rams: Vec<Arc<RamDevice>> =
+                there.map(|index| RamDevice::of("ram", images[index].clone())).collect();
+            let which = if with_it { "with" } else { "without" };
+            run.expect_tree(&rams, &want).map_err(|e| format!("{which} the device: {e}"))?;
+        }
+        Ok(struck)
+    }));
+    guarded.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map_or("of an unknown kind", String::as_str);
+        Err(format!("panic: {text}"))
+    })
+}
+
+impl Run<'_> {
+    /// Opens, compares, closes, and checks that at most copies are damaged or missing.
+    fn expect_tree(&self, rams: &[Arc<RamDevice>], want: &Tree) -> Result<(), String> {
+        let devices = refs(rams);
+        let mounted = self.subject.open(&devices, &self.core).map_err(|e| format!("open: {e}"))?;
+        let found = Tree::read(&*mounted.fs()).map_err(|e| format!("read: {e}"))?;
+        if let Some(difference) = want.difference(&found) {
+            return Err(difference);
+        }
+        mounted.close().map_err(|e| format!("close: {e}"))?;
+        let findings = self.subject.check(&devices, &self.core);
+        let findings = findings.map_err(|e| format!("check: {e}"))?;
+        match findings.iter().find(|finding| !finding.starts_with("warning ")) {
+            Some(finding) => Err(format!("the check finds: {finding}")),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Whether an image shows exactly a tree, or reports damage.
@@ -261,7 +315,7 @@ pub fn built(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree, Pla
     if let Some((index, what)) = run.tell(script)? {
         return Err(format!("operation {index} fails without any fault: {what}"));
     }
-    Ok((run.device.image(), Tree::of_state(&run.model.state()), run.core))
+    Ok((run.devices[0].image(), Tree::of_state(&run.model.state()), run.core))
 }
 
 /// Carries out a script, syncs every file, and cuts the power; returns what is on the device and
@@ -271,7 +325,7 @@ pub fn built(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree, Pla
 /// When that fails.
 pub fn cut_off(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree), String> {
     let run = Run::new(subject, script)?;
-    let mounted = subject.open(&refs(std::slice::from_ref(&run.device)), &run.core);
+    let mounted = subject.open(&refs(&run.devices), &run.core);
     let mounted = mounted.map_err(|e| format!("open: {e}"))?;
     let mut expected = Runner::new(run.model.clone());
     let mut found = Runner::new(mounted.fs());
@@ -287,5 +341,5 @@ pub fn cut_off(subject: &dyn Subject, script: &Script) -> Result<(Image, Tree), 
         synced.map_err(|e| format!("fsync: {e}"))?;
     }
     assert!(named(&run.model.state()) == tree.files.len(), "model and subject differ");
-    Ok((run.device.image(), tree))
+    Ok((run.devices[0].image(), tree))
 }

@@ -9,6 +9,7 @@ use crate::fault::{built, cut_off, script, Script};
 use crate::gen::{Op, Options};
 use crate::subject::Pool;
 use crate::tree::{show, File, Tree};
+use crate::versions::{Plan, World};
 use fs_core::format::chunk::Profile;
 use fs_core::format::inode::mode;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
@@ -30,6 +31,7 @@ pub const ALL: &[Golden] = &[
     Golden { name: "v1-log", make: || with_log(&Pool::default(), 2) },
     Golden { name: "v1-plain-blake3-single", make: || closed(&plain(), 3) },
     Golden { name: "v1-large-nodes-dup", make: || closed(&large_nodes(), 4) },
+    Golden { name: "v1-versions", make: || with_versions(5) },
 ];
 
 fn plain() -> Pool {
@@ -69,6 +71,25 @@ fn closed(pool: &Pool, seed: u64) -> Result<(Image, Tree), String> {
 /// The power fails just after everything was synced into the log.
 fn with_log(pool: &Pool, seed: u64) -> Result<(Image, Tree), String> {
     cut_off(pool, &operations(seed))
+}
+
+/// Snapshots, clones, a rolled-back subvolume, and things that are being deleted.
+fn with_versions(seed: u64) -> Result<(Image, Tree), String> {
+    let options = Options { file_bytes: 8 << 10, ..Options::CRASH };
+    let plan = Plan {
+        seed,
+        steps: 50,
+        ops_per_step: 5,
+        options,
+        device_bytes: 24 << 20,
+        pool: Pool::default(),
+        checks: false,
+        trims: false,
+        clears: false,
+    };
+    let mut world = World::new(plan)?;
+    world.tell()?;
+    world.close()
 }
 
 /// Where golden images are kept.

@@ -107,6 +107,11 @@ impl History {
         self.points.len() as u64 - 1
     }
 
+    /// Number of the last operation.
+    pub fn last(&self) -> u64 {
+        self.points.len() as u64 - 1
+    }
+
     /// The last operation changed that file in several steps, and any of them may have been the
     /// last of a group. What a crash leaves of the file is not looked at until it is durable again.
     pub fn in_steps(&mut self, ino: u64) {

@@ -33,3 +33,4 @@ pub mod rng;
 pub mod run;
 pub mod subject;
 pub mod tree;
+pub mod versions;

@@ -5,7 +5,7 @@
 //! show what [`History`] allows, and check clean after it was closed.
 
 use crate::crash::{CrashState, Crashes, Sampling};
-use crate::device::{refs, Event, Image, RamDevice, Recording};
+use crate::device::{refs, several, Event, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
 use crate::history::{Effect, History, Times};
 use crate::model::{Model, State, ROOT};
@@ -111,7 +111,7 @@ impl Story {
     /// When subject and model disagree without any crash.
     pub fn tell(subject: &dyn Subject, plan: Plan) -> Result<Story, String> {
         let platform = TestPlatform::new(plan.seed, Spawn::AtOnce);
-        let devices = [RamDevice::new("ram", plan.device_bytes)];
+        let devices = several(subject.devices(), plan.device_bytes);
         let core = platform.platform();
         subject.format(&refs(&devices), &core).map_err(|e| format!("format: {e}"))?;
         let base = devices.iter().map(|device| device.image()).collect();
@@ -186,6 +186,7 @@ impl Story {
         let left = Left::new(subject, self.plan.seed, &state.images);
         // Power may fail between the copies of a superblock, or of a label.
         left.check("before replay", &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id])?;
+        self.judge_without_some(subject, state)?;
         let recording = Recording::start(&left.devices);
         let tree = left.open(|mounted| self.found(mounted, state.mark))?;
         match depth {
@@ -204,6 +205,49 @@ impl Story {
                 Ok(())
             }
         }
+    }
+
+    /// With the power, as many devices are lost as the subject can do without; in turn, or none.
+    fn judge_without_some(&self, subject: &dyn Subject, state: &CrashState) -> Result<(), String> {
+        let (count, spare) = (subject.devices(), subject.spare());
+        let first = (state.boundary + state.variant as usize) % (count + 1);
+        if spare == 0 || first == count {
+            return Ok(());
+        }
+        let lost: Vec<usize> = (0..spare).map(|step| (first + step) % count).collect();
+        let images = state.images.iter().enumerate();
+        let rest: Vec<Image> = images
+            .filter(|(index, _)| !lost.contains(index))
+            .map(|(_, image)| image.clone())
+            .collect();
+        let left = Left::new(subject, self.plan.seed, &rest);
+        let without = |e| format!("without devices {lost:?}: {e}");
+        let allowed = [rules::SUPERBLOCK_COPY.id, rules::LABEL.id, rules::DEVICE_MISSING.id];
+        left.check("before replay", &allowed).map_err(without)?;
+        left.open(|mounted| {
+            self.found(mounted, state.mark)?;
+            Ok(())
+        })
+        .map_err(without)?;
+        // What was written since is whole too, and the others are known to lack it.
+        left.open(|mounted| mounted.close().map_err(|e| format!("close: {e}"))).map_err(without)?;
+        left.check("after replay", &[rules::DEVICE_MISSING.id]).map_err(without)?;
+        let again = Left {
+            devices: (0..count)
+                .map(|index| match lost.contains(&index) {
+                    true => RamDevice::of("back", state.images[index].clone()),
+                    false => {
+                        let at = (0..index).filter(|other| !lost.contains(other)).count();
+                        left.devices[at].clone()
+                    }
+                })
+                .collect(),
+            ..left
+        };
+        again.open(|mounted| self.found(mounted, state.mark)).map_err(|e| {
+            format!("with devices {lost:?} back, which lack what was written since: {e}")
+        })?;
+        Ok(())
     }
 
     /// What an open filesystem shows, which must be allowed.

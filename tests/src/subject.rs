@@ -7,12 +7,23 @@ use crate::model::Model;
 use fs_core::check::{check, CheckOptions, Quiet};
 use fs_core::engine::{format, FormatOptions, OpenOptions};
 use fs_core::error::Error;
+use fs_core::format::chunk::Profile;
 use fs_core::platform::{DeviceRef, Platform};
 use fs_core::vfs::{AccessTime, Filesystem, Volume};
 use std::sync::{Arc, Mutex};
 
 /// A kind of filesystem that can be made and opened.
 pub trait Subject {
+    /// On how many devices it is made.
+    fn devices(&self) -> usize {
+        1
+    }
+
+    /// How many of them may be lost.
+    fn spare(&self) -> usize {
+        0
+    }
+
     /// Makes an empty one on the devices.
     ///
     /// # Errors
@@ -108,6 +119,8 @@ impl Mounted for MountedModel {
 /// A cairn pool.
 #[derive(Clone, Debug, Default)]
 pub struct Pool {
+    /// On how many devices; zero is one.
+    pub devices: usize,
     /// How it is made.
     pub format: FormatOptions,
     /// How it is opened.
@@ -124,7 +137,26 @@ impl Pool {
 
 struct MountedPool(Arc<Volume>);
 
+impl Pool {
+    /// A pool on several devices that opens degraded.
+    pub fn on(devices: usize, data: Profile, metadata: Profile) -> Pool {
+        let mut pool = Pool { devices, ..Pool::default() };
+        (pool.format.data_profile, pool.format.metadata_profile) = (data, metadata);
+        pool.open.degraded = true;
+        pool
+    }
+}
+
 impl Subject for Pool {
+    fn devices(&self) -> usize {
+        self.devices.max(1)
+    }
+
+    fn spare(&self) -> usize {
+        let FormatOptions { data_profile, metadata_profile, .. } = self.format;
+        data_profile.devices_min().min(metadata_profile.devices_min()) as usize - 1
+    }
+
     fn format(&self, devices: &[DeviceRef], platform: &Platform) -> Result<(), Error> {
         format(devices.to_vec(), platform.clone(), &self.format).map(|_| ())
     }

@@ -6,7 +6,8 @@
 use crate::{checkout, need, pages};
 use anyhow::{bail, Context, Result};
 use fs_core::format::{
-    chunk, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr, FieldDoc,
+    chunk, dead, dir, extent, inode, key, label, log, node, pool, ptr, space, superblock, xattr,
+    FieldDoc,
 };
 use std::fmt::Write as _;
 use std::fs;
@@ -33,14 +34,18 @@ macro_rules! structures {
 /// Every structure that reaches a disk.
 const STRUCTURES: &[Structure] = structures![
     label::Label,
+    label::LabelMember,
     superblock::SuperblockRaw,
     ptr::BlockPtrRaw,
     node::NodeHeader,
     node::ItemHead,
     chunk::ChunkHeader,
     chunk::StripeItem,
+    dead::DeadHeader,
+    dead::DeadEntry,
     chunk::DeviceItem,
     pool::SubvolItem,
+    pool::BookmarkItem,
     inode::InodeItem,
     inode::LinkItem,
     dir::EntryHeader,

@@ -63,9 +63,11 @@ fn severity(incident: &Incident) -> u8 {
     match incident {
         Incident::Replayed { .. } => NOTICE,
         Incident::Healed { .. } => WARNING,
-        Incident::Lost { .. } | Incident::FileDamaged { .. } | Incident::WentReadOnly { .. } => {
-            ERROR
-        }
+        Incident::Lost { .. }
+        | Incident::FileDamaged { .. }
+        | Incident::DeviceFailed { .. }
+        | Incident::WentReadOnly { .. }
+        | Incident::DeletionStopped { .. } => ERROR,
     }
 }
 

@@ -34,6 +34,7 @@ pub mod cache;
 pub mod check;
 mod cursor;
 mod diff;
+mod fresh;
 mod node;
 mod pack;
 mod walk;
@@ -44,6 +45,7 @@ mod tests;
 pub use cache::NodeCache;
 pub use cursor::Cursor;
 pub use diff::{Difference, Differences};
+pub use fresh::FreshVisitor;
 pub use node::{Node, Value};
 pub use walk::{Visit, Walk};
 

@@ -3,10 +3,12 @@
 use crate::btree::{Node, NodeSource};
 use crate::buf::{Buf, Slice};
 use crate::codec;
+use crate::device::Member;
 use crate::error::Error;
 use crate::format::ptr::{BlockPtr, CompressionKind};
-use crate::platform::Result;
-use crate::pool::Pool;
+use crate::format::space::Run;
+use crate::platform::{DeviceError, Result};
+use crate::pool::{Piece, Pool};
 use crate::sync::Mutex;
 use crate::units::{Logical, Physical, TreeId};
 use alloc::sync::Arc;
@@ -45,9 +47,11 @@ impl<'a> Blocks<'a> {
         let codecs = &*self.pool.platform().codecs;
         let mut good = None;
         let mut bad = Vec::new();
-        for (device, at) in copies(self.pool, ptr.addr, ptr.allocated())? {
+        let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
+        let pieces = self.pool.pieces(run)?;
+        for (copy, (device, at)) in places(self.pool, &pieces) {
             let stored = ptr.stored as usize;
-            match read_copy(self.pool, device, at, ptr.allocated()) {
+            match read_copy(self.pool, &pieces, copy) {
                 Ok(buf) if codecs.blake3(&buf[..stored]) == ptr.checksum => {
                     good.get_or_insert(buf);
                 }
@@ -57,6 +61,14 @@ impl<'a> Blocks<'a> {
                 }
                 Err(Error::Memory) => return Err(Error::Memory),
                 Err(error) => bad.push(BadCopy { addr: ptr.addr, device, at, error }),
+            }
+        }
+        if good.is_none() {
+            // Pieces of different copies may make a whole block, or a device that lacks some
+            // things may have this one.
+            if let Ok(block) = self.pool.read_block(ptr) {
+                self.bad.lock().append(&mut bad);
+                return Ok(block);
             }
         }
         let Some(mut buf) = good else {
@@ -74,25 +86,48 @@ impl<'a> Blocks<'a> {
     }
 }
 
-/// Where the copies of a run are.
-///
-/// # Errors
-/// [`Error::Unmapped`]; [`Error::Corrupt`] for a copy in pieces, which no known profile makes.
-pub(super) fn copies(pool: &Pool, addr: Logical, bytes: u64) -> Result<Vec<(u16, Physical)>> {
-    let whole = |pieces: Vec<(u16, Physical)>| match pieces[..] {
-        [piece] => Ok(piece),
-        _ => Err(Error::Corrupt { what: "copy of a block in several pieces", addr }),
+/// The copies of a run that something of is on a complete device, with the first such place.
+pub(super) fn places(pool: &Pool, pieces: &[Piece]) -> Vec<(usize, (u16, Physical))> {
+    let copies = pieces.first().map_or(0, |piece| piece.copies.len());
+    let first = |copy: usize| {
+        let mut places = pieces.iter().filter_map(|piece| piece.copies.get(copy));
+        Some((copy, *places.find(|(device, _)| is_complete(pool, *device))?))
     };
-    pool.map(addr, bytes)?.into_iter().map(whole).collect()
+    (0..copies).filter_map(first).collect()
 }
 
-/// One copy of a run, not verified.
+/// Whether a device should have everything.
+pub(super) fn is_complete(pool: &Pool, device: u16) -> bool {
+    pool.members().get(usize::from(device)).is_some_and(Member::is_complete)
+}
+
+/// One copy of a run, not verified; what of it is not on a complete device is taken from another
+/// copy, so that the rest can be judged.
 ///
 /// # Errors
 /// What the device says.
-pub(super) fn read_copy(pool: &Pool, device: u16, at: Physical, bytes: u64) -> Result<Buf> {
-    let member = pool.members().get(usize::from(device));
-    member.ok_or(Error::MissingDevice { device })?.read_at(at, bytes as usize)
+pub(super) fn read_copy(pool: &Pool, pieces: &[Piece], copy: usize) -> Result<Buf> {
+    let mut whole = Buf::zeroed(pieces.iter().map(|piece| piece.bytes as usize).sum())?;
+    let mut at = 0;
+    for piece in pieces {
+        let own = piece.copies.get(copy).into_iter();
+        let mut places = own.chain(&piece.copies);
+        let place = places.find(|(device, _)| is_complete(pool, *device));
+        let (device, from) = *place.or(piece.copies.first()).ok_or(Error::Failed)?;
+        let bytes = read_place(pool, device, from, piece.bytes)?;
+        whole[at..at + bytes.len()].copy_from_slice(&bytes);
+        at += bytes.len();
+    }
+    Ok(whole)
+}
+
+/// Bytes of a device.
+///
+/// # Errors
+/// What the device says.
+pub(super) fn read_place(pool: &Pool, device: u16, at: Physical, bytes: u64) -> Result<Buf> {
+    let gone = Error::Device { device, at, cause: DeviceError::Gone };
+    pool.members().get(usize::from(device)).ok_or(gone)?.read_at(at, bytes as usize)
 }
 
 impl NodeSource for Blocks<'_> {

@@ -114,7 +114,7 @@ fn check_devices(
     for chunk in chunks {
         for stripe in &chunk.stripes {
             if let Some(sum) = allocated.get_mut(usize::from(stripe.device)) {
-                *sum = sum.saturating_add(chunk.length);
+                *sum = sum.saturating_add(chunk.stripe_bytes());
             }
         }
     }

@@ -71,7 +71,8 @@ impl Extents {
         birth: Txg,
     ) -> Result<()> {
         let (tree, ino) = (spot.tree.unwrap_or_default(), spot.object.unwrap_or_default());
-        let (extent, _) = Extent::decode(value, at, birth).map_err(|bad| bad.in_item(tree, ino))?;
+        let (extent, birth) =
+            Extent::decode(value, at, birth).map_err(|bad| bad.in_item(tree, ino))?;
         self.count += 1;
         if at < self.end {
             let detail = format!("at byte {at}, the one before ends at {}", self.end);
@@ -97,10 +98,11 @@ impl Extents {
                 self.sums.stored = self.sums.stored.saturating_add(len);
                 let run = Run { addr, bytes: len };
                 let proof = Proof::Sectors { kind: checksum_kind, sums: checksums };
-                met(checker, Job { spot: spot.clone(), at, run, proof })
+                met(checker, birth, Job { spot: spot.clone(), at, run, proof })
             }
             Extent::Packed { blob, offset, .. } => {
-                self.packed(checker, spot, at, blob, at.wrapping_sub(u64::from(offset)))
+                let anchor = at.wrapping_sub(u64::from(offset));
+                self.packed(checker, spot, at, (blob, birth), anchor)
             }
         }
     }
@@ -110,7 +112,7 @@ impl Extents {
         checker: &mut Checker<'_>,
         spot: &Spot,
         at: u64,
-        blob: Blob,
+        (blob, birth): (Blob, Txg),
         anchor: u64,
     ) -> Result<()> {
         self.windows.retain(|window| window.reaches(at));
@@ -125,7 +127,7 @@ impl Extents {
         push(&mut self.windows, Window { blob, anchor })?;
         let run = Run { addr: blob.addr, bytes: blob.allocated() };
         self.sums.stored = self.sums.stored.saturating_add(run.bytes);
-        met(checker, Job { spot: spot.clone(), at, run, proof: Proof::Blob(blob) })
+        met(checker, birth, Job { spot: spot.clone(), at, run, proof: Proof::Blob(blob) })
     }
 
     /// Compares the file's fields with what was met.
@@ -170,18 +172,39 @@ fn check_inline(
     }
 }
 
-/// Marks the space of data, and queues the data for verification when it is met for the first time.
-fn met(checker: &mut Checker<'_>, job: Job) -> Result<()> {
-    checker.stats.extents += 1;
+/// Marks the space of data that is not verified.
+pub(super) fn mark(checker: &mut Checker<'_>, spot: &Spot, run: Run) -> Result<()> {
+    let (marked, _) = mark_data(checker, run)?;
+    let rule = match marked {
+        Marked::Fresh | Marked::Again => return Ok(()),
+        Marked::Unmapped => &rules::SPACE_UNMAPPED,
+        Marked::WrongKind => &rules::SPACE_SHARED,
+    };
+    checker.findings.add(rule, spot.clone().at(run.addr), show(run));
+    Ok(())
+}
+
+/// Marks the space of data; returns how many bytes of it were marked before.
+fn mark_data(checker: &mut Checker<'_>, run: Run) -> Result<(Marked, u64)> {
     let (extra, mut outcome) = (&mut checker.extra, Ok(()));
     let mut repeated = 0;
-    let marked = checker.usage.mark(job.run, ChunkKind::Data, &mut |run| {
+    let marked = checker.usage.mark(run, ChunkKind::Data, &mut |run| {
         repeated += run.bytes;
         if let Err(error) = push(extra, run) {
             outcome = Err(error);
         }
     });
-    outcome?;
+    outcome.map(|()| (marked, repeated))
+}
+
+/// Marks the space of data, and queues the data for verification when it is met for the first time.
+fn met(checker: &mut Checker<'_>, birth: Txg, job: Job) -> Result<()> {
+    checker.stats.extents += 1;
+    checker.met.add(job.run, birth, false);
+    if birth <= checker.met.since {
+        return Ok(());
+    }
+    let (marked, repeated) = mark_data(checker, job.run)?;
     let spot = job.spot.clone().at(job.run.addr);
     match marked {
         Marked::Fresh | Marked::Again => {}

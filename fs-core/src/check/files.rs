@@ -7,7 +7,7 @@ use super::dirs::Dir;
 use super::extents::Extents;
 use super::findings::rules;
 use super::links::{self, Backlink, InodeFact, NameFact};
-use super::subvols::Found;
+use super::versions::Found;
 use super::xattrs::Xattrs;
 use super::{data, push, tree, Checker, Spot};
 use crate::format::dir::{decode_cookies, Entry};
@@ -83,9 +83,10 @@ pub(super) fn check(checker: &mut Checker<'_>, subvol: &Found) -> Result<()> {
         promised: 0,
         logical: 0,
     };
-    checker.each_item(&tree(subvol.id, subvol.root), &mut |checker, key, value, birth| {
-        scan.item(checker, key, value, birth)
-    })?;
+    checker.each_item(
+        &tree(subvol.item.lineage(subvol.id), subvol.root),
+        &mut |checker, key, value, birth| scan.item(checker, key, value, birth),
+    )?;
     scan.finish_object(checker)?;
     data::flush(checker)?;
     checker.stats.inodes += scan.inodes.len() as u64;

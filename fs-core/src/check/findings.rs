@@ -67,6 +67,9 @@ mod advice {
     pub const MOUNT: &str =
         "Nothing is lost: the other copy serves. Mounting the pool for writing \
         writes the damaged one anew. If it comes back, replace the device.";
+    pub const DEVICE: &str =
+        "Nothing is lost, but less may fail now. Connect the device that is missing; \
+         what one that was away lacks is written anew where it is read.";
     pub const COUNTS: &str =
         "Files are not affected; what df and quotas say may be wrong. Copy the \
         files to a new pool when it suits you.";
@@ -108,6 +111,9 @@ pub mod rules {
             "a copy of the newest superblock is damaged" MOUNT;
         SUPERBLOCK_USAGE "W-SUPERBLOCK-USAGE" Warning
             "the superblock counts other space than is in use" COUNTS;
+        DEVICE_MISSING "W-DEVICE-MISSING" Warning "a device of the pool is missing" DEVICE;
+        DEVICE_BEHIND "W-DEVICE-BEHIND" Warning
+            "a device has missed writes and holds fewer copies than it should" DEVICE;
         // Blocks.
         BLOCK "E-BLOCK" Loss "a metadata block cannot be had from any copy" BLOCK;
         BLOCK_COPY "W-BLOCK-COPY" Warning
@@ -144,7 +150,10 @@ pub mod rules {
         SUBVOL_SUMS "E-SUBVOL-SUMS" Error "a subvolume's counts differ from what it holds" COUNTS;
         SUBVOL_NEXT_INO "E-SUBVOL-NEXT-INO" Error
             "an inode's number is not below the next one to hand out" MOVE;
-        DEAD_LIST "E-DEAD-LIST" Error "there is a dead list, but no snapshot" MOVE;
+        DEAD_LIST "E-DEAD-LIST" Loss
+            "a dead list is not what a version dropped and its parent has" MOVE;
+        VERSION_PARENT "E-VERSION-PARENT" Loss
+            "a subvolume or snapshot goes on from one that is missing or another" MOVE;
         // Inodes.
         INODE_MISSING "E-INODE-MISSING" Loss "items belong to an inode that does not exist" FILE;
         INODE_FIELD "E-INODE-FIELD" Error "a field of an inode contradicts its type" FILE;

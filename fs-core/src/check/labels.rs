@@ -2,7 +2,7 @@
 
 use super::findings::{rules, Findings};
 use super::Spot;
-use crate::device::Member;
+use crate::device::{Member, Standing};
 use crate::error::Error;
 use crate::format::label::{label_areas, ring_slot};
 use crate::format::superblock::Superblock;
@@ -27,11 +27,23 @@ pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Finding
         findings.add(&rules::LABEL, spot, detail);
     }
     for member in pool.members() {
+        let index = member.index();
+        match member.standing() {
+            Standing::Complete => {}
+            Standing::Behind => {
+                findings.add(&rules::DEVICE_BEHIND, Spot::NONE, format!("device {index}"));
+                continue;
+            }
+            Standing::Absent => {
+                findings.add(&rules::DEVICE_MISSING, Spot::NONE, format!("device {index}"));
+                continue;
+            }
+        }
         let Some(areas) = label_areas(member.identity().bytes) else { continue };
         for area in areas {
             let at = ring_slot(area, superblock.txg.0);
             if let Err(error) = check_copy(member, at, superblock) {
-                let spot = Spot::NONE.copy(member.index(), at);
+                let spot = Spot::NONE.copy(index, at);
                 findings.add(&rules::SUPERBLOCK_COPY, spot, format!("{error}"));
             }
         }

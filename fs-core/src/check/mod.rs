@@ -15,6 +15,7 @@
 //! | `files` | inodes, one object of a subvolume after the other |
 //! | `dirs` | entries, hashes and counts of a directory |
 //! | `extents`, `xattrs` | content of a file |
+//! | `versions` | subvolumes and snapshots, their dead lists |
 //! | `links` | names with inodes, both ways; directories with the root |
 //! | `data` | file data with its checksums, every copy |
 //! | `refs` | references that were met with those that are counted |
@@ -48,6 +49,7 @@ mod subvols;
 #[cfg(test)]
 mod tests;
 mod usage;
+mod versions;
 mod xattrs;
 
 pub use findings::{Finding, Place, Rule, Severity, Spot};
@@ -169,7 +171,7 @@ pub fn check(
     options: &CheckOptions,
     progress: &dyn CheckProgress,
 ) -> Result<CheckReport> {
-    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg };
+    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg, degraded: true };
     let (pool, superblock) = Pool::open(devices, platform, &pool_options)?;
     let mut findings = Findings::default();
     labels::check(&pool, &superblock, &mut findings);
@@ -184,6 +186,7 @@ pub fn check(
         findings,
         usage: Usage::new(&chunks)?,
         extra: Vec::new(),
+        met: versions::Met::default(),
         incomplete: false,
         queue: DataQueue::default(),
         stats: CheckStats::default(),
@@ -213,6 +216,8 @@ struct Checker<'a> {
     usage: Usage,
     /// Runs of data that were met once more after the first time.
     extra: Vec<Run>,
+    /// What was met of the version whose tree is walked.
+    met: versions::Met,
     /// Some block could not be had: what is below it was not met.
     incomplete: bool,
     queue: DataQueue,
@@ -226,14 +231,10 @@ impl<'a> Checker<'a> {
     fn run(&mut self) -> Result<()> {
         let superblock = self.superblock;
         self.each_item(&tree(TreeId::CHUNK, superblock.chunk_root), &mut |_, _, _, _| Ok(()))?;
-        subvols::check(self)?;
+        let mut family = subvols::check(self)?;
         data::flush(self)?;
         self.step(Pass::Space, 0)?;
-        let dead = tree(TreeId::DEAD, superblock.dead_root);
-        self.each_item(&dead, &mut |checker, key, _, _| {
-            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::DEAD, key.object), "");
-            Ok(())
-        })?;
+        versions::check_dead(self, &mut family)?;
         let counted = refs::load(self)?;
         let mut stored = space::load(self)?;
         space::mark_log(self, &mut stored)?;
@@ -288,7 +289,11 @@ impl<'a> Checker<'a> {
         tree.walk(blocks, &mut |visit| {
             let spot = Spot::block(tree.id, visit.ptr.addr);
             let run = Run { addr: visit.ptr.addr, bytes: visit.ptr.allocated() };
-            self.mark_run(spot.clone(), run, kind);
+            // What is older the walk of the version's parent has marked.
+            if visit.ptr.birth > self.met.since {
+                self.mark_run(spot.clone(), run, kind);
+            }
+            self.met.add(run, visit.ptr.birth, true);
             self.report_bad_copies(tree.id);
             self.step(Pass::Trees, visit.ptr.allocated())?;
             let node = match visit.node {

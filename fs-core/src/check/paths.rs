@@ -60,7 +60,7 @@ fn subvol_tree(blocks: &Blocks<'_>, superblock: &Superblock, id: TreeId) -> Resu
     let value = pool.lookup(blocks, &Key::new(id.0, kind::SUBVOL, 0))?.ok_or(missing)?;
     let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, id.0);
     let item = SubvolItem::decode(&value).map_err(bad)?;
-    Ok(tree(id, item.root(value.birth()).map_err(bad)?))
+    Ok(tree(item.lineage(id), item.root(value.birth()).map_err(bad)?))
 }
 
 /// The path as far up as it can be followed; it begins with `#` and a number where it cannot.

@@ -1,48 +1,45 @@
-//! The pool tree: subvolumes and properties.
+//! The pool tree: subvolumes, snapshots, bookmarks and properties.
 
 use super::findings::rules;
-use super::{files, push, tree, Checker, Spot};
+use super::versions::{self, Family, Found};
+use super::{push, tree, Checker, Spot};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem};
-use crate::format::ptr::BlockPtr;
 use crate::platform::Result;
+use crate::subvol::versions::Versions;
 use crate::units::{TreeId, Txg};
 use alloc::format;
 use alloc::vec::Vec;
 
-/// A subvolume that can be looked into.
-pub(super) struct Found {
-    pub id: TreeId,
-    pub item: SubvolItem,
-    pub root: Option<BlockPtr>,
-}
-
-/// Checks the pool tree and every subvolume.
+/// Checks the pool tree and every subvolume and snapshot.
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
-pub(super) fn check(checker: &mut Checker<'_>) -> Result<()> {
+pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
     let mut found: Vec<Found> = Vec::new();
+    let mut all = Versions::default();
     let pool = tree(TreeId::POOL, checker.superblock.pool_root);
     checker.each_item(&pool, &mut |checker, key, value, birth| {
-        item(checker, &mut found, key, value, birth)
+        item(checker, &mut found, &mut all, key, value, birth)
     })?;
     let default = TreeId(checker.superblock.default_subvol);
-    let has_default = found.iter().any(|subvol| subvol.id == default);
+    let is_default = |found: &Found| {
+        found.id == default && !found.item.is_snapshot() && !found.item.is_deleted()
+    };
+    let has_default = found.iter().any(is_default);
     if !has_default && !checker.incomplete {
         let spot = Spot::object(TreeId::POOL, default.0);
         checker.findings.add(&rules::SUBVOL_DEFAULT, spot, "");
     }
-    for subvol in &found {
-        checker.stats.subvols += 1;
-        files::check(checker, subvol)?;
-    }
-    Ok(())
+    let mut family = Family::new(all);
+    versions::check(checker, &mut family, &found)?;
+    Ok(family)
 }
 
 fn item(
     checker: &mut Checker<'_>,
     found: &mut Vec<Found>,
+    all: &mut Versions,
     key: Key,
     value: &[u8],
     birth: Txg,
@@ -58,8 +55,10 @@ fn item(
                 checker.findings.add(&rules::SUBVOL_ID, spot, "");
                 return Ok(());
             }
+            all.load(key, value)?;
             push(found, Found { id, item, root })
         }
+        (kind::NAME | kind::HOLDS | kind::BOOKMARK, 0) => all.load(key, value).map(|_| ()),
         (kind::PROPERTY, number) => {
             let want = match number {
                 property::COMPRESSION => 2,

@@ -4,6 +4,7 @@ use super::findings::rules::{self, TABLE};
 use super::forge::{Built, Forge, Items, SECRET, SUBVOL, TXG};
 use super::*;
 use crate::format::chunk::{DeviceItem, Profile};
+use crate::format::dead::{key as dead_key, DeadHeader, DeadRef, Part};
 use crate::format::dir::{encode_cookies, name_hash, Entry};
 use crate::format::extent::Extent;
 use crate::format::inode::{mode, LinkItem};
@@ -259,8 +260,17 @@ const DAMAGES: &[(&Rule, Damage)] = &[
     (
         &rules::DEAD_LIST,
         Before(|forge| {
-            forge.dead.insert(Key::new(1, kind::DEAD, 0), vec![1]);
+            let run = Run { addr: Logical(SECTOR_BYTES), bytes: SECTOR_BYTES };
+            let entry = DeadRef { birth: Txg(1), run, is_node: false };
+            let bytes = SECTOR_BYTES;
+            let header = DeadHeader { entries: 1, bytes, last_part: 0, reserved: 0 };
+            let part = Part { header: Some(header), refs: vec![entry] };
+            forge.dead.insert(dead_key(1, Txg(1), 0).unwrap(), part.encode());
         }),
+    ),
+    (
+        &rules::VERSION_PARENT,
+        Before(|forge| (forge.item.parent, forge.item.snapshot_txg) = (999, 1)),
     ),
     (
         &rules::INODE_MISSING,
@@ -426,7 +436,9 @@ fn every_rule_has_a_pool_that_breaks_it() {
     let broken: BTreeSet<&str> = DAMAGES.iter().map(|(rule, _)| rule.id).collect();
     let all: BTreeSet<&str> = TABLE.iter().map(|rule| rule.id).collect();
     assert_eq!(all.len(), TABLE.len(), "an id is there twice");
-    assert_eq!(broken, all);
+    // Pools here have one device; see `devices_that_are_missing_or_behind_are_told`.
+    let several = [rules::DEVICE_MISSING.id, rules::DEVICE_BEHIND.id];
+    assert_eq!(broken.into_iter().chain(several).collect::<BTreeSet<&str>>(), all);
 }
 
 /// Writes `images/damaged`: an image for each rule, but never over one that is there. Run with

@@ -4,11 +4,13 @@ use super::Member;
 use crate::buf::Buf;
 use crate::error::Error;
 use crate::format::label::{
-    label_areas, Label, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES, LABEL_MAGIC,
+    decode_members, label_areas, Label, LabelMember, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES,
+    LABEL_MAGIC,
 };
 use crate::format::{DiskField, FORMAT_VERSION};
 use crate::platform::{Device, DeviceRef, ReadOp, Result};
-use crate::units::{align_down, Logical, Physical, SECTOR_BYTES};
+use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
+use alloc::vec::Vec;
 
 /// What a label says, without its padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,10 +29,37 @@ pub struct Identity {
     pub written: i64,
     /// Counts rewrites.
     pub sequence: u64,
+    /// Counts changes of which devices are complete.
+    pub epoch: u64,
+    /// The devices of the pool, by index; empty in a pool that always had one.
+    pub table: Vec<TableEntry>,
+}
+
+/// What a label says of one device of the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableEntry {
+    /// Id of the device.
+    pub id: [u8; 16],
+    /// Usable bytes of the device.
+    pub bytes: u64,
+    /// The group that was published when the device missed something first, if it is not complete.
+    pub behind: Option<Txg>,
+}
+
+impl TableEntry {
+    fn from_raw(raw: &LabelMember) -> TableEntry {
+        let behind = (raw.behind != 0).then_some(Txg(raw.behind));
+        TableEntry { id: raw.id, bytes: raw.bytes, behind }
+    }
+
+    fn to_raw(self) -> LabelMember {
+        let behind = self.behind.map_or(0, |txg| txg.0.max(1));
+        LabelMember { id: self.id, bytes: self.bytes, behind, reserved: [0; 8] }
+    }
 }
 
 impl Identity {
-    fn from_label(label: &Label) -> Identity {
+    fn from_label(label: &Label, members: &[LabelMember]) -> Identity {
         Identity {
             pool_id: label.pool_id,
             device_id: label.device_id,
@@ -39,6 +68,8 @@ impl Identity {
             name: label.name,
             written: label.written,
             sequence: label.sequence,
+            epoch: label.epoch,
+            table: members.iter().map(TableEntry::from_raw).collect(),
         }
     }
 
@@ -55,7 +86,10 @@ impl Identity {
         label.name = self.name;
         label.written = self.written;
         label.sequence = self.sequence;
-        buf.copy_from_slice(&label.encode());
+        label.epoch = self.epoch;
+        label.device_count = self.table.len() as u16;
+        let members: Vec<LabelMember> = self.table.iter().map(|entry| entry.to_raw()).collect();
+        buf.copy_from_slice(&label.encode(&members));
         Ok(buf)
     }
 
@@ -84,7 +118,9 @@ fn read_label(device: &dyn Device, position: u16, at: Physical) -> Result<Identi
     let mut batch = [ReadOp { at, buf, result: Ok(()) }];
     device.read(&mut batch);
     batch[0].result.map_err(|cause| Error::Device { device: position, at, cause })?;
-    Ok(Identity::from_label(&Label::decode(&batch[0].buf)?))
+    let label = Label::decode(&batch[0].buf)?;
+    let members = decode_members(&label, &batch[0].buf).map_err(|bad| bad.at(Logical(0)))?;
+    Ok(Identity::from_label(&label, &members))
 }
 
 /// Of two reasons not to open, the one that helps more.

@@ -20,16 +20,19 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use label::{probe, Identity, Probe};
+pub use label::{probe, Identity, Probe, TableEntry};
 pub use ring::{choose, Refused, Ring};
 
 use crate::buf::{Buf, Slice};
 use crate::error::Error;
-use crate::platform::{DeviceError, DeviceRef, ReadOp, Result, WriteOp};
+use crate::platform::{Device, DeviceError, DeviceRef, Geometry, ReadOp, Result, WriteOp};
 use crate::sync::Mutex;
 use crate::units::Physical;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
 use alloc::vec;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
 
 /// Errors of a device since they were last cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,6 +43,50 @@ pub struct ErrorCounts {
     pub write: u64,
     /// Reads whose content was not what its parent vouches for.
     pub checksum: u64,
+}
+
+/// Whether a device has what the pool wrote to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// It has everything.
+    Complete,
+    /// It has missed something. It is written to, but what it says is only believed when a checksum
+    /// vouches for it, and nothing relies on it.
+    Behind,
+    /// It is missing, or has failed: it is neither read nor written.
+    Absent,
+}
+
+/// The device in place of one that is missing.
+struct Missing {
+    name: String,
+    bytes: u64,
+}
+
+impl Device for Missing {
+    fn geometry(&self) -> Geometry {
+        Geometry { bytes: self.bytes, block_bytes: 512, discards: false, read_only: true }
+    }
+
+    fn read(&self, batch: &mut [ReadOp]) {
+        batch.iter_mut().for_each(|op| op.result = Err(DeviceError::Gone));
+    }
+
+    fn write(&self, batch: &mut [WriteOp]) {
+        batch.iter_mut().for_each(|op| op.result = Err(DeviceError::Gone));
+    }
+
+    fn flush(&self) -> Result<(), DeviceError> {
+        Err(DeviceError::Gone)
+    }
+
+    fn discard(&self, _at: Physical, _bytes: u64) -> Result<(), DeviceError> {
+        Err(DeviceError::Gone)
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 #[derive(Default)]
@@ -59,6 +106,12 @@ pub struct Member {
     /// The area to write first when labels are rewritten: one whose label is not the only good one.
     first_area: usize,
     errors: Counters,
+    /// A [`Standing`].
+    standing: AtomicU8,
+    /// A transfer found the device gone: others are asked first.
+    seems_gone: AtomicBool,
+    /// Bytes of reads under way.
+    reading: AtomicU64,
 }
 
 impl Member {
@@ -71,7 +124,56 @@ impl Member {
             first_area: usize::from(probe.damaged[1].is_some()),
             identity: Mutex::new(probe.identity.clone()),
             errors: Counters::default(),
+            standing: AtomicU8::new(Standing::Complete as u8),
+            seems_gone: AtomicBool::new(false),
+            reading: AtomicU64::new(0),
         }
+    }
+
+    /// What stands for a device that is missing.
+    ///
+    /// # Errors
+    /// [`Error::NotCairn`] for an identity that no device can have.
+    pub fn missing(identity: Identity) -> Result<Member> {
+        let name = format!("device {} (missing)", identity.index);
+        let device = Arc::new(Missing { name, bytes: identity.bytes });
+        let member = Member::fresh(device, identity)?;
+        member.set_standing(Standing::Absent);
+        Ok(member)
+    }
+
+    /// Whether it has what the pool wrote to it.
+    pub fn standing(&self) -> Standing {
+        match self.standing.load(Ordering::Acquire) {
+            0 => Standing::Complete,
+            1 => Standing::Behind,
+            _ => Standing::Absent,
+        }
+    }
+
+    /// Changes the standing. Only the pool knows when.
+    pub(crate) fn set_standing(&self, standing: Standing) {
+        self.standing.store(standing as u8, Ordering::Release);
+    }
+
+    /// Whether it has everything.
+    pub fn is_complete(&self) -> bool {
+        self.standing() == Standing::Complete
+    }
+
+    /// Whether it is read and written.
+    pub fn is_there(&self) -> bool {
+        self.standing() != Standing::Absent
+    }
+
+    /// Whether a transfer found that the device is gone.
+    pub fn seems_gone(&self) -> bool {
+        self.seems_gone.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of reads under way.
+    pub fn reading_bytes(&self) -> u64 {
+        self.reading.load(Ordering::Relaxed)
     }
 
     /// Index of the device in the pool.
@@ -137,7 +239,13 @@ impl Member {
 
     /// Carries out a batch of reads and counts those that fail.
     pub fn read(&self, batch: &mut [ReadOp]) {
+        let bytes = batch.iter().map(|op| op.buf.len() as u64).sum();
+        self.reading.fetch_add(bytes, Ordering::Relaxed);
         self.device.read(batch);
+        self.reading.fetch_sub(bytes, Ordering::Relaxed);
+        if batch.iter().any(|op| op.result == Err(DeviceError::Gone)) {
+            self.seems_gone.store(true, Ordering::Relaxed);
+        }
         let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
         if failed > 0 {
             self.add_errors(ErrorCounts { read: failed, ..ErrorCounts::default() });
@@ -190,7 +298,7 @@ impl Member {
 
     /// Whether the device wants to know what holds nothing of value.
     pub fn discards(&self) -> bool {
-        self.device.geometry().discards
+        self.is_there() && self.device.geometry().discards
     }
 
     /// Tells the device that a range holds nothing of value, if it wants to know. Returns how many

@@ -69,6 +69,12 @@ impl Ring {
         }
     }
 
+    /// Adds what another ring holds.
+    pub fn merge(&mut self, other: &Ring) {
+        other.valid.iter().for_each(|superblock| self.insert(superblock.clone()));
+        self.refused.extend_from_slice(&other.refused);
+    }
+
     fn insert(&mut self, superblock: Superblock) {
         let at = self.valid.partition_point(|other| other.txg > superblock.txg);
         if self.valid.get(at).is_none_or(|other| other.txg != superblock.txg) {
@@ -105,6 +111,34 @@ pub fn choose(ring: &Ring, max_txg: Option<Txg>) -> Result<&Superblock> {
 }
 
 impl Member {
+    /// Writes a superblock into its slot of the areas that lack it, durably.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when neither area has it then.
+    pub fn complete_superblock(&self, superblock: &Superblock) -> Result<()> {
+        let bytes = superblock.encode();
+        let is_there = |area: &Physical| {
+            let slot = self.read_at(ring_slot(*area, superblock.txg.0), SLOT);
+            slot.is_ok_and(|slot| slot[..] == bytes[..])
+        };
+        let lacking: Vec<Physical> =
+            self.areas.iter().filter(|area| !is_there(area)).copied().collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let slice = Buf::copy_of(&bytes)?.into_slice();
+        let mut outcome = Ok(());
+        for area in &lacking {
+            outcome = outcome.and(self.write_at(ring_slot(*area, superblock.txg.0), slice.clone()));
+        }
+        outcome = outcome.and(self.flush());
+        if lacking.len() < self.areas.len() {
+            // It is found in the other.
+            return Ok(());
+        }
+        outcome
+    }
+
     /// Writes a superblock into its slot of both areas. Not durable before a flush.
     ///
     /// One area that cannot be written does not fail the call, since the superblock is found in the

@@ -27,6 +27,8 @@ fn identity() -> Identity {
         name,
         written: 12,
         sequence: 1,
+        epoch: 0,
+        table: vec![],
     }
 }
 
@@ -81,7 +83,7 @@ fn slot_at(area: u64, txg: u64) -> u64 {
 fn poke_label(ram: &RamDevice, at: u64, change: impl FnOnce(&mut Label)) {
     let mut label = <Label as DiskField>::get(&ram.peek(at, 4096));
     change(&mut label);
-    ram.poke(at, &label.encode());
+    ram.poke(at, &label.encode(&[]));
 }
 
 #[test]

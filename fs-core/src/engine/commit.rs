@@ -2,12 +2,17 @@
 
 use crate::btree::{Edit, Tree};
 use crate::engine::data;
+use crate::engine::dead;
+use crate::engine::destroy::GivenUp;
 use crate::engine::nodes::GroupSink;
 use crate::engine::references;
 use crate::engine::{Engine, Roots};
 use crate::error::Error;
 use crate::format::chunk::ChunkKind;
-use crate::format::key::{kind, Key};
+use crate::format::dead::DeadRef;
+use crate::format::features;
+use crate::format::key::Key;
+use crate::format::pool::SubvolItem;
 use crate::format::ptr::BlockPtr;
 use crate::format::space::{Residue, ResidueHeader, ResidueItem, Run};
 use crate::format::superblock::{LogStart, Superblock};
@@ -88,6 +93,43 @@ struct WrittenSubvol {
     inodes: Vec<(Arc<Inode>, u64, u64)>,
 }
 
+/// What is to be written of a group after its subvolumes.
+struct Parts {
+    debts: GroupDebts,
+    pool_edits: Vec<(Key, Edit)>,
+    dead: Tree,
+    /// Nodes of subvolumes and snapshots that are free.
+    dead_nodes: Vec<Run>,
+}
+
+/// What a group did to a subvolume.
+struct SubvolChange {
+    data: DataDelta,
+    /// Bytes of nodes written, less those replaced.
+    tree_bytes: i64,
+    /// Nodes of its own that were replaced.
+    nodes: Vec<Run>,
+    /// References and nodes that it dropped and its parent has.
+    dead: Vec<DeadRef>,
+}
+
+impl SubvolChange {
+    /// Brings the counts of the item up to date; `above` is the group of the parent's parent.
+    fn count(&self, item: &mut SubvolItem, above: Txg) {
+        let sum = |refs: &mut dyn Iterator<Item = &DeadRef>| -> u64 {
+            refs.map(|entry| entry.run.bytes).sum()
+        };
+        let dead = sum(&mut self.dead.iter());
+        let dead_own = sum(&mut self.dead.iter().filter(|entry| entry.birth > above));
+        item.tree_bytes = item.tree_bytes.saturating_add_signed(self.tree_bytes);
+        // What went to the dead list was not its own.
+        let own = self.data.stored + self.tree_bytes + dead as i64;
+        item.own_bytes = item.own_bytes.saturating_add_signed(own);
+        item.dead_entries = item.dead_entries.saturating_add(self.dead.len() as u64);
+        item.dead_own_bytes = item.dead_own_bytes.saturating_add(dead_own);
+    }
+}
+
 /// A group that is on the devices, but for its superblock.
 struct Written {
     roots: Roots,
@@ -161,23 +203,46 @@ impl Engine {
         let sink = GroupSink::new(&self.store, txg);
         let mut debts = GroupDebts::default();
         let mut written = Vec::new();
-        let mut pool_edits = core::mem::take(&mut committer.pool_edits);
+        let mut given_up = GivenUp::default();
+        let mut dead_edits = dead::Edits::new();
+        let old_dead = committer.roots.dead;
+        let counts = committer.superblock.features[2] & features::VERSIONS != 0;
         for (subvol, dirty) in subvols {
             if dirty.is_empty() && subvol.overlay(txg).is_empty() {
                 continue;
             }
-            let (part, delta) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
-            let item = part.subvol.item_for(txg, &part.tree, delta);
-            let key = Key::new(part.subvol.id.0, kind::SUBVOL, 0);
-            pool_edits.push((key, Edit::Put(item.to_bytes().to_vec())));
+            let (part, change) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
+            let id = part.subvol.id.0;
+            let mut item = part.subvol.item_for(txg, &part.tree, change.data);
+            if counts {
+                let above = self.versions.read().parent_txg(item.parent);
+                change.count(&mut item, above);
+            }
+            self.versions.write().change(id, |there| *there = item)?;
+            let list = item.dead_list(id);
+            dead::append(&sink, &old_dead, list, change.dead, &mut dead_edits)?;
+            given_up.nodes.extend(change.nodes);
             written.push(part);
         }
+        let tree = old_dead.apply(&sink, &dead::batch(dead_edits))?;
+        self.carry_out(committer, &sink, txg)?;
+        let tree = self.destroy_some(&sink, tree, &mut given_up)?;
+        debts.garbage.append(&mut given_up.data);
+        let mut pool_edits = core::mem::take(&mut committer.pool_edits);
+        let mut edits = self.versions.write().take_edits();
+        pool_edits.append(&mut edits.tree);
         pool_edits.sort_unstable_by_key(|(key, _)| *key);
+        for (id, item) in edits.items {
+            if let Some(subvol) = self.subvol(TreeId(id)) {
+                subvol.set_item_fields(item);
+            }
+        }
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
         debts.shared.append(&mut shared);
-        self.write_pool_trees(committer, &sink, txg, debts, &pool_edits, written)
+        let parts = Parts { debts, pool_edits, dead: tree, dead_nodes: given_up.nodes };
+        self.write_pool_trees(committer, &sink, txg, parts, written)
     }
 
     /// Everything of the group that is still bytes in memory goes to the devices.
@@ -202,18 +267,18 @@ impl Engine {
         committer: &mut Committer,
         sink: &GroupSink<'_>,
         txg: Txg,
-        debts: GroupDebts,
-        pool_edits: &[(Key, Edit)],
+        parts: Parts,
         subvols: Vec<WrittenSubvol>,
     ) -> Result<Box<Written>> {
         let store = &*self.store;
         let old = &committer.roots;
+        let Parts { debts, pool_edits, dead, mut dead_nodes } = parts;
         let settled = references::settle(sink, &old.refs, debts.shared, debts.garbage)?;
         let refs = old.refs.apply(sink, &settled.edits)?;
         for run in settled.dead {
             store.space.free(run, txg);
         }
-        let pool = old.pool.apply(sink, pool_edits)?;
+        let pool = old.pool.apply(sink, &pool_edits)?;
         if let Some(residue) = &old.residue {
             store.space.free(residue_run(residue, store.node_bytes), txg);
         }
@@ -230,7 +295,7 @@ impl Engine {
         let chunk_edits = store.space.seal_chunks(txg, || store.pool.take_chunk_edits(txg));
         let chunk_edits = to_edits(chunk_edits);
         let chunk = old.chunk.apply(sink, &chunk_edits)?;
-        let mut dead_nodes = sink.take_freed();
+        dead_nodes.extend(sink.take_freed().into_iter().map(|(run, _)| run));
         for run in &dead_nodes {
             store.space.free(*run, txg);
         }
@@ -238,13 +303,12 @@ impl Engine {
         // The cut. What is taken and freed after it goes to the residue.
         let edits = to_edits(store.space.cut(txg, store)?);
         let space_tree = space_tree.apply(sink, &edits)?;
-        let freed = sink.take_freed();
-        for run in &freed {
-            store.space.free(*run, txg);
+        for (run, _) in sink.take_freed() {
+            store.space.free(run, txg);
+            dead_nodes.push(run);
         }
-        dead_nodes.extend(freed);
         let (ptr, residue) = self.write_residue(sink, txg)?;
-        let roots = Roots { pool, chunk, refs, dead: old.dead, residue: Some(ptr) };
+        let roots = Roots { pool, chunk, refs, dead, residue: Some(ptr) };
         Ok(Box::new(Written { roots, space_tree, residue, subvols, dead_nodes, log }))
     }
 
@@ -403,8 +467,10 @@ fn write_subvol(
     dirty: Vec<Arc<Inode>>,
     txg: Txg,
     debts: &mut GroupDebts,
-) -> Result<(WrittenSubvol, DataDelta)> {
+) -> Result<(WrittenSubvol, SubvolChange)> {
     let view = subvol.view();
+    let since = Txg(subvol.item().snapshot_txg);
+    let mut dead = Vec::new();
     let mut edits = subvol.overlay(txg).edits();
     let mut delta = DataDelta::default();
     let mut inodes = Vec::with_capacity(dirty.len());
@@ -416,14 +482,30 @@ fn write_subvol(
         };
         let resolved: Resolved = resolve(sink, &view.tree, inode.ino, &aside)?;
         edits.extend(resolved.edits);
-        debts.garbage.extend(resolved.garbage);
+        for (run, birth) in resolved.dropped {
+            match birth > since {
+                true => debts.garbage.push(run),
+                false => dead.push(DeadRef { birth, run, is_node: false }),
+            }
+        }
         debts.shared.extend(resolved.shared);
         delta.add(resolved.delta);
         inodes.push((inode, resolved.stored_bytes, resolved.promised_bytes));
     }
     edits.sort_unstable_by_key(|(key, _)| *key);
+    sink.take_written_bytes();
     let tree = view.tree.apply(sink, &edits)?;
-    Ok((WrittenSubvol { subvol, tree, inodes }, delta))
+    let mut tree_bytes = sink.take_written_bytes() as i64;
+    let mut nodes = Vec::new();
+    for (run, birth) in sink.take_freed() {
+        tree_bytes -= run.bytes as i64;
+        match birth > since {
+            true => nodes.push(run),
+            false => dead.push(DeadRef { birth, run, is_node: true }),
+        }
+    }
+    let change = SubvolChange { data: delta, tree_bytes, nodes, dead };
+    Ok((WrittenSubvol { subvol, tree, inodes }, change))
 }
 
 fn settle(subvol: &Subvol, inode: &Arc<Inode>, txg: Txg, stored: u64, promised: u64) {

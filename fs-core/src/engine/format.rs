@@ -9,11 +9,11 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem, FIRST_INO, ROOT_INO};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::superblock::Superblock;
-use crate::platform::{DeviceRef, Platform};
+use crate::platform::{DeviceError, DeviceRef, Platform};
 use crate::pool::{self, Pool};
 use crate::subvol::change::Change;
 use crate::subvol::store::{DataSettings, Result};
-use crate::units::{Ino, TreeId, Txg};
+use crate::units::{Ino, Physical, TreeId, Txg};
 use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -135,6 +135,10 @@ pub fn format(
         committer.pool_edits = settings_items(&settings);
         engine.commit_group(&mut committer, true)?;
     }
+    if let Some(failed) = pool.members().iter().find(|member| !member.is_complete()) {
+        // It could do without, but nobody wants a new pool like that.
+        return Err(failed.error(Physical(0), DeviceError::Gone));
+    }
     let device_bytes = pool.members().iter().map(|m| m.identity().bytes).sum();
     Ok(FormatSummary {
         pool_id: pool.pool_id(),
@@ -170,7 +174,7 @@ fn first_superblock(
         txg: Txg(0),
         written: 0,
         pool_id: pool.pool_id(),
-        features: [0; 3],
+        features: [0, 0, pool.incompat()],
         hash_secret,
         node_bytes: options.node_bytes,
         device_count: pool.members().len() as u16,

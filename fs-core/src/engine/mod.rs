@@ -7,6 +7,9 @@
 //! | `commit` | writing and publishing a group |
 //! | `data` | bytes become extents |
 //! | `nodes` | tree nodes of the group being written |
+//! | `versions` | subvolumes, snapshots, clones, rollback |
+//! | `destroy` | taking apart what was deleted |
+//! | `dead` | dead lists |
 //! | `references` | extra references of shared runs |
 //! | `log`, `replay` | fsync, and what it is for |
 //! | `reclaim` | removing files without names |
@@ -18,6 +21,8 @@
 pub mod data;
 
 mod commit;
+mod dead;
+mod destroy;
 mod format;
 mod log;
 mod nodes;
@@ -25,6 +30,7 @@ mod open;
 mod reclaim;
 mod references;
 mod replay;
+pub mod versions;
 
 #[cfg(test)]
 mod tests;
@@ -39,12 +45,13 @@ use crate::format::ptr::BlockPtr;
 use crate::format::superblock::Superblock;
 use crate::space::{Class, Reservation, Trim};
 use crate::subvol::store::{DataSettings, Result, Store};
+use crate::subvol::versions::Versions;
 use crate::subvol::Subvol;
 use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::{BTreeMap, VecDeque};
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -79,7 +86,14 @@ pub struct Engine {
     /// What all subvolumes share.
     pub store: Arc<Store>,
     subvols: RwLock<BTreeMap<TreeId, Arc<Subvol>>>,
-    default_subvol: TreeId,
+    /// Snapshots that somebody looks into.
+    snapshots: RwLock<BTreeMap<u64, Weak<Subvol>>>,
+    versions: RwLock<Versions>,
+    default_subvol: AtomicU64,
+    /// What waits to be carried out by the writer of a group.
+    requests: Mutex<Vec<versions::Request>>,
+    /// Taking apart what was deleted met damage: not before the pool is opened again.
+    destroying_failed: AtomicBool,
     committer: Mutex<commit::Committer>,
     log: log::Log,
     reclaim: Mutex<VecDeque<(TreeId, Ino)>>,
@@ -100,7 +114,7 @@ const ROOT_NODES: u64 = 32;
 impl Engine {
     /// The subvolume that is mounted unless another is asked for.
     pub fn default_subvol(&self) -> Option<Arc<Subvol>> {
-        self.subvol(self.default_subvol)
+        self.subvol(TreeId(self.default_subvol.load(Ordering::Relaxed)))
     }
 
     /// A subvolume.
@@ -166,7 +180,9 @@ impl Engine {
         let (first, last) = (groups.published().next(), groups.open());
         let changed =
             |subvol: &Arc<Subvol>| (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)));
-        self.wanted.load(Ordering::Relaxed) || self.subvols.read().values().any(changed)
+        self.wanted.load(Ordering::Relaxed)
+            || !self.requests.lock().is_empty()
+            || self.subvols.read().values().any(changed)
     }
 
     /// Asks for a commit even if nothing seems to have changed, such as after a new name of the
@@ -182,8 +198,13 @@ impl Engine {
             return;
         }
         self.reclaim_some();
-        // A large file goes a part a group: the next part waits for this one.
-        let waits = self.wanted.load(Ordering::Relaxed) && !self.reclaim.lock().is_empty();
+        // What was deleted goes a part a group, as a large file does: the next waits for this one.
+        let destroys = self.store.writable().is_ok() && self.has_to_destroy();
+        if destroys {
+            self.want_commit();
+        }
+        let waits =
+            destroys || self.wanted.load(Ordering::Relaxed) && !self.reclaim.lock().is_empty();
         let now = self.store.platform.clock.uptime_ns();
         let due = self.commit_due_ns.load(Ordering::Relaxed);
         if now >= due || waits || self.store.dirty.over_soft() {

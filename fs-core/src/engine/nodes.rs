@@ -11,23 +11,31 @@ use crate::sync::Mutex;
 use crate::units::{Logical, TreeId, Txg};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// The node sink of the group being written.
 pub struct GroupSink<'a> {
     store: &'a Store,
     txg: Txg,
-    freed: Mutex<Vec<Run>>,
+    freed: Mutex<Vec<(Run, Txg)>>,
+    written_bytes: AtomicU64,
 }
 
 impl<'a> GroupSink<'a> {
     /// A sink for group `txg`.
     pub fn new(store: &'a Store, txg: Txg) -> GroupSink<'a> {
-        GroupSink { store, txg, freed: Mutex::new(Vec::new()) }
+        let written_bytes = AtomicU64::new(0);
+        GroupSink { store, txg, freed: Mutex::new(Vec::new()), written_bytes }
     }
 
-    /// Blocks that were replaced since the last call.
-    pub fn take_freed(&self) -> Vec<Run> {
+    /// Blocks that were replaced since the last call, with their births.
+    pub fn take_freed(&self) -> Vec<(Run, Txg)> {
         core::mem::take(&mut *self.freed.lock())
+    }
+
+    /// Bytes of nodes written since the last call.
+    pub fn take_written_bytes(&self) -> u64 {
+        self.written_bytes.swap(0, Ordering::Relaxed)
     }
 
     /// Writes a block that is not a tree node, such as the residue.
@@ -107,6 +115,8 @@ impl NodeSink for GroupSink<'_> {
             *sums[index].lock() = codecs.blake3(&nodes[index].1);
         });
         let bytes = self.store.node_bytes as u32;
+        let all_bytes = u64::from(bytes) * nodes.len() as u64;
+        self.written_bytes.fetch_add(all_bytes, Ordering::Relaxed);
         let mut ptrs = Vec::with_capacity(nodes.len());
         let mut writes = Vec::with_capacity(nodes.len());
         let mut ready = Vec::with_capacity(nodes.len());
@@ -135,6 +145,7 @@ impl NodeSink for GroupSink<'_> {
     }
 
     fn free(&self, _tree: TreeId, ptr: &BlockPtr) {
-        self.freed.lock().push(Run { addr: ptr.addr, bytes: ptr.allocated() });
+        let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
+        self.freed.lock().push((run, ptr.birth));
     }
 }

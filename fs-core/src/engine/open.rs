@@ -20,6 +20,7 @@ use crate::platform::{DeviceRef, Platform};
 use crate::pool::{Pool, PoolOptions};
 use crate::space::{self, ChunkSource, Space};
 use crate::subvol::store::{DataSettings, Result, Store, StoreParts};
+use crate::subvol::versions::{Version, Versions};
 use crate::subvol::Subvol;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{Ino, Logical, TreeId, Txg};
@@ -27,7 +28,7 @@ use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// How to open a pool.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct OpenOptions {
     pub ignore_log: bool,
     /// Open the pool as of this group. Only with `read_only`.
     pub max_txg: Option<Txg>,
+    /// Open the pool without devices that are missing, if the others have a copy of everything.
+    pub degraded: bool,
     /// Bytes of tree nodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
@@ -54,6 +57,7 @@ impl Default for OpenOptions {
             read_only: false,
             ignore_log: false,
             max_txg: None,
+            degraded: false,
             cache_bytes: 128 << 20,
             dirty_bytes: 256 << 20,
             commit_seconds: 5,
@@ -77,7 +81,8 @@ pub fn open(
     if options.max_txg.is_some() && !options.read_only {
         return Err(Error::Argument { what: "an older group can only be opened read-only" });
     }
-    let pool_options = PoolOptions { read_only: options.read_only, max_txg: options.max_txg };
+    let OpenOptions { read_only, max_txg, degraded, .. } = *options;
+    let pool_options = PoolOptions { read_only, max_txg, degraded };
     let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
     let unknown = superblock.unknown_ro_compat();
     if unknown != 0 && !options.read_only {
@@ -98,6 +103,7 @@ pub fn open(
         commit_seconds: options.commit_seconds,
         read_only: options.read_only,
     })?;
+    engine.store.pool.begin(&superblock)?;
     engine.load_pool_tree(options)?;
     if let (Some(start), false) = (&superblock.log, options.ignore_log) {
         let applied = engine.replay(start)?;
@@ -136,11 +142,13 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
     load_chunks(&store, &chunk_tree)?;
     load_space(&store, &space_tree, &superblock)?;
     let mut subvols = BTreeMap::new();
+    let mut versions = Versions::default();
     for (id, item) in parts.subvols {
+        versions.insert(id.0, Version { item, name: Vec::new(), holds: Vec::new() });
         let subvol = Subvol::new(id, item, superblock.txg, store.clone())?;
         subvols.insert(id, Arc::new(subvol));
     }
-    Ok(make_engine(superblock, store, subvols, parts.commit_seconds))
+    Ok(make_engine(superblock, store, subvols, versions, parts.commit_seconds))
 }
 
 /// Kept apart from `assemble`, as [`make_store`] is.
@@ -149,12 +157,17 @@ fn make_engine(
     superblock: Box<Superblock>,
     store: Arc<Store>,
     subvols: BTreeMap<TreeId, Arc<Subvol>>,
+    versions: Versions,
     commit_seconds: u64,
 ) -> Arc<Engine> {
     let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
     Arc::new(Engine {
-        default_subvol: TreeId(superblock.default_subvol),
+        default_subvol: AtomicU64::new(superblock.default_subvol),
         subvols: RwLock::ranked(Rank::Subvols, subvols),
+        snapshots: RwLock::ranked(Rank::Subvols, BTreeMap::new()),
+        versions: RwLock::ranked(Rank::Versions, versions),
+        requests: Mutex::ranked(Rank::Short, Vec::new()),
+        destroying_failed: AtomicBool::new(false),
         committer: Mutex::ranked(Rank::Committer, Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::ranked(Rank::Short, VecDeque::new()),
@@ -274,49 +287,51 @@ impl Engine {
         };
         let mut settings = self.store.settings();
         let mut subvols = BTreeMap::new();
+        let mut versions = Versions::default();
         each_item(&*self.store, &tree, |key, value| {
-            match (key.kind, key.offset) {
-                (kind::SUBVOL, 0) => {
-                    let item = SubvolItem::decode(value)
-                        .map_err(|bad| bad.in_item(TreeId::POOL, key.object))?;
-                    let id = TreeId(key.object);
-                    let subvol = Subvol::new(id, item, txg, self.store.clone())?;
-                    subvols.insert(id, Arc::new(subvol));
-                }
-                (kind::PROPERTY, number) if key.object == 0 => {
-                    read_setting(&mut settings, number, value);
-                }
-                _ => {}
+            if !versions.load(key, value)? && key.kind == kind::PROPERTY && key.object == 0 {
+                read_setting(&mut settings, key.offset, value);
             }
             Ok(())
         })?;
+        versions.check()?;
+        for (id, version) in versions.iter() {
+            if !version.item.is_snapshot() && !version.item.is_deleted() {
+                let subvol = Subvol::new(TreeId(id), version.item, txg, self.store.clone())?;
+                subvols.insert(TreeId(id), Arc::new(subvol));
+            }
+        }
         if let Some((kind, level)) = options.compression {
             (settings.compression, settings.level) = (kind, level);
         }
         self.store.set_settings(settings);
-        if !subvols.contains_key(&self.default_subvol) {
+        let default = TreeId(self.default_subvol.load(Ordering::Relaxed));
+        if !subvols.contains_key(&default) {
             return Err(Error::BadItem {
                 what: "the default subvolume is missing",
                 tree: TreeId::POOL,
-                object: self.default_subvol.0,
+                object: default.0,
             });
         }
         *self.subvols.write() = subvols;
+        *self.versions.write() = versions;
         self.settle_promises();
         Ok(())
     }
 
     #[inline(never)]
     fn queue_orphans(&self) -> Result<()> {
-        for subvol in self.subvols() {
-            let from = Key::new(0, kind::ORPHAN, 0);
-            let to = Key::new(0, kind::ORPHAN, u64::MAX);
-            subvol.scan(from, to, &mut |key, _| {
-                self.queue_reclaim(&subvol, Ino(key.offset));
-                Ok(true)
-            })?;
-        }
-        Ok(())
+        self.subvols().iter().try_for_each(|subvol| self.queue_orphans_of(subvol))
+    }
+
+    /// Queues the nameless inodes of a subvolume that nobody uses yet.
+    pub(super) fn queue_orphans_of(&self, subvol: &Subvol) -> Result<()> {
+        let from = Key::new(0, kind::ORPHAN, 0);
+        let to = Key::new(0, kind::ORPHAN, u64::MAX);
+        subvol.scan(from, to, &mut |key, _| {
+            self.queue_reclaim(subvol, Ino(key.offset));
+            Ok(true)
+        })
     }
 }
 

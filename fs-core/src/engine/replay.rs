@@ -306,8 +306,9 @@ impl Proof<'_> {
         if record.txg <= self.published {
             return Ok(true);
         }
+        // One that was deleted: nobody waits for what it was.
         if self.engine.subvol(record.tree).is_none() {
-            return Ok(false);
+            return Ok(true);
         }
         match &record.record {
             Record::Range { content: RangeContent::Written(extent), .. } => self.is_there(extent),
@@ -356,8 +357,8 @@ impl Proof<'_> {
         }
     }
 
-    /// Whether a copy of a run is good. One that cannot be read may be: then reading it fails
-    /// later, which says more than to forget that it was written.
+    /// Whether a copy of a run is good; the others are made so. One that cannot be read may be
+    /// good: then reading it fails later, which says more than to forget that it was written.
     fn any_copy(&self, run: Run, is_good: &dyn Fn(&[u8]) -> bool) -> Result<bool> {
         let pool = &self.engine.store.pool;
         let copies = match pool.map(run.addr, run.bytes) {
@@ -366,15 +367,20 @@ impl Proof<'_> {
             Err(Error::Unmapped { .. }) => return Ok(false),
             Err(error) => return Err(error),
         };
-        let mut is_unreadable = false;
+        let (mut good, mut is_bad, mut is_unreadable) = (None, false, false);
         for copy in 0..copies {
             match pool.read_run(run, copy) {
-                Ok(bytes) if is_good(&bytes) => return Ok(true),
-                Ok(_) => {}
+                Ok(bytes) if is_good(&bytes) => good = Some(bytes),
+                Ok(_) => is_bad = true,
                 Err(Error::Device { .. }) => is_unreadable = true,
                 Err(error) => return Err(error),
             }
         }
-        Ok(is_unreadable)
+        let Some(bytes) = good else { return Ok(is_unreadable) };
+        if is_bad && !pool.read_only() {
+            // The power failed before it had reached every copy.
+            pool.complete_copies(run, &bytes)?;
+        }
+        Ok(true)
     }
 }

@@ -17,42 +17,94 @@ pub enum ChunkKind {
     System = 3,
 }
 
-/// How a chunk lies on its devices. The numbers are permanent.
+/// How a chunk lies on its devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
 pub enum Profile {
     /// One copy on one device.
-    Single = 1,
+    Single,
     /// Two copies on one device.
-    Dup = 2,
-    /// Reserved: striped without redundancy.
-    Stripe = 3,
-    /// Reserved: copies on as many devices as there are stripes.
-    Mirror = 4,
-    /// Reserved: striped mirrors.
-    StripeMirror = 5,
+    Dup,
+    /// One copy, striped over devices.
+    Stripe,
+    /// Two copies on two devices.
+    Mirror,
+    /// Three copies on three devices.
+    Mirror3,
+    /// Four copies on four devices.
+    Mirror4,
+    /// Mirrors of two devices, striped.
+    StripeMirror,
     /// Reserved: one parity.
-    Parity1 = 6,
+    Parity1,
     /// Reserved: two parities.
-    Parity2 = 7,
+    Parity2,
     /// Reserved: three parities.
-    Parity3 = 8,
+    Parity3,
 }
 
 impl Profile {
-    /// The profile with that number.
-    pub fn from_raw(raw: u8) -> Option<Profile> {
+    /// Every profile.
+    pub const ALL: [Profile; 10] = {
         use Profile::*;
-        [Single, Dup, Stripe, Mirror, StripeMirror, Parity1, Parity2, Parity3]
-            .into_iter()
-            .find(|p| *p as u8 == raw)
+        [Single, Dup, Stripe, Mirror, Mirror3, Mirror4, StripeMirror, Parity1, Parity2, Parity3]
+    };
+
+    /// The profile with those permanent numbers: its own, and how many copies if more than two.
+    pub fn from_raw(number: u8, copies: u8) -> Option<Profile> {
+        Profile::ALL.into_iter().find(|profile| profile.raw() == (number, copies))
+    }
+
+    /// Its permanent numbers.
+    pub fn raw(self) -> (u8, u8) {
+        match self {
+            Profile::Single => (1, 0),
+            Profile::Dup => (2, 0),
+            Profile::Stripe => (3, 0),
+            Profile::Mirror => (4, 0),
+            Profile::Mirror3 => (4, 3),
+            Profile::Mirror4 => (4, 4),
+            Profile::StripeMirror => (5, 0),
+            Profile::Parity1 => (6, 0),
+            Profile::Parity2 => (7, 0),
+            Profile::Parity3 => (8, 0),
+        }
     }
 
     /// How many full copies of the data the profile keeps, for those that keep copies.
     pub fn copies(self) -> u64 {
         match self {
-            Profile::Dup => 2,
+            Profile::Dup | Profile::Mirror | Profile::StripeMirror => 2,
+            Profile::Mirror3 => 3,
+            Profile::Mirror4 => 4,
             _ => 1,
+        }
+    }
+
+    /// On how many devices the copies of a byte are: the fewest the profile can do with.
+    pub fn devices_min(self) -> u64 {
+        match self {
+            Profile::Dup => 1,
+            other => other.copies(),
+        }
+    }
+
+    /// Whether a chunk is cut over several devices in units of [`STRIPE_UNIT`].
+    pub fn is_striped(self) -> bool {
+        matches!(self, Profile::Stripe | Profile::StripeMirror)
+    }
+
+    /// Whether this version can make and read it.
+    pub fn is_known(self) -> bool {
+        !matches!(self, Profile::Parity1 | Profile::Parity2 | Profile::Parity3)
+    }
+
+    /// The profile of the chunk tree's own chunks in a pool with this profile for metadata: as many
+    /// copies, but not striped, since they are small and the superblock has little room for them.
+    pub fn of_system(self) -> Profile {
+        match self {
+            Profile::Stripe => Profile::Single,
+            Profile::StripeMirror => Profile::Mirror,
+            other => other,
         }
     }
 
@@ -63,6 +115,8 @@ impl Profile {
             Profile::Dup => "dup",
             Profile::Stripe => "stripe",
             Profile::Mirror => "mirror",
+            Profile::Mirror3 => "mirror3",
+            Profile::Mirror4 => "mirror4",
             Profile::StripeMirror => "stripe+mirror",
             Profile::Parity1 => "parity1",
             Profile::Parity2 => "parity2",
@@ -124,6 +178,8 @@ pub const CHUNK_BYTES_MAX: u64 = 1 << 30;
 pub const CHUNK_BYTES_MIN: u64 = 1 << 20;
 /// Largest number of stripes in a chunk.
 pub const STRIPES_MAX: usize = 64;
+/// Bytes that a striped chunk has on one device before it goes on with the next.
+pub const STRIPE_UNIT: u64 = 64 << 10;
 
 /// A chunk: a run of logical addresses and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,7 +216,6 @@ impl Chunk {
             raw.reserved0 == [0; 7] && raw.reserved1 == 0 && raw.flags == 0,
             "reserved field of a chunk is not zero",
         )?;
-        rule(raw.stripe_unit == 0 && raw.copies == 0, "striping of an unknown profile")?;
         rule(logical.0 % CHUNK_BYTES_MIN == 0, "chunk at an unaligned address")?;
         rule(
             raw.length % CHUNK_BYTES_MIN == 0
@@ -174,15 +229,25 @@ impl Chunk {
             3 => ChunkKind::System,
             _ => return Err(BadBytes("unknown chunk kind")),
         };
-        let profile = Profile::from_raw(raw.profile).ok_or(BadBytes("unknown profile"))?;
+        let profile =
+            Profile::from_raw(raw.profile, raw.copies).ok_or(BadBytes("unknown profile"))?;
+        rule(profile.is_known(), "profile of a newer version")?;
         let count = raw.stripe_count as usize;
         rule(tail.len() == count * StripeItem::BYTES, "wrong number of stripes")?;
-        let want = match profile {
-            Profile::Single => 1,
-            Profile::Dup => 2,
-            _ => return Err(BadBytes("profile of a newer version")),
-        };
-        rule(count == want, "wrong number of stripes for the profile")?;
+        let copies = profile.copies() as usize;
+        let unit = if profile.is_striped() { STRIPE_UNIT } else { 0 };
+        rule(u64::from(raw.stripe_unit) == unit, "stripe unit that the profile does not have")?;
+        rule(
+            count <= STRIPES_MAX
+                && count >= copies
+                && (count == copies || profile.is_striped() && count % copies == 0),
+            "wrong number of stripes for the profile",
+        )?;
+        let columns = (count / copies) as u64;
+        rule(
+            unit == 0 || raw.length % (columns * CHUNK_BYTES_MIN) == 0,
+            "chunk that its devices do not share evenly",
+        )?;
         let mut stripes = Vec::with_capacity(count);
         for bytes in tail.chunks_exact(StripeItem::BYTES) {
             let raw_stripe = <StripeItem as DiskField>::get(bytes);
@@ -194,19 +259,44 @@ impl Chunk {
                 physical: Physical(raw_stripe.physical),
             });
         }
-        Ok(Chunk { logical, length: raw.length, birth: Txg(raw.birth), kind, profile, stripes })
+        let chunk =
+            Chunk { logical, length: raw.length, birth: Txg(raw.birth), kind, profile, stripes };
+        rule(chunk.has_distinct_devices(), "copies on the wrong devices for the profile")?;
+        Ok(chunk)
+    }
+
+    /// Over how many devices each copy is cut.
+    pub fn columns(&self) -> u64 {
+        (self.stripes.len() as u64 / self.profile.copies()).max(1)
+    }
+
+    /// Bytes that each stripe takes on its device.
+    pub fn stripe_bytes(&self) -> u64 {
+        self.length / self.columns()
+    }
+
+    /// Whether the stripes are on as many devices as the profile promises.
+    fn has_distinct_devices(&self) -> bool {
+        let mut devices: Vec<u16> = self.stripes.iter().map(|stripe| stripe.device).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        match self.profile {
+            Profile::Single | Profile::Dup => devices.len() == 1,
+            _ => devices.len() == self.stripes.len(),
+        }
     }
 
     /// The chunk as an item's value.
     pub fn encode(&self) -> Vec<u8> {
+        let (profile, copies) = self.profile.raw();
         let raw = ChunkHeader {
             length: self.length,
             birth: self.birth.0,
             kind: self.kind as u8,
-            profile: self.profile as u8,
+            profile,
             stripe_count: self.stripes.len() as u16,
-            stripe_unit: 0,
-            copies: 0,
+            stripe_unit: if self.profile.is_striped() { STRIPE_UNIT as u32 } else { 0 },
+            copies,
             reserved0: [0; 7],
             flags: 0,
             reserved1: 0,

@@ -19,6 +19,9 @@ pub mod kind {
     pub const ORPHAN: u8 = 0x30;
     // Pool tree.
     pub const SUBVOL: u8 = 0x40;
+    pub const NAME: u8 = 0x41;
+    pub const HOLDS: u8 = 0x42;
+    pub const BOOKMARK: u8 = 0x43;
     pub const PROPERTY: u8 = 0x48;
     // Shared-reference tree: object is a logical address.
     pub const REF: u8 = 0x50;
@@ -78,9 +81,12 @@ pub mod kind {
         ),
         (ORPHAN, "ORPHAN", "subvolume", "0", "inode", "empty: the inode has no name left"),
         (SUBVOL, "SUBVOL", "pool", "subvolume id", "0", "`SubvolItem`"),
+        (NAME, "NAME", "pool", "subvolume or snapshot id", "0", "its name"),
+        (HOLDS, "HOLDS", "pool", "snapshot id", "0", "tags that keep it from being deleted"),
+        (BOOKMARK, "BOOKMARK", "pool", "bookmark id", "0", "`BookmarkItem` and the name"),
         (PROPERTY, "PROPERTY", "pool", "subvolume id or 0", "property number", "value"),
         (REF, "REF", "references", "logical address", "0", "`RefItem`"),
-        (DEAD, "DEAD", "dead lists", "subvolume id", "sequence", "reserved for snapshots"),
+        (DEAD, "DEAD", "dead lists", "list id", "birth * 2^20 + part", "a part of a dead list"),
         (CHUNK, "CHUNK", "chunk", "logical address", "0", "`ChunkHeader` and stripes"),
         (DEVICE, "DEVICE", "chunk", "device index", "0", "`DeviceItem`"),
         (

@@ -9,11 +9,12 @@
 //! first 4 KiB, and from 64 KiB on the ring of superblocks (`superblock`). Both areas hold the
 //! same. The first 4 KiB of the device are zero, so that nothing else is recognised there.
 
-use super::{rule, BadBytes, DiskField, Skipped, FORMAT_VERSION};
+use super::{place_of, rule, BadBytes, DiskField, Skipped, FORMAT_VERSION};
 use crate::disk_struct;
 use crate::units::{align_down, Physical, SECTOR_BYTES};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 /// Offset of the first label area.
 pub const LABEL_AREA_0: u64 = 64 << 10;
@@ -71,11 +72,69 @@ disk_struct! {
         0x080 written: i64,
         /// Counts rewrites; of two valid labels the greater is right.
         0x088 sequence: u64,
+        /// Counts changes of which devices are complete; zero in a pool that always had one device.
+        0x090 epoch: u64,
+        /// Number of entries in `members`; zero in a pool that always had one device.
+        0x098 device_count: u16,
         /// Reserved.
-        0x090 reserved: Skipped<3920>,
+        0x09a reserved1: [u8; 6],
+        /// The devices of the pool, by index; what follows `device_count` entries is zero.
+        0x0a0 members: Skipped<2560>,
+        /// Reserved.
+        0xaa0 reserved: Skipped<1344>,
         /// BLAKE3-256 of all bytes before this field.
         0xfe0 checksum: [u8; 32],
     }
+}
+
+disk_struct! {
+    /// One device in the table of a label.
+    pub struct LabelMember [40] {
+        /// Id of the device.
+        0x00 id: [u8; 16],
+        /// Usable bytes of the device.
+        0x10 bytes: u64,
+        /// Zero when the device is complete: it has everything that was written to it. Else the
+        /// group that was published when it missed something first.
+        0x18 behind: u64,
+        /// Reserved.
+        0x20 reserved: [u8; 8],
+    }
+}
+
+/// Most devices of a pool: what a label can name.
+pub const DEVICES_MAX: usize = 64;
+
+/// Where the table of devices is in a label.
+const MEMBERS: Range<usize> = place_of(Label::FIELDS, "members");
+
+/// Reads the table of devices from the bytes of a label that was decoded.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn decode_members(label: &Label, bytes: &[u8]) -> Result<Vec<LabelMember>, BadBytes> {
+    let count = usize::from(label.device_count);
+    rule(count <= DEVICES_MAX, "label with too many devices")?;
+    rule(
+        count == 0 || count > usize::from(label.device_index),
+        "label of a device beyond the last",
+    )?;
+    let table = bytes.get(MEMBERS).ok_or(BadBytes("label of the wrong length"))?;
+    let (used, rest) = table.split_at(count * LabelMember::BYTES);
+    rule(rest.iter().all(|byte| *byte == 0), "bytes after the last device of a label")?;
+    let mut members = Vec::with_capacity(count);
+    for (index, entry) in used.chunks_exact(LabelMember::BYTES).enumerate() {
+        let member = <LabelMember as DiskField>::get(entry);
+        rule(member.reserved == [0; 8], "reserved field of a label's device is not zero")?;
+        rule(label_areas(member.bytes).is_some(), "label names an impossibly small device")?;
+        let is_own = index == usize::from(label.device_index);
+        rule(
+            !is_own || (member.id == label.device_id && member.bytes == label.device_bytes),
+            "label contradicts its own table",
+        )?;
+        members.push(member);
+    }
+    Ok(members)
 }
 
 impl Label {
@@ -103,16 +162,27 @@ impl Label {
     fn check(&self) -> Result<(), BadBytes> {
         rule(u64::from(self.sector_bytes) == SECTOR_BYTES, "label with another sector size")?;
         rule(
-            self.reserved0 == [0; 6] && self.reserved.is_zero(),
+            self.reserved0 == [0; 6] && self.reserved1 == [0; 6] && self.reserved.is_zero(),
             "reserved field of a label is not zero",
         )?;
+        // It counts failures and changes of devices.
+        rule(self.epoch < u64::MAX / 2, "label of an impossible epoch")?;
         rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")
     }
 
     /// The label as bytes, its checksum computed.
-    pub fn encode(&self) -> Vec<u8> {
+    ///
+    /// # Panics
+    /// When there are more members than a label can name.
+    pub fn encode(&self, members: &[LabelMember]) -> Vec<u8> {
         let mut bytes = vec![0; Label::BYTES];
         self.put(&mut bytes);
+        for (member, entry) in
+            members.iter().zip(bytes[MEMBERS].chunks_exact_mut(LabelMember::BYTES))
+        {
+            member.put(entry);
+        }
+        assert!(members.len() <= DEVICES_MAX, "{} devices in a label", members.len());
         let checksum = crate::platform::blake3(&bytes[..0xfe0]);
         bytes[0xfe0..].copy_from_slice(&checksum);
         bytes

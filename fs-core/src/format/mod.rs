@@ -10,6 +10,7 @@
 //! or panics on any input.
 
 pub mod chunk;
+pub mod dead;
 pub mod dir;
 pub mod extent;
 pub mod inode;
@@ -208,8 +209,13 @@ pub const FORMAT_VERSION: u32 = 1;
 
 /// Feature bits this build knows.
 pub mod features {
-    /// Bits that forbid opening when unknown. None are defined yet.
-    pub const INCOMPAT_KNOWN: u64 = 0;
+    /// Incompat: the pool has, or had, more than one subvolume, or snapshots. Set when the first is
+    /// made.
+    pub const VERSIONS: u64 = 1 << 0;
+    /// Incompat: the pool has several devices, or had when it was made.
+    pub const DEVICES: u64 = 1 << 1;
+    /// Bits that forbid opening when unknown.
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

@@ -1,9 +1,15 @@
-//! Items of the pool tree.
+//! Items of the pool tree: subvolumes, snapshots, bookmarks, properties.
+//!
+//! Subvolumes and snapshots are *versions*: each has an id, a SUBVOL item, and all but the root
+//! subvolume a NAME item. A version's `parent` is the snapshot it goes on from; so versions form
+//! trees, with snapshots inside and what can be written at the ends. `engine::versions` tells how
+//! they live and die.
 
 use super::ptr::{encode_optional, BlockPtr};
 use super::{rule, BadBytes, DiskField, Skipped};
 use crate::disk_struct;
-use crate::units::Txg;
+use crate::units::{TreeId, Txg};
+use alloc::vec::Vec;
 
 disk_struct! {
     /// Value of a SUBVOL item.
@@ -34,12 +40,35 @@ disk_struct! {
         0x92 checksum: u8,
         /// Reserved.
         0x93 reserved0: [u8; 5],
-        /// Reserved for flags (read-only, snapshot).
+        /// Flags: bit 0 a snapshot, bit 1 deleted, bit 2 its deletion has begun.
         0x98 flags: u64,
-        /// Group of the newest snapshot; 0 when there is none.
+        /// Group of the parent: what was born later is the version's own. 0 without a parent.
         0xa0 snapshot_txg: u64,
-        /// Reserved for names, times, quotas and the content hash.
-        0xa8 reserved: Skipped<344>,
+        /// Tree id that its nodes carry; 0 when that is its own id.
+        0xa8 lineage: u64,
+        /// Id of the snapshot it goes on from; 0 when there is none.
+        0xb0 parent: u64,
+        /// Id of the subvolume that a snapshot was taken of; 0 for subvolumes.
+        0xb8 owner: u64,
+        /// Group as of which a snapshot shows the subvolume; 0 for subvolumes.
+        0xc0 txg: u64,
+        /// When it was made, seconds since 1970.
+        0xc8 created: i64,
+        /// Id of its dead list; 0 when that is its own id.
+        0xd0 dead_list: u64,
+        /// Entries of its dead list.
+        0xd8 dead_entries: u64,
+        /// Bytes of those entries that were born after the parent's parent.
+        0xe0 dead_own_bytes: u64,
+        /// Bytes of extents and nodes that were born after the parent.
+        0xe8 own_bytes: u64,
+        /// Bytes of tree nodes.
+        0xf0 tree_bytes: u64,
+        /// Where the deletion of a version without children goes on: a key, or all bytes 0xff when
+        /// the tree is gone.
+        0xf8 cursor: [u8; 24],
+        /// Reserved for quotas and the content hash.
+        0x110 reserved: Skipped<240>,
     }
 }
 
@@ -57,8 +86,16 @@ impl SubvolItem {
         rule(bytes.len() == SubvolItem::BYTES, "subvolume item of the wrong length")?;
         let item = <SubvolItem as DiskField>::get(bytes);
         rule(
-            item.reserved0 == [0; 5] && item.flags == 0 && item.reserved.is_zero(),
+            item.reserved0 == [0; 5] && item.reserved.is_zero(),
             "reserved field of a subvolume is not zero",
+        )?;
+        rule(item.flags & !version::ALL == 0, "unknown flag of a subvolume")?;
+        rule(item.is_snapshot() == (item.txg != 0), "a snapshot without its group")?;
+        rule(item.is_snapshot() == (item.owner != 0), "a snapshot without its subvolume")?;
+        rule((item.parent == 0) == (item.snapshot_txg == 0), "a parent without its group")?;
+        rule(
+            !item.is_snapshot() || item.snapshot_txg < item.txg,
+            "a snapshot that is older than its parent",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;
         rule(item.next_ino >= super::pool::FIRST_INO, "next inode number out of range")?;
@@ -73,10 +110,130 @@ impl SubvolItem {
         BlockPtr::decode(&self.root, newest)
     }
 
+    /// Whether it is a snapshot.
+    pub fn is_snapshot(&self) -> bool {
+        self.flags & version::SNAPSHOT != 0
+    }
+
+    /// Whether it was deleted, and is there only as long as others need it or it is being taken
+    /// apart.
+    pub fn is_deleted(&self) -> bool {
+        self.flags & version::DELETED != 0
+    }
+
+    /// Tree id of the nodes of the version with that id.
+    pub fn lineage(&self, id: TreeId) -> TreeId {
+        if self.lineage == 0 {
+            return id;
+        }
+        TreeId(self.lineage)
+    }
+
+    /// Id of the dead list of the version with that id.
+    pub fn dead_list(&self, id: u64) -> u64 {
+        if self.dead_list == 0 {
+            return id;
+        }
+        self.dead_list
+    }
+
+    /// Bytes it refers to on the devices, one copy counted: data and tree.
+    pub fn referenced_bytes(&self) -> u64 {
+        self.stored_bytes.saturating_add(self.tree_bytes)
+    }
+
     /// Sets the root pointer.
     pub fn set_root(&mut self, root: Option<&BlockPtr>) {
         self.root = encode_optional(root);
     }
+}
+
+/// Bits of [`SubvolItem::flags`].
+pub mod version {
+    /// A snapshot: it never changes.
+    pub const SNAPSHOT: u64 = 1;
+    /// Deleted by the user.
+    pub const DELETED: u64 = 2;
+    /// Its deletion has begun: nobody can look into it any more.
+    pub const STARTED: u64 = 4;
+    /// All there are.
+    pub(super) const ALL: u64 = SNAPSHOT | DELETED | STARTED;
+}
+
+disk_struct! {
+    /// Value of a BOOKMARK item: what is kept of a snapshot to send what came after it. The name
+    /// follows.
+    pub struct BookmarkItem [64] {
+        /// Subvolume that the snapshot was taken of.
+        0x00 owner: u64,
+        /// Group as of which the snapshot showed it.
+        0x08 txg: u64,
+        /// When the snapshot was made, seconds since 1970.
+        0x10 created: i64,
+        /// Identity of the snapshot.
+        0x18 id: [u8; 16],
+        /// Reserved for the content hash.
+        0x28 reserved: [u8; 24],
+    }
+}
+
+impl BookmarkItem {
+    /// Reads a bookmark and its name.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn decode(bytes: &[u8]) -> Result<(BookmarkItem, &[u8]), BadBytes> {
+        rule(bytes.len() > BookmarkItem::BYTES, "bookmark too short")?;
+        let (head, name) = bytes.split_at(BookmarkItem::BYTES);
+        let item = <BookmarkItem as DiskField>::get(head);
+        rule(item.reserved == [0; 24], "reserved field of a bookmark is not zero")?;
+        check_name(name)?;
+        Ok((item, name))
+    }
+}
+
+/// Longest name of a subvolume, snapshot or bookmark, and longest tag of a hold, in bytes.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// Checks a stored name. A subvolume's may have parts with `/` between them.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn check_name(name: &[u8]) -> Result<(), BadBytes> {
+    rule((1..=NAME_BYTES_MAX).contains(&name.len()), "name of a bad length")?;
+    rule(core::str::from_utf8(name).is_ok(), "name that is not UTF-8")?;
+    let is_bad = |b: &u8| matches!(b, 0..=0x1f | 0x7f | b'@' | b'#');
+    rule(!name.iter().any(is_bad), "name with a character that names may not have")?;
+    let mut parts = name.split(|b| *b == b'/');
+    rule(parts.all(|part| !matches!(part, b"" | b"." | b"..")), "name with an empty part")
+}
+
+/// Reads the tags of a HOLDS item: each its length, one byte, and its bytes.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn decode_tags(mut bytes: &[u8]) -> Result<Vec<Vec<u8>>, BadBytes> {
+    let mut tags = Vec::new();
+    while let Some((len, rest)) = bytes.split_first() {
+        let len = usize::from(*len);
+        rule(len > 0 && len <= rest.len(), "tag of a hold cut off")?;
+        let (tag, rest) = rest.split_at(len);
+        check_name(tag)?;
+        tags.push(tag.to_vec());
+        bytes = rest;
+    }
+    rule(!tags.is_empty(), "holds without a tag")?;
+    Ok(tags)
+}
+
+/// The value of a HOLDS item.
+pub fn encode_tags(tags: &[Vec<u8>]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for tag in tags {
+        bytes.push(tag.len() as u8);
+        bytes.extend_from_slice(tag);
+    }
+    bytes
 }
 
 /// Inode number of a subvolume's root directory.

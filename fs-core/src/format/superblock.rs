@@ -51,8 +51,10 @@ disk_struct! {
         0x05c clean: u8,
         /// Number of embedded system chunks.
         0x05d system_chunks: u8,
-        /// Reserved.
-        0x05e reserved0: u16,
+        /// Copies of the data profile, for mirrors of more than two; else zero.
+        0x05e data_copies: u8,
+        /// Copies of the metadata profile, likewise.
+        0x05f metadata_copies: u8,
         /// Logical address of the next new chunk.
         0x060 next_chunk: u64,
         /// Bytes of a new chunk.
@@ -204,11 +206,14 @@ impl Superblock {
         let txg = Txg(raw.txg);
         rule(raw.txg != 0, "superblock of group zero")?;
         rule(
-            raw.reserved0 == 0 && raw.reserved1.is_zero() && raw.reserved2.is_zero(),
+            raw.reserved1.is_zero() && raw.reserved2.is_zero(),
             "reserved field of a superblock is not zero",
         )?;
         rule(matches!(raw.node_bytes, 16384 | 32768 | 65536), "node size out of range")?;
-        rule(raw.device_count >= 1, "pool without devices")?;
+        rule(
+            (1..=super::label::DEVICES_MAX).contains(&usize::from(raw.device_count)),
+            "number of devices out of range",
+        )?;
         rule(raw.clean <= 1, "clean flag out of range")?;
         rule(
             raw.chunk_bytes.is_power_of_two()
@@ -217,7 +222,9 @@ impl Superblock {
             "chunk size out of range",
         )?;
         rule(raw.next_chunk % super::chunk::CHUNK_BYTES_MIN == 0, "next chunk unaligned")?;
-        let profile = |p| super::chunk::Profile::from_raw(p).ok_or(BadBytes("unknown profile"));
+        let profile = |number, copies| {
+            super::chunk::Profile::from_raw(number, copies).ok_or(BadBytes("unknown profile"))
+        };
         let root = |bytes: &[u8; 64]| BlockPtr::decode(bytes, txg);
         let log = if raw.log_segment == 0 {
             rule(raw.log_segment_bytes == 0 && raw.log_offset == 0, "log without a segment")?;
@@ -253,8 +260,8 @@ impl Superblock {
             hash_secret: raw.hash_secret,
             node_bytes: raw.node_bytes,
             device_count: raw.device_count,
-            data_profile: profile(raw.data_profile)?,
-            metadata_profile: profile(raw.metadata_profile)?,
+            data_profile: profile(raw.data_profile, raw.data_copies)?,
+            metadata_profile: profile(raw.metadata_profile, raw.metadata_copies)?,
             clean: raw.clean == 1,
             next_chunk: Logical(raw.next_chunk),
             chunk_bytes: raw.chunk_bytes,
@@ -286,8 +293,8 @@ impl Superblock {
         raw.pool_id = self.pool_id;
         raw.hash_secret = self.hash_secret;
         raw.device_count = self.device_count;
-        raw.data_profile = self.data_profile as u8;
-        raw.metadata_profile = self.metadata_profile as u8;
+        (raw.data_profile, raw.data_copies) = self.data_profile.raw();
+        (raw.metadata_profile, raw.metadata_copies) = self.metadata_profile.raw();
         raw.clean = u8::from(self.clean);
         raw.next_chunk = self.next_chunk.0;
         raw.chunk_bytes = self.chunk_bytes;

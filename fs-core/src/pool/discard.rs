@@ -58,15 +58,15 @@ impl Pool {
         each: &mut dyn FnMut(&Member, Range<u64>),
     ) -> Result<()> {
         let place = self.locate(run)?;
-        for copy in 0..place.copies() {
-            place.segments(copy, &mut |segment| {
+        for piece in place.pieces() {
+            for segment in (0..piece.copies()).map(|copy| piece.segment(copy)) {
                 let base = self.first_byte(segment.device);
                 let window = range.start.saturating_sub(base)..range.end.saturating_sub(base);
                 let at = segment.at.0;
                 if let Some(part) = common(&(at..at + segment.bytes), &window) {
                     each(self.member(segment.device), part);
                 }
-            });
+            }
         }
         Ok(())
     }

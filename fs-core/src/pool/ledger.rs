@@ -14,6 +14,7 @@
 //! - A crash falls back to a published group, which maps published chunks only. What replay of the
 //!   intent log must find has to be in one.
 
+use super::layout::{self, Demand};
 use super::map::{ChunkMap, Mapped};
 use super::room::Room;
 use crate::device::Member;
@@ -84,7 +85,7 @@ impl Ledger {
                 continue;
             }
             self.check_address(&chunk)?;
-            let mapped = Mapped::new(chunk)?;
+            let mapped = Mapped { chunk };
             take_rooms(&mut rooms, &mapped)?;
             more.try_reserve(1).map_err(|_| Error::Memory)?;
             more.push(Arc::new(mapped));
@@ -113,29 +114,20 @@ impl Ledger {
         &mut self,
         map: &ChunkMap,
         kind: ChunkKind,
-        profile: Profile,
-        length: u64,
+        (profile, length): (Profile, u64),
+        (complete, demand): (&[bool], &Demand),
         txg: Txg,
     ) -> Result<(ChunkMap, Chunk)> {
         if kind == ChunkKind::System && system_chunks(map).count() >= SYSTEM_CHUNKS_MAX {
             return Err(Error::NoSpace);
         }
-        let layout = super::layout::of(profile)
-            .ok_or(Error::Argument { what: "this version does not have the profile" })?;
-        let mut length = length.min(CHUNK_BYTES_MAX);
-        let stripes = loop {
-            if length < CHUNK_BYTES_MIN {
-                return Err(Error::NoSpace);
-            }
-            match layout.place(&self.rooms, length) {
-                Some(stripes) => break stripes,
-                None => length /= 2,
-            }
-        };
+        let length = length.min(CHUNK_BYTES_MAX);
+        let (length, stripes) =
+            layout::place(&self.rooms, complete, demand, profile, length).ok_or(Error::NoSpace)?;
         let logical = self.next_chunk;
         let next = logical.checked_add(length).ok_or(Error::NoSpace)?;
         let chunk = Chunk { logical, length, birth: txg, kind, profile, stripes };
-        let mapped = Arc::new(Mapped { chunk: chunk.clone(), layout });
+        let mapped = Arc::new(Mapped { chunk: chunk.clone() });
         let map = map.with(vec![mapped.clone()])?;
         take_rooms(&mut self.rooms, &mapped).expect("a layout places chunks in free room");
         self.next_chunk = next;

@@ -3,38 +3,26 @@
 //! The map is a sorted array that never changes. A change makes a new one; whoever looks something
 //! up holds the one that was there, so no lock is held while a device works.
 
-use super::layout::{self, Layout, Segment};
+use super::layout::{self, Segment};
 use crate::error::Error;
-use crate::format::chunk::Chunk;
+use crate::format::chunk::{Chunk, Profile};
 use crate::format::space::Run;
 use crate::platform::Result;
 use crate::units::{Logical, SECTOR_BYTES};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-/// A chunk whose profile this version has.
+/// A chunk that is mapped.
 #[derive(Clone)]
 pub struct Mapped {
-    /// The chunk.
+    /// The chunk; of a profile that this version has, since others do not decode.
     pub chunk: Chunk,
-    /// How it lies on its devices.
-    pub layout: &'static dyn Layout,
 }
 
 impl Mapped {
-    /// Looks up the layout of a chunk.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] for a profile of a newer version.
-    pub fn new(chunk: Chunk) -> Result<Mapped> {
-        let layout = layout::of(chunk.profile)
-            .ok_or(Error::Corrupt { what: "profile of a newer version", addr: chunk.logical })?;
-        Ok(Mapped { chunk, layout })
-    }
-
     /// The runs of device bytes the chunk takes.
     pub fn stripes(&self) -> impl Iterator<Item = Segment> + '_ {
-        let bytes = self.layout.stripe_bytes(self.chunk.length);
+        let bytes = self.chunk.stripe_bytes();
         self.chunk.stripes.iter().map(move |stripe| Segment {
             device: stripe.device,
             at: stripe.physical,
@@ -125,21 +113,33 @@ impl Place {
 
     /// How many copies there are.
     pub fn copies(&self) -> usize {
-        self.mapped.layout.copies()
+        self.mapped.chunk.profile.copies() as usize
     }
 
-    /// Calls `each` with the pieces of a copy, in order.
-    pub fn segments(&self, copy: usize, each: &mut dyn FnMut(Segment)) {
-        self.mapped.layout.segments(&self.mapped.chunk, copy, self.offset, self.bytes, each);
+    /// The profile of its chunk.
+    pub fn profile(&self) -> Profile {
+        self.mapped.chunk.profile
     }
 
-    /// The first piece of a copy, which stands for all of it in messages and counters.
-    pub fn first_segment(&self, copy: usize) -> Segment {
-        let mut first = None;
-        self.segments(copy, &mut |segment| {
-            first.get_or_insert(segment);
-        });
-        first.expect("a run is not empty")
+    /// The run cut into pieces each copy of which is on one device, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = Place> + '_ {
+        let mut from = 0;
+        core::iter::from_fn(move || {
+            let left = self.bytes - from;
+            if left == 0 {
+                return None;
+            }
+            let bytes = layout::piece_bytes(&self.mapped.chunk, self.offset + from).min(left);
+            let piece = self.part(from, bytes);
+            from += bytes;
+            Some(piece)
+        })
+    }
+
+    /// Where a copy of a piece is. Of a run of several pieces, the first one, which stands for it
+    /// in messages.
+    pub fn segment(&self, copy: usize) -> Segment {
+        layout::segment(&self.mapped.chunk, copy, self.offset, self.bytes)
     }
 
     /// The part `from..from + bytes` of the run.

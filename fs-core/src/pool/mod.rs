@@ -19,6 +19,7 @@
 //! | `map` | from addresses to chunks; immutable, replaced as a whole |
 //! | `layout` | what a profile is |
 //! | `room` | which bytes of a device belong to chunks |
+//! | `standing` | which devices have everything, and going on without those that do not |
 //! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
 //! | `read` | verified reads, and healing of bad copies |
 //! | `write` | writes to every copy |
@@ -29,9 +30,9 @@
 //! being overwritten by healing; the room of a chunk being given to another while a superblock that
 //! a crash falls back to maps it.
 //!
-//! Locks, in order: `heal`, `ledger`, `map`, `reported`. Only `heal` is held during transfers, and
-//! only those that repair. Reads take no lock that a write holds for longer than swapping a
-//! pointer.
+//! Locks, in order: `heal`, `changing`, `ledger`, `map`, `reported`, `roll`. Only the first two are
+//! held during transfers, and only those that repair or write labels. Reads take no lock that a
+//! write holds for longer than swapping a pointer.
 
 mod check;
 mod discard;
@@ -40,6 +41,7 @@ mod ledger;
 mod map;
 mod read;
 mod room;
+mod standing;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -48,12 +50,13 @@ pub use ledger::ChunkEdit;
 pub use read::{DataRead, DataSource};
 pub use write::RunWrite;
 
-use crate::device::{choose, probe, ErrorCounts, Identity, Member, Probe, Ring};
+use crate::device::{choose, probe, ErrorCounts, Identity, Member, Probe, Ring, TableEntry};
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{
     Chunk, ChunkKind, DeviceItem, Profile, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN,
 };
-use crate::format::label::{DATA_START, LABEL_AREA_BYTES};
+use crate::format::features;
+use crate::format::label::{DATA_START, DEVICES_MAX, LABEL_AREA_BYTES};
 use crate::format::node::NODE_BYTES_ALLOWED;
 use crate::format::space::Run;
 use crate::format::superblock::Superblock;
@@ -64,8 +67,11 @@ use alloc::boxed::Box;
 use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+use layout::Demand;
 use ledger::Ledger;
 use map::{ChunkMap, Place};
+use standing::Roll;
 
 /// What a new pool shall be.
 #[derive(Clone, Debug)]
@@ -105,6 +111,8 @@ pub struct PoolOptions {
     /// Open the newest superblock that is not newer than this group. Whoever then commits must
     /// start after [`Pool::newest_txg`], or the superblocks passed over would win the next time.
     pub max_txg: Option<Txg>,
+    /// Open it without devices that are missing, if the others have a copy of everything.
+    pub degraded: bool,
 }
 
 /// What is fixed while a pool is open.
@@ -115,6 +123,22 @@ struct Settings {
     metadata_profile: Profile,
     chunk_bytes: u64,
     newest_txg: Txg,
+    opened_txg: Txg,
+}
+
+impl Settings {
+    /// Of a pool of which no superblock is to be had.
+    fn unknown(identity: &Identity) -> Settings {
+        Settings {
+            pool_id: identity.pool_id,
+            node_bytes: NODE_BYTES_ALLOWED[0],
+            data_profile: Profile::Single,
+            metadata_profile: Profile::Single,
+            chunk_bytes: CHUNK_BYTES_MIN,
+            newest_txg: Txg(0),
+            opened_txg: Txg(0),
+        }
+    }
 }
 
 /// An open pool. See the module.
@@ -131,8 +155,23 @@ pub struct Pool {
     ledger: Mutex<Ledger>,
     /// One repair at a time; see `read`.
     heal: Mutex<()>,
+    /// Leaving devices behind; see `standing`.
+    changing: Mutex<()>,
+    /// The name, the epoch and the table that every label should have.
+    roll: Mutex<Identity>,
+    /// The newest published group.
+    published_txg: AtomicU64,
     /// Places already reported as damaged.
     reported: Mutex<read::Reported>,
+}
+
+/// A part of a run each copy of which is on one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Length.
+    pub bytes: u64,
+    /// Device and first byte of each copy.
+    pub copies: Vec<(u16, Physical)>,
 }
 
 /// A label area that was not as it should be.
@@ -151,10 +190,11 @@ pub struct DamagedLabel {
 const SPARE_CHUNKS: u64 = 1;
 
 impl Pool {
-    /// The smallest device a pool with those profiles can be made on, in bytes.
+    /// The smallest devices a pool with those profiles can be made on, in bytes.
     pub fn minimum_bytes(data: Profile, metadata: Profile) -> u64 {
+        let on_one = |profile: Profile| profile.copies() / profile.devices_min();
         // System and metadata, then data.
-        let chunks = 2 * metadata.copies() + data.copies() + SPARE_CHUNKS;
+        let chunks = 2 * on_one(metadata) + on_one(data) + SPARE_CHUNKS;
         let bytes = DATA_START + chunks * CHUNK_BYTES_MIN + LABEL_AREA_BYTES;
         // Whole units are easier to act on, and leave a little room.
         bytes.next_multiple_of(CHUNK_BYTES_MIN)
@@ -181,6 +221,13 @@ impl Pool {
         if devices.is_empty() {
             return Err(Error::Argument { what: "a pool needs a device" });
         }
+        let needed = options.data_profile.devices_min().max(options.metadata_profile.devices_min());
+        if (devices.len() as u64) < needed {
+            return Err(Error::Argument { what: "the profile needs more devices than there are" });
+        }
+        if devices.len() > DEVICES_MAX {
+            return Err(Error::Argument { what: "a pool has at most 64 devices" });
+        }
         let minimum = Pool::minimum_bytes(options.data_profile, options.metadata_profile);
         let mut pool_bytes = 0u64;
         for device in &devices {
@@ -202,6 +249,7 @@ impl Pool {
                 .chunk_bytes
                 .unwrap_or_else(|| Pool::default_chunk_bytes(pool_bytes)),
             newest_txg: Txg(0),
+            opened_txg: Txg(0),
         };
         let members = fresh_members(devices, &platform, &settings.pool_id, &options.name)?;
         // All are wiped before the first is labelled: a pool never has members of an older one.
@@ -213,7 +261,8 @@ impl Pool {
     /// Reads labels and rings; returns the newest superblock with its system chunks mapped.
     ///
     /// # Errors
-    /// [`Error::NotCairn`], [`Error::Truncated`], [`Error::WrongDevice`], [`Error::MissingDevice`],
+    /// [`Error::NotCairn`], [`Error::Truncated`], [`Error::WrongDevice`], [`Error::Split`],
+    /// [`Error::MissingDevices`],
     /// [`Error::NoSuperblock`], [`Error::Version`], [`Error::Features`], [`Error::ReadOnly`] when a
     /// device cannot be written and `options` ask for it, [`Error::Corrupt`] for a superblock that
     /// contradicts its devices, and what the devices say.
@@ -223,10 +272,25 @@ impl Pool {
         options: &PoolOptions,
     ) -> Result<(Pool, Box<Superblock>)> {
         let (members, damaged) = probe_all(devices, options.read_only)?;
-        let ring = read_rings(&members)?;
-        let superblock = choose(&ring, options.max_txg)?;
-        check_superblock(superblock, &members, options.read_only)?;
+        let Roll { newest, ring } = standing::call_roll(&members)?;
+        let count = newest.table.len().max(1);
+        let members = standing::fill_gaps(members, &newest)?;
+        let superblock = match choose(&ring, options.max_txg) {
+            // None of those that are there is complete.
+            Err(Error::NoSuperblock) if members.iter().all(|member| !member.is_complete()) => {
+                let settings = Settings::unknown(&newest);
+                let pool = Pool::assemble(platform, members, settings, true, Logical(0));
+                return Err(pool.missing_devices(true));
+            }
+            chosen => chosen?,
+        };
+        check_superblock(superblock, count, options.read_only)?;
         let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        *pool.roll.lock() = newest;
+        if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
+            return Err(pool.missing_devices(false));
+        }
+        pool.check_reach()?;
         *pool.damaged.lock() = damaged;
         Ok((pool, Box::new(superblock.clone())))
     }
@@ -248,6 +312,7 @@ impl Pool {
             metadata_profile: superblock.metadata_profile,
             chunk_bytes: superblock.chunk_bytes,
             newest_txg: ring.newest(),
+            opened_txg: superblock.txg,
         };
         let pool = Pool::assemble(platform, members, settings, read_only, next_chunk);
         pool.add_chunks(superblock.system_chunks.iter().cloned())?;
@@ -261,6 +326,8 @@ impl Pool {
         read_only: bool,
         next_chunk: Logical,
     ) -> Pool {
+        let roll = Mutex::new(members[0].identity());
+        let published_txg = AtomicU64::new(settings.opened_txg.0);
         let sizes = members.iter().map(|member| member.identity().bytes);
         let ledger = Mutex::ranked(Rank::Ledger, Ledger::new(sizes, next_chunk));
         Pool {
@@ -272,6 +339,9 @@ impl Pool {
             map: RwLock::ranked(Rank::Leaf, Arc::new(ChunkMap::default())),
             ledger,
             heal: Mutex::ranked(Rank::Heal, ()),
+            changing: Mutex::ranked(Rank::Standing, ()),
+            roll,
+            published_txg,
             reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
         }
     }
@@ -295,7 +365,22 @@ impl Pool {
     pub fn profile(&self, kind: ChunkKind) -> Profile {
         match kind {
             ChunkKind::Data => self.settings.data_profile,
-            ChunkKind::Metadata | ChunkKind::System => self.settings.metadata_profile,
+            ChunkKind::Metadata => self.settings.metadata_profile,
+            ChunkKind::System => self.settings.metadata_profile.of_system(),
+        }
+    }
+
+    fn demand(&self) -> Demand {
+        let Settings { data_profile, metadata_profile, chunk_bytes, .. } = self.settings;
+        Demand::new(data_profile, metadata_profile, chunk_bytes)
+    }
+
+    /// Feature bits that readers of this pool must know.
+    pub fn incompat(&self) -> u64 {
+        let is_plain = |kind| matches!(self.profile(kind), Profile::Single | Profile::Dup);
+        match self.members.len() {
+            1 if is_plain(ChunkKind::Data) && is_plain(ChunkKind::Metadata) => 0,
+            _ => features::DEVICES,
         }
     }
 
@@ -312,7 +397,7 @@ impl Pool {
 
     /// Name of the pool, padded with zeros.
     pub fn name(&self) -> [u8; 64] {
-        self.members[0].identity().name
+        self.roll.lock().name
     }
 
     /// Renames the pool: rewrites every label.
@@ -322,10 +407,11 @@ impl Pool {
     pub fn set_name(&self, name: [u8; 64]) -> Result<()> {
         self.check_writable()?;
         check_name(&name)?;
+        let _one_at_a_time = self.changing.lock();
+        self.roll.lock().name = name;
         let written = self.platform.clock.now().secs;
-        self.members
-            .iter()
-            .try_for_each(|member| member.relabel(written, |identity| identity.name = name))
+        let mut there = self.members.iter().filter(|member| member.is_there());
+        there.try_for_each(|member| member.relabel(written, |identity| identity.name = name))
     }
 
     /// The devices, by index.
@@ -360,21 +446,11 @@ impl Pool {
     /// All valid superblocks, newest first, as they are on the devices now.
     pub fn superblocks(&self) -> Vec<Superblock> {
         let mut ring = Ring::default();
-        for member in &self.members {
+        for member in self.members.iter().filter(|member| member.is_complete()) {
             // What cannot be read is not valid.
             let _ = ring.add(member, &self.settings.pool_id);
         }
         ring.valid
-    }
-
-    /// Writes the superblock into its slot of every device. The caller flushes before, so that what
-    /// it refers to is durable, and after, which publishes it.
-    ///
-    /// # Errors
-    /// [`Error::ReadOnly`]; [`Error::Device`] when a device took it in neither area.
-    pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
-        self.check_writable()?;
-        self.members.iter().try_for_each(|member| member.write_superblock(superblock))
     }
 
     /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are
@@ -425,8 +501,13 @@ impl Pool {
             ChunkKind::Data | ChunkKind::Metadata => self.settings.chunk_bytes,
         };
         let mut ledger = self.ledger.lock();
-        let (map, chunk) =
-            ledger.create(&self.chunk_map(), kind, self.profile(kind), length, txg)?;
+        let (map, chunk) = ledger.create(
+            &self.chunk_map(),
+            kind,
+            (self.profile(kind), length),
+            (&self.complete(), &self.demand()),
+            txg,
+        )?;
         self.set_map(map);
         Ok(chunk)
     }
@@ -479,15 +560,17 @@ impl Pool {
 
     /// Group `txg` is on disk: chunks it dropped are gone and their room is free.
     pub fn published(&self, txg: Txg) {
+        self.published_txg.fetch_max(txg.0, Ordering::AcqRel);
         let mut ledger = self.ledger.lock();
         if let Some(map) = ledger.published(&self.chunk_map(), txg) {
             self.set_map(map);
         }
     }
 
-    /// Device bytes that no chunk holds and new chunks could take; copies are not deducted.
+    /// Device bytes that no chunk holds and that any mix of new chunks can take; copies are not
+    /// deducted.
     pub fn unallocated_bytes(&self) -> u64 {
-        self.ledger.lock().rooms.iter().map(room::Room::usable).sum()
+        layout::supply(&self.ledger.lock().rooms, &self.complete(), &self.demand())
     }
 
     /// Logical address of the next new chunk.
@@ -512,16 +595,31 @@ impl Pool {
     pub fn map(&self, addr: Logical, bytes: u64) -> Result<Vec<Vec<(u16, Physical)>>> {
         let place = self.locate(Run { addr, bytes })?;
         let pieces = |copy| {
-            let mut pieces = Vec::new();
-            place.segments(copy, &mut |segment| pieces.push((segment.device, segment.at)));
-            pieces
+            let segments = place.pieces().map(|piece| piece.segment(copy));
+            segments.map(|segment| (segment.device, segment.at)).collect()
         };
         Ok((0..place.copies()).map(pieces).collect())
     }
 
+    /// The pieces of a run, in order, with the places of the copies of each.
+    ///
+    /// # Errors
+    /// [`Error::Unmapped`] unless the run lies in one chunk; [`Error::Memory`].
+    pub fn pieces(&self, run: Run) -> Result<Vec<Piece>> {
+        let place = self.locate(run)?;
+        let mut pieces = Vec::new();
+        for piece in place.pieces() {
+            let copies = (0..piece.copies()).map(|copy| piece.segment(copy));
+            let copies = copies.map(|segment| (segment.device, segment.at)).collect();
+            pieces.try_reserve(1).map_err(|_| Error::Memory)?;
+            pieces.push(Piece { bytes: piece.bytes, copies });
+        }
+        Ok(pieces)
+    }
+
     /// How many copies of the block at `addr` there are.
     pub fn copies_at(&self, addr: Logical) -> usize {
-        self.chunk_map().get(addr).map_or(0, |mapped| mapped.layout.copies())
+        self.chunk_map().get(addr).map_or(0, |mapped| mapped.chunk.profile.copies() as usize)
     }
 
     /// Bytes of all devices.
@@ -563,9 +661,8 @@ fn check_options(options: &FormatOptions) -> Result<()> {
         "the node size must be 16384, 32768 or 65536",
     )?;
     require(
-        layout::of(options.data_profile).is_some()
-            && layout::of(options.metadata_profile).is_some(),
-        "this version has the profiles single and dup",
+        options.data_profile.is_known() && options.metadata_profile.is_known(),
+        "this version has no parity profiles",
     )?;
     require(
         options.chunk_bytes.is_none_or(|bytes| {
@@ -600,33 +697,50 @@ fn fresh_members(
     name: &[u8; 64],
 ) -> Result<Vec<Member>> {
     let written = platform.clock.now().secs;
+    let entry = |device: &DeviceRef| TableEntry {
+        id: random_id(platform),
+        bytes: align_down(device.geometry().bytes, SECTOR_BYTES),
+        behind: None,
+    };
+    let table: Vec<TableEntry> = devices.iter().map(entry).collect();
     let mut members = Vec::with_capacity(devices.len());
-    for (index, device) in devices.into_iter().enumerate() {
-        let index =
-            u16::try_from(index).map_err(|_| Error::Argument { what: "too many devices" })?;
+    for (index, device) in (0..).zip(devices) {
+        let TableEntry { id, bytes, .. } = table[usize::from(index)];
         let identity = Identity {
             pool_id: *pool_id,
-            device_id: random_id(platform),
+            device_id: id,
             index,
-            bytes: align_down(device.geometry().bytes, SECTOR_BYTES),
+            bytes,
             name: *name,
             written,
             sequence: 1,
+            epoch: u64::from(table.len() > 1),
+            // A single device says nothing of others.
+            table: if table.len() > 1 { table.clone() } else { Vec::new() },
         };
         members.push(Member::fresh(device, identity)?);
     }
     Ok(members)
 }
 
-/// Reads the labels of all devices: the members by index, and which labels are damaged.
+/// Reads the labels of all devices: the members by index, and which labels are damaged. A device
+/// without a label is like one that is not there, as long as another has one.
 fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, Vec<DamagedLabel>)> {
     let mut members: Vec<Member> = Vec::with_capacity(devices.len());
     let mut damaged = Vec::new();
+    let mut strange = None;
     for (position, device) in devices.into_iter().enumerate() {
         if device.geometry().read_only && !read_only {
             return Err(Error::ReadOnly);
         }
-        let probe = probe(&*device, u16::try_from(position).unwrap_or(u16::MAX))?;
+        let probe = match probe(&*device, u16::try_from(position).unwrap_or(u16::MAX)) {
+            Ok(probe) => probe,
+            Err(error @ (Error::NotCairn | Error::Device { .. } | Error::Truncated { .. })) => {
+                strange.get_or_insert((error, device.name().to_string()));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         note_damage(&mut damaged, &probe);
         let member = Member::new(device, &probe);
         let at = members.partition_point(|other| other.index() < member.index());
@@ -637,10 +751,16 @@ fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, V
         }
         members.insert(at, member);
     }
-    if members.is_empty() {
-        return Err(Error::Argument { what: "a pool needs a device" });
+    let Some(first) = members.first() else {
+        let nothing = Error::Argument { what: "a pool needs a device" };
+        return Err(strange.map_or(nothing, |(error, _)| error));
+    };
+    // With all devices there, it can only be one too many.
+    let is_all = members.len() == first.identity().table.len().max(1);
+    match strange {
+        Some((_, name)) if is_all => Err(Error::WrongDevice { name }),
+        _ => Ok((members, damaged)),
     }
-    Ok((members, damaged))
 }
 
 fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
@@ -651,34 +771,17 @@ fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
     }
 }
 
-/// What the rings of all members hold.
-fn read_rings(members: &[Member]) -> Result<Ring> {
-    let mut ring = Ring::default();
-    let pool_id = members[0].identity().pool_id;
-    members.iter().try_for_each(|member| ring.add(member, &pool_id))?;
-    Ok(ring)
-}
-
-/// Compares the superblock with the devices that are there and with what this version can do.
-fn check_superblock(superblock: &Superblock, members: &[Member], read_only: bool) -> Result<()> {
-    for (index, member) in (0..superblock.device_count).zip(members) {
-        if member.index() != index {
-            return Err(Error::MissingDevice { device: index });
-        }
-    }
-    let count = usize::from(superblock.device_count);
-    if members.len() < count {
-        return Err(Error::MissingDevice { device: members.len() as u16 });
-    }
-    if let Some(extra) = members.get(count) {
-        return Err(Error::WrongDevice { name: extra.name().to_string() });
+/// Compares the superblock with the number of devices and with what this version can do.
+fn check_superblock(superblock: &Superblock, count: usize, read_only: bool) -> Result<()> {
+    if usize::from(superblock.device_count) != count {
+        let what = "superblock and label differ in the number of devices";
+        return Err(Error::Corrupt { what, addr: Logical(0) });
     }
     let unknown = superblock.unknown_ro_compat();
     if unknown != 0 && !read_only {
         return Err(Error::Features { class: FeatureClass::RoCompat, unknown });
     }
-    let known = |profile| layout::of(profile).is_some();
-    if !known(superblock.data_profile) || !known(superblock.metadata_profile) {
+    if !superblock.data_profile.is_known() || !superblock.metadata_profile.is_known() {
         let what = "superblock with a profile of a newer version";
         return Err(Error::Corrupt { what, addr: Logical(0) });
     }

@@ -1,13 +1,19 @@
 //! Verified reads, and healing of bad copies.
 //!
-//! A read tries copies in order until one has the content that the pointer's checksum vouches for.
-//! When a later copy had to serve, the bad ones before it are *healed*: the good content is written
+//! A range is read in *pieces*, each of which lies on one device in each copy. A piece is first
+//! read from the copy whose device has least to do, equal ones in turn by address, so that mirrors
+//! share the work; then from the others, until the checksum in the pointer vouches for what is
+//! there. When another copy had to serve, the bad ones are *healed*: the good content is written
 //! over them, an incident is reported, and the device's error counter goes up. When no copy is
 //! good, the read fails, and the loss is reported once.
 //!
-//! Metadata blocks and packed blobs are verified as a whole. Plain data has a checksum for each
-//! sector and is healed by the sector, so that two copies with damage in different places are still
-//! one good one.
+//! Metadata blocks and packed blobs are verified as a whole, so when a block is in several pieces a
+//! checksum does not say which of them is bad: combinations of copies are tried, as if one device
+//! or two could not be trusted. Plain data has a checksum for each sector and is healed by the
+//! sector, so that two copies with damage in different places are still one good one.
+//!
+//! A device that has missed writes is asked last, only for what a checksum vouches for, and healed
+//! without a word. One that is absent is not asked.
 //!
 //! Healing is the only write to a place that is in use. It is safe because
 //!
@@ -24,11 +30,13 @@ use super::map::{ChunkMap, Place};
 use super::Pool;
 use crate::buf::Buf;
 use crate::codec;
+use crate::device::Standing;
 use crate::error::{Error, Incident};
+use crate::format::chunk::Profile;
 use crate::format::extent::Blob;
 use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
 use crate::format::space::Run;
-use crate::platform::{ReadOp, Result};
+use crate::platform::{DeviceError, ReadOp, Result};
 use crate::sync::Mutex;
 use crate::units::{sector_round, Logical, SECTOR_BYTES};
 use alloc::collections::BTreeSet;
@@ -84,6 +92,14 @@ impl DataSource {
         }
     }
 
+    /// Whether a checksum vouches for the content.
+    fn is_verified(&self) -> bool {
+        match self {
+            DataSource::Plain { checksum_kind, .. } => *checksum_kind != ChecksumKind::None,
+            DataSource::Packed { blob } => blob.checksum_kind != ChecksumKind::None,
+        }
+    }
+
     /// Bytes that verifying and expanding costs about as much as hashing.
     fn work(&self) -> u64 {
         match self {
@@ -100,6 +116,16 @@ impl DataSource {
 
 /// From this much work on, waking other threads costs less than it saves.
 const PARALLEL_WORK_MIN: u64 = 256 << 10;
+/// Most copies of any profile.
+const COPIES_MAX: usize = 4;
+/// Neighbouring addresses of so many bits are read from one copy, when all devices are idle.
+const TURN_SHIFT: u32 = 18;
+/// Devices whose reads under way differ by less than so many bits have equally much to do.
+const LOAD_SHIFT: u32 = 18;
+/// Pairs of devices that are distrusted together: of so many with so many.
+const PAIRS_MAX: usize = 8;
+/// Mixtures of copies that are tried at most.
+const MIXTURES_MAX: usize = 64;
 /// Sectors read in one batch while sectors are rescued one by one: bounds memory.
 const RESCUE_BATCH: usize = 256;
 
@@ -143,13 +169,16 @@ impl Pool {
     /// [`Error::Memory`].
     pub fn read_block(&self, ptr: &BlockPtr) -> Result<Buf> {
         let place = self.locate(Run { addr: ptr.addr, bytes: ptr.allocated() })?;
-        let first = self.read_copy(&place, 0);
-        self.open_block(ptr, (place, first))
+        let mut transfer = Transfer::new(self);
+        let plan = transfer.add_first(&place, true)?;
+        transfer.run();
+        let got = transfer.take(plan);
+        self.open_block(ptr, (place, got))
     }
 
     /// Reads metadata blocks together: each as [`Pool::read_block`] does.
     pub fn read_blocks(&self, ptrs: &[BlockPtr]) -> Vec<Result<Buf>> {
-        let run = |ptr: &BlockPtr| Run { addr: ptr.addr, bytes: ptr.allocated() };
+        let run = |ptr: &BlockPtr| (Run { addr: ptr.addr, bytes: ptr.allocated() }, true);
         let raw = self.read_first_copies(&self.chunk_map(), ptrs.iter().map(run));
         ptrs.iter()
             .zip(raw)
@@ -157,26 +186,26 @@ impl Pool {
             .collect()
     }
 
-    /// The content of a block, of which the first copy has been read.
-    fn open_block(&self, ptr: &BlockPtr, (place, first): (Place, Result<Buf>)) -> Result<Buf> {
+    /// The content of a block, of which copies have been read.
+    fn open_block(&self, ptr: &BlockPtr, (place, got): (Place, Vec<Got>)) -> Result<Buf> {
         let seal =
             Seal { kind: ChecksumKind::Blake3, sum: &ptr.checksum, stored: ptr.stored as usize };
-        let buf = self.read_whole(&place, &seal, first)?;
+        let buf = self.read_whole(&place, &seal, got)?;
         self.unpack(buf, ptr.compression, ptr.stored, ptr.logical, ptr.addr)
     }
 
-    /// Reads a run without verifying it: the bytes of the first copy from `copy` on that can be
+    /// Reads a run without verifying it: the bytes of the first copy from the `nth` on that can be
     /// read. For content that verifies itself, as log frames do; when they do not, try the next
     /// copy, up to [`Pool::copies_at`].
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there is
     /// no such copy.
-    pub fn read_run(&self, run: Run, copy: usize) -> Result<Buf> {
+    pub fn read_run(&self, run: Run, nth: usize) -> Result<Buf> {
         let place = self.locate(run)?;
         let mut outcome = Err(Error::Checksum { addr: run.addr, bytes: run.bytes });
-        for copy in copy..place.copies() {
-            outcome = self.read_copy(&place, copy);
+        for nth in nth..place.copies() {
+            outcome = self.read_nth(&place, nth);
             if matches!(outcome, Ok(_) | Err(Error::Memory)) {
                 break;
             }
@@ -184,10 +213,65 @@ impl Pool {
         outcome
     }
 
+    /// Reads the `nth` copy of every piece, in the order in which they are tried.
+    fn read_nth(&self, place: &Place, nth: usize) -> Result<Buf> {
+        let mut transfer = Transfer::new(self);
+        let mut plan = Vec::new();
+        for piece in place.pieces() {
+            let order = self.order(&piece, true);
+            let copy = order.nth(nth).or(order.last()).ok_or_else(|| self.not_there(&piece))?;
+            plan.push(transfer.add(piece, copy)?);
+        }
+        transfer.run();
+        join(&mut transfer.take(plan))
+    }
+
+    /// The copies of a piece in the order in which they are tried. `verified` says that a checksum
+    /// vouches for the content.
+    fn order(&self, piece: &Place, verified: bool) -> Order {
+        let copies = piece.copies().min(COPIES_MAX);
+        let turn = match piece.profile() {
+            Profile::Dup => 0,
+            _ => (piece.addr().0 >> TURN_SHIFT) as usize % copies,
+        };
+        let mut ranked = [(0u64, 0u8); COPIES_MAX];
+        let mut count = 0;
+        for step in 0..copies {
+            let copy = (turn + step) % copies;
+            let member = self.member(piece.segment(copy).device);
+            let rank = match member.standing() {
+                // One device has both copies; they go in turn, whatever it has to do meanwhile.
+                Standing::Complete if piece.profile() == Profile::Dup => 0,
+                Standing::Complete if member.seems_gone() => u64::MAX - 1,
+                Standing::Complete => member.reading_bytes() >> LOAD_SHIFT,
+                Standing::Behind if verified => u64::MAX,
+                Standing::Behind | Standing::Absent => continue,
+            };
+            ranked[count] = (rank, copy as u8);
+            count += 1;
+        }
+        // Insertion keeps those of one rank in turn.
+        for end in 1..count {
+            let mut at = end;
+            while at > 0 && ranked[at].0 < ranked[at - 1].0 {
+                ranked.swap(at, at - 1);
+                at -= 1;
+            }
+        }
+        Order { copies: ranked.map(|(_, copy)| copy), count }
+    }
+
+    /// The error for a piece no copy of which can be asked for.
+    fn not_there(&self, piece: &Place) -> Error {
+        let segment = piece.segment(0);
+        Error::Device { device: segment.device, at: segment.at, cause: DeviceError::Gone }
+    }
+
     /// Carries out a batch of data reads together. Each has its own result.
     pub fn read_data(&self, reads: &mut [DataRead]) {
         let map = self.chunk_map();
-        let raw = self.read_first_copies(&map, reads.iter().map(|read| read.source.run()));
+        let runs = reads.iter().map(|read| (read.source.run(), read.source.is_verified()));
+        let raw = self.read_first_copies(&map, runs);
         let work: u64 = reads.iter().map(|read| read.source.work()).sum();
         let workers = &self.platform().workers;
         if reads.len() < 2 || work < PARALLEL_WORK_MIN || workers.parallelism() < 2 {
@@ -208,22 +292,27 @@ impl Pool {
         });
     }
 
-    /// Reads the first copy of every run, all of them together.
-    fn read_first_copies(&self, map: &ChunkMap, runs: impl Iterator<Item = Run>) -> Vec<Raw> {
-        let mut transfer = Transfer::new(self.members().len());
+    /// Reads a copy of every run, all of them together; with each goes whether a checksum vouches
+    /// for it.
+    fn read_first_copies(
+        &self,
+        map: &ChunkMap,
+        runs: impl Iterator<Item = (Run, bool)>,
+    ) -> Vec<Raw> {
+        let mut transfer = Transfer::new(self);
         let mut planned = Vec::new();
-        for run in runs {
+        for (run, is_verified) in runs {
             let place = map.locate(run);
             planned.push(place.and_then(|place| {
-                let parts = transfer.add(&place, 0)?;
-                Ok((place, parts))
+                let plan = transfer.add_first(&place, is_verified)?;
+                Ok((place, plan))
             }));
         }
-        transfer.run(self);
-        let finish = |plan: Result<(Place, Parts)>| {
-            plan.map(|(place, parts)| {
-                let bytes = transfer.assemble(self, &place, parts);
-                (place, bytes)
+        transfer.run();
+        let finish = |planned: Result<(Place, Vec<Planned>)>| {
+            planned.map(|(place, plan)| {
+                let got = transfer.take(plan);
+                (place, got)
             })
         };
         planned.into_iter().map(finish).collect()
@@ -231,14 +320,14 @@ impl Pool {
 
     /// Verifies and expands what was read, falling back to other copies.
     fn finish(&self, read: &mut DataRead, raw: Raw) {
-        let outcome = raw.and_then(|(place, first)| match &read.source {
+        let outcome = raw.and_then(|(place, got)| match &read.source {
             DataSource::Plain { checksum_kind, checksums, .. } => {
-                self.read_sectors(&place, *checksum_kind, checksums, first)
+                self.read_sectors(&place, *checksum_kind, checksums, got)
             }
             DataSource::Packed { blob } => {
                 let stored = blob.stored as usize;
                 let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
-                let buf = self.read_whole(&place, &seal, first)?;
+                let buf = self.read_whole(&place, &seal, got)?;
                 self.unpack(buf, blob.compression, blob.stored, blob.logical, blob.addr)
             }
         });
@@ -248,76 +337,79 @@ impl Pool {
         }
     }
 
-    /// Reads one copy as it is.
-    fn read_copy(&self, place: &Place, copy: usize) -> Result<Buf> {
-        let mut transfer = Transfer::new(self.members().len());
-        let parts = transfer.add(place, copy)?;
-        transfer.run(self);
-        transfer.assemble(self, place, parts)
+    /// Reads one copy of a piece as it is.
+    fn read_copy(&self, piece: &Place, copy: usize) -> Result<Buf> {
+        let segment = piece.segment(copy);
+        self.member(segment.device).read_at(segment.at, segment.bytes as usize)
     }
 
-    /// The content of a block that is verified as a whole; `first` is what copy 0 gave.
-    fn read_whole(&self, place: &Place, seal: &Seal<'_>, first: Result<Buf>) -> Result<Buf> {
-        let codecs = &*self.platform().codecs;
-        let good = |bytes: &[u8]| {
-            bytes.len() >= seal.stored
-                && codec::matches(codecs, seal.kind, &bytes[..seal.stored], seal.sum)
-        };
-        let mut attempt = first;
-        let mut last = Error::Checksum { addr: place.addr(), bytes: place.bytes };
-        for copy in 0..place.copies() {
-            if copy > 0 {
-                attempt = self.read_copy(place, copy);
-            }
-            match attempt {
-                Err(Error::Memory) => return Err(Error::Memory),
-                Ok(buf) if good(&buf) => {
-                    for bad in 0..copy {
-                        self.heal(place, bad, &buf, &seal.sum[..], &good);
-                    }
-                    return Ok(buf);
-                }
-                Ok(_) => {
-                    self.count_checksum_error(place, copy);
-                    last = Error::Checksum { addr: place.addr(), bytes: place.bytes };
-                }
-                Err(error) => last = error,
-            }
-            attempt = Err(Error::Failed);
+    /// The content of a block that is verified as a whole; `got` is what was read first.
+    fn read_whole(&self, place: &Place, seal: &Seal<'_>, mut got: Vec<Got>) -> Result<Buf> {
+        if got.iter().any(Got::lacks_memory) {
+            return Err(Error::Memory);
         }
-        Err(self.lost(place, seal.sum, last))
+        if let [only] = &mut got[..] {
+            if only.result.as_ref().is_ok_and(|buf| self.is_sealed(seal, buf)) {
+                return core::mem::replace(&mut only.result, Err(Error::Memory));
+            }
+        } else if got.iter().all(|got| got.result.is_ok()) {
+            let buf = join_copies(place, &got)?;
+            if self.is_sealed(seal, &buf) {
+                return Ok(buf);
+            }
+        }
+        Mosaic::new(self, place, seal, got)?.solve()
     }
 
-    /// The content of plain sectors; `first` is what copy 0 gave.
+    fn is_sealed(&self, seal: &Seal<'_>, bytes: &[u8]) -> bool {
+        let codecs = &*self.platform().codecs;
+        bytes.len() >= seal.stored
+            && codec::matches(codecs, seal.kind, &bytes[..seal.stored], seal.sum)
+    }
+
+    /// The content of plain sectors; `got` is what was read first.
     fn read_sectors(
         &self,
         place: &Place,
         kind: ChecksumKind,
         sums: &[u8],
-        first: Result<Buf>,
+        mut got: Vec<Got>,
     ) -> Result<Buf> {
         let codecs = &*self.platform().codecs;
-        match first {
-            Ok(buf) => {
-                let bad: Vec<usize> = codec::bad_sectors(codecs, kind, &buf, sums).collect();
-                if bad.is_empty() {
-                    return Ok(buf);
-                }
-                for sector in &bad {
-                    self.count_checksum_error(&sector_of(place, *sector), 0);
-                }
-                let last = Error::Checksum { addr: place.addr(), bytes: SECTOR_BYTES };
-                Rescue { pool: self, place, kind, sums, buf, last }.run(bad, 1)
-            }
-            Err(Error::Memory) => Err(Error::Memory),
-            // One unreadable sector fails the whole transfer: begin with the same copy again,
-            // sector by sector.
-            Err(last) => {
-                let buf = Buf::zeroed(place.bytes as usize)?;
-                let all = (0..place.bytes as usize / SECTOR).collect();
-                Rescue { pool: self, place, kind, sums, buf, last }.run(all, 0)
-            }
+        if got.iter().any(Got::lacks_memory) {
+            return Err(Error::Memory);
         }
+        let is_whole = got.iter().all(|got| got.result.is_ok());
+        let mut last = Error::Checksum { addr: place.addr(), bytes: SECTOR_BYTES };
+        if let Some(error) = got.iter().find_map(|got| got.result.as_ref().err()) {
+            last = error.clone();
+        }
+        let first =
+            |got: &Got| (got.result.is_ok().then_some(got.copy), got.piece.bytes as usize / SECTOR);
+        let first: Vec<(Option<usize>, usize)> = got.iter().map(first).collect();
+        let buf = if is_whole { join(&mut got)? } else { join_copies(place, &got)? };
+        let bad: Vec<usize> = codec::bad_sectors(codecs, kind, &buf, sums).collect();
+        if is_whole && bad.is_empty() {
+            return Ok(buf);
+        }
+        // What each missing sector was found bad in, if one unreadable sector did not fail the
+        // whole transfer: then it begins with the same copy again, sector by sector.
+        let mut missing = Vec::new();
+        let mut is_bad = bad.into_iter().peekable();
+        let mut sector = 0;
+        for (copy, count) in first {
+            for index in sector..sector + count {
+                let bad = is_bad.next_if_eq(&index).is_some();
+                if let (Some(copy), true) = (copy, bad) {
+                    self.count_checksum_error(&sector_of(place, index), copy);
+                }
+                if bad || copy.is_none() {
+                    missing.push((index, copy));
+                }
+            }
+            sector += count;
+        }
+        Rescue { pool: self, place, kind, sums, buf, last }.run(missing)
     }
 
     /// Expands verified bytes.
@@ -338,26 +430,35 @@ impl Pool {
         codec::expand(&*self.platform().codecs, kind, &buf[..stored], logical, addr)
     }
 
-    /// Writes `content` over a bad copy, unless someone else has healed it since it was read.
+    /// Writes `content` over a bad copy of a piece, unless someone else has healed it since it was
+    /// read.
     pub(super) fn heal(
         &self,
-        place: &Place,
+        piece: &Place,
         copy: usize,
         content: &[u8],
         sum: &[u8],
         good: &dyn Fn(&[u8]) -> bool,
     ) {
-        let _one_at_a_time = self.heal.lock();
-        if self.read_copy(place, copy).is_ok_and(|buf| good(&buf)) {
+        let segment = piece.segment(copy);
+        let standing = self.member(segment.device).standing();
+        if standing == Standing::Absent {
             return;
         }
-        let rewritten = !self.read_only() && self.rewrite(place, copy, content).is_ok();
+        let _one_at_a_time = self.heal.lock();
+        if self.read_copy(piece, copy).is_ok_and(|buf| good(&buf)) {
+            return;
+        }
+        let rewritten = !self.read_only() && self.rewrite(piece, copy, content).is_ok();
+        if standing == Standing::Behind {
+            // That it lacks something is known.
+            return;
+        }
         let number = u16::try_from(copy).unwrap_or(u16::MAX);
         // What was repaired and breaks again is news; what cannot be repaired is not.
-        if rewritten || self.reported.lock().is_new(place.addr(), number, sum) {
-            let segment = place.first_segment(copy);
+        if rewritten || self.reported.lock().is_new(piece.addr(), number, sum) {
             self.platform().report.incident(&Incident::Healed {
-                addr: place.addr(),
+                addr: piece.addr(),
                 device: segment.device,
                 at: segment.at,
                 rewritten,
@@ -365,9 +466,43 @@ impl Pool {
         }
     }
 
-    fn rewrite(&self, place: &Place, copy: usize, content: &[u8]) -> Result<()> {
+    /// Makes every copy of a run hold `content`, which one of them is known to hold. Writes over
+    /// the others alone, so that power may fail meanwhile. A second copy on one device that cannot
+    /// be written is left as it is.
+    ///
+    /// # Errors
+    /// [`Error::Unmapped`], [`Error::Memory`], [`Error::ReadOnly`]; [`Error::Device`] when a device
+    /// refuses and the pool cannot go on without it.
+    pub fn complete_copies(&self, run: Run, content: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        let place = self.locate(run)?;
+        let (mut failed, mut start) = (Vec::new(), 0);
+        for piece in place.pieces() {
+            let part = &content[start..start + piece.bytes as usize];
+            start += part.len();
+            for copy in 0..piece.copies() {
+                let device = piece.segment(copy).device;
+                if !self.member(device).is_there() {
+                    continue;
+                }
+                match self.read_copy(&piece, copy) {
+                    Ok(found) if found.get(..part.len()) == Some(part) => continue,
+                    Err(Error::Memory) => return Err(Error::Memory),
+                    _ => {}
+                }
+                match self.rewrite(&piece, copy, part) {
+                    Err(error) if piece.profile() != Profile::Dup => failed.push((device, error)),
+                    _ => {}
+                }
+            }
+        }
+        self.leave_behind(failed)
+    }
+
+    fn rewrite(&self, piece: &Place, copy: usize, content: &[u8]) -> Result<()> {
+        let segment = piece.segment(copy);
         let slice = Buf::copy_of(content)?.into_slice();
-        self.write_copy(place, copy, slice)
+        self.member(segment.device).write_at(segment.at, slice)
     }
 
     /// Reports that no copy is good, and passes the error on.
@@ -383,16 +518,242 @@ impl Pool {
         error
     }
 
-    fn count_checksum_error(&self, place: &Place, copy: usize) {
-        self.member(place.first_segment(copy).device).count_checksum_error();
+    /// Counts a copy that is not what it should be, unless that is no wonder.
+    fn count_checksum_error(&self, piece: &Place, copy: usize) {
+        let member = self.member(piece.segment(copy).device);
+        if member.is_complete() {
+            member.count_checksum_error();
+        }
     }
 }
 
-/// A place and what its first copy gave, or why there is no place.
-type Raw = Result<(Place, Result<Buf>)>;
+/// A place and what was read of it first, or why there is no place.
+type Raw = Result<(Place, Vec<Got>)>;
+
+/// The copies of a piece in the order in which they are tried.
+struct Order {
+    copies: [u8; COPIES_MAX],
+    count: usize,
+}
+
+impl Order {
+    fn nth(&self, nth: usize) -> Option<usize> {
+        (nth < self.count).then(|| usize::from(self.copies[nth]))
+    }
+
+    fn last(&self) -> Option<usize> {
+        self.nth(self.count.checked_sub(1)?)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.copies[..self.count].iter().map(|copy| usize::from(*copy))
+    }
+}
+
+/// One copy of one piece, as it was read.
+struct Got {
+    piece: Place,
+    copy: usize,
+    result: Result<Buf>,
+}
+
+impl Got {
+    fn lacks_memory(&self) -> bool {
+        matches!(self.result, Err(Error::Memory))
+    }
+}
+
+/// The bytes of pieces that were read, one after the other.
+fn join(got: &mut [Got]) -> Result<Buf> {
+    if let [only] = got {
+        return core::mem::replace(&mut only.result, Err(Error::Memory));
+    }
+    if let Some(bad) = got.iter().find_map(|got| got.result.as_ref().err()) {
+        return Err(bad.clone());
+    }
+    let bytes: u64 = got.iter().map(|got| got.piece.bytes).sum();
+    collect(bytes, got.iter().map(|got| (got.piece.bytes, got.result.as_ref().ok())))
+}
+
+/// As [`join`], and what was read is kept; zeros for what could not be read.
+fn join_copies(place: &Place, got: &[Got]) -> Result<Buf> {
+    collect(place.bytes, got.iter().map(|got| (got.piece.bytes, got.result.as_ref().ok())))
+}
+
+fn collect<'a>(bytes: u64, parts: impl Iterator<Item = (u64, Option<&'a Buf>)>) -> Result<Buf> {
+    let mut whole = Buf::zeroed(sector_round(bytes) as usize)?;
+    let mut at = 0;
+    for (bytes, part) in parts {
+        if let Some(part) = part {
+            whole[at..at + part.len()].copy_from_slice(part);
+        }
+        at += bytes as usize;
+    }
+    Ok(whole)
+}
 
 fn sector_of(place: &Place, index: usize) -> Place {
     place.part((index * SECTOR) as u64, SECTOR_BYTES)
+}
+
+/// A block that is verified as a whole, put together from copies of its pieces.
+struct Mosaic<'a> {
+    pool: &'a Pool,
+    place: &'a Place,
+    seal: &'a Seal<'a>,
+    /// For each piece, what its copies gave: never empty.
+    pieces: Vec<Vec<Got>>,
+    /// Why a copy could not be had.
+    last: Error,
+}
+
+impl<'a> Mosaic<'a> {
+    /// Begins with what was read first.
+    fn new(
+        pool: &'a Pool,
+        place: &'a Place,
+        seal: &'a Seal<'a>,
+        got: Vec<Got>,
+    ) -> Result<Mosaic<'a>> {
+        let last = Error::Checksum { addr: place.addr(), bytes: place.bytes };
+        let mut mosaic = Mosaic { pool, place, seal, pieces: Vec::new(), last };
+        for got in got {
+            if let Err(error) = &got.result {
+                mosaic.last = error.clone();
+            }
+            mosaic.pieces.push(alloc::vec![got]);
+        }
+        Ok(mosaic)
+    }
+
+    /// Finds copies that make the block.
+    fn solve(mut self) -> Result<Buf> {
+        // The usual case first, without reading more than it takes.
+        let mut nth = 1;
+        while self.read_another()? {
+            let choice: Option<Vec<usize>> =
+                self.pieces.iter().map(|copies| last_readable(copies, nth)).collect();
+            if let Some(found) = choice.and_then(|choice| self.attempt(&choice).transpose()) {
+                return found;
+            }
+            nth += 1;
+        }
+        for choice in self.choices() {
+            if let Some(found) = self.attempt(&choice).transpose() {
+                return found;
+            }
+        }
+        for got in self.pieces.iter().flatten().filter(|got| got.result.is_ok()) {
+            self.pool.count_checksum_error(&got.piece, got.copy);
+        }
+        Err(self.pool.lost(self.place, self.seal.sum, self.last))
+    }
+
+    /// Reads one more copy of each piece. False when there are no more of any.
+    fn read_another(&mut self) -> Result<bool> {
+        let mut more = false;
+        for copies in &mut self.pieces {
+            let piece = &copies[0].piece;
+            let order = self.pool.order(piece, self.seal.kind != ChecksumKind::None);
+            let next = order.iter().find(|copy| copies.iter().all(|got| got.copy != *copy));
+            let Some(copy) = next else { continue };
+            more = true;
+            let result = self.pool.read_copy(piece, copy);
+            match &result {
+                Err(Error::Memory) => return Err(Error::Memory),
+                Err(error) => self.last = error.clone(),
+                Ok(_) => {
+                    self.last =
+                        Error::Checksum { addr: self.place.addr(), bytes: self.place.bytes };
+                }
+            }
+            let piece = piece.clone();
+            copies.push(Got { piece, copy, result });
+        }
+        Ok(more)
+    }
+
+    /// What else to try when every copy has been read: for each piece, which of its copies.
+    fn choices(&self) -> Vec<Vec<usize>> {
+        if self.pieces.len() == 1 {
+            return Vec::new();
+        }
+        let mut devices: Vec<u16> =
+            self.pieces.iter().flatten().map(|got| got.piece.segment(got.copy).device).collect();
+        devices.sort_unstable();
+        devices.dedup();
+        let mut choices = Vec::new();
+        let mut distrust = |suspects: &[u16]| {
+            let pick = |copies: &Vec<Got>| {
+                let is_trusted = |got: &Got| {
+                    got.result.is_ok() && !suspects.contains(&got.piece.segment(got.copy).device)
+                };
+                copies.iter().position(is_trusted)
+            };
+            choices.extend(self.pieces.iter().map(pick).collect::<Option<Vec<usize>>>());
+        };
+        distrust(&[]);
+        devices.iter().for_each(|device| distrust(&[*device]));
+        for (index, first) in devices.iter().enumerate().take(PAIRS_MAX) {
+            devices[index + 1..]
+                .iter()
+                .take(PAIRS_MAX)
+                .for_each(|second| distrust(&[*first, *second]));
+        }
+        // And any mixture, as long as there are few.
+        let combinations = self.pieces.iter().try_fold(1usize, |all, copies| {
+            all.checked_mul(copies.len()).filter(|all| *all <= MIXTURES_MAX)
+        });
+        for number in 0..combinations.unwrap_or(0) {
+            let mut rest = number;
+            let choice = self.pieces.iter().map(|copies| {
+                let index = rest % copies.len();
+                rest /= copies.len();
+                index
+            });
+            choices.push(choice.collect());
+        }
+        choices
+    }
+
+    /// The block, if the chosen copies make it; heals the others then.
+    fn attempt(&self, choice: &[usize]) -> Result<Option<Buf>> {
+        let chosen = || self.pieces.iter().zip(choice).map(|(copies, index)| &copies[*index]);
+        if chosen().any(|got| got.result.is_err()) {
+            return Ok(None);
+        }
+        let parts = chosen().map(|got| (got.piece.bytes, got.result.as_ref().ok()));
+        let buf = collect(self.place.bytes, parts)?;
+        if !self.pool.is_sealed(self.seal, &buf) {
+            return Ok(None);
+        }
+        let mut start = 0;
+        for (copies, index) in self.pieces.iter().zip(choice) {
+            let content = &buf[start..start + copies[*index].piece.bytes as usize];
+            // What follows the content on disk is not vouched for.
+            let covered = self.seal.stored.saturating_sub(start).min(content.len());
+            // Without a checksum nobody knows which of two readable copies is right.
+            let is_vouched = self.seal.kind != ChecksumKind::None;
+            let good =
+                |bytes: &[u8]| !is_vouched || bytes.get(..covered) == Some(&content[..covered]);
+            for got in copies {
+                match &got.result {
+                    Ok(bytes) if good(bytes) => continue,
+                    Ok(_) => self.pool.count_checksum_error(&got.piece, got.copy),
+                    Err(_) => {}
+                }
+                self.pool.heal(&got.piece, got.copy, content, &self.seal.sum[..], &good);
+            }
+            start += content.len();
+        }
+        Ok(Some(buf))
+    }
+}
+
+/// The `nth` copy that was read, or the last before it that could be.
+fn last_readable(copies: &[Got], nth: usize) -> Option<usize> {
+    let upto = copies.len().min(nth + 1);
+    copies[..upto].iter().rposition(|got| got.result.is_ok())
 }
 
 /// Gets the sectors of one plain read that its first transfer did not give.
@@ -407,25 +768,32 @@ struct Rescue<'a> {
     last: Error,
 }
 
+/// A sector that is missing, and a copy that was found bad already.
+type MissingSector = (usize, Option<usize>);
+
 impl Rescue<'_> {
-    /// Looks for `missing` in the copies from `copy` on, then heals the copies that lacked them.
-    fn run(mut self, mut missing: Vec<usize>, copy: usize) -> Result<Buf> {
-        // Sectors that each copy lacked, beginning with copy 0.
-        let mut lacking = Vec::new();
-        if copy > 0 {
-            lacking.push(missing.clone());
+    /// Looks for `missing`, ascending, in their other copies, then heals those that lacked them.
+    fn run(mut self, missing: Vec<MissingSector>) -> Result<Buf> {
+        // Copies that lacked a sector.
+        let mut lacking: Vec<(usize, usize)> = Vec::new();
+        for (index, copy) in &missing {
+            lacking.extend(copy.map(|copy| (copy, *index)));
         }
-        for copy in copy..self.place.copies() {
-            if missing.is_empty() {
+        let mut wanted = missing;
+        for nth in 0..self.place.copies() {
+            if wanted.is_empty() {
                 break;
             }
-            missing = self.try_copy(&missing, copy)?;
-            lacking.push(missing.clone());
+            wanted = self.try_nth(&wanted, nth, &mut lacking)?;
         }
-        for (copy, sectors) in lacking.iter().enumerate() {
-            self.heal_runs(copy, sectors, &missing);
+        let lost: Vec<usize> = wanted.iter().map(|(index, _)| *index).collect();
+        lacking.sort_unstable();
+        lacking.dedup();
+        for of_copy in lacking.chunk_by(|a, b| a.0 == b.0) {
+            let sectors: Vec<usize> = of_copy.iter().map(|(_, index)| *index).collect();
+            self.heal_runs(of_copy[0].0, &sectors, &lost);
         }
-        match missing.first() {
+        match lost.first() {
             None => Ok(self.buf),
             Some(first) => {
                 let sum = codec::sector_sum(self.kind, self.sums, *first);
@@ -439,35 +807,48 @@ impl Rescue<'_> {
         }
     }
 
-    /// Reads sectors of a copy singly; returns those it does not have.
-    fn try_copy(&mut self, wanted: &[usize], copy: usize) -> Result<Vec<usize>> {
-        let mut lacking = Vec::new();
+    /// Reads the `nth` copy that was not tried of each sector; returns those that are still wanted.
+    fn try_nth(
+        &mut self,
+        wanted: &[MissingSector],
+        nth: usize,
+        lacking: &mut Vec<(usize, usize)>,
+    ) -> Result<Vec<MissingSector>> {
+        let is_verified = self.kind != ChecksumKind::None;
+        let mut still = Vec::new();
         for batch in wanted.chunks(RESCUE_BATCH) {
-            let mut transfer = Transfer::new(self.pool.members().len());
+            let mut transfer = Transfer::new(self.pool);
             let mut plan = Vec::with_capacity(batch.len());
-            for index in batch {
-                let place = sector_of(self.place, *index);
-                let parts = transfer.add(&place, copy)?;
-                plan.push((*index, place, parts));
+            for (index, tried) in batch {
+                let piece = sector_of(self.place, *index);
+                let order = self.pool.order(&piece, is_verified);
+                let mut others = order.iter().filter(|copy| Some(*copy) != *tried);
+                match others.nth(nth) {
+                    Some(copy) => plan.push((*index, *tried, transfer.add(piece, copy)?)),
+                    None => still.push((*index, *tried)),
+                }
             }
-            transfer.run(self.pool);
-            for (index, place, parts) in plan {
-                match transfer.assemble(self.pool, &place, parts) {
+            transfer.run();
+            for (index, tried, planned) in plan {
+                let got = transfer.take_one(planned);
+                match got.result {
                     Ok(bytes) if self.is_good(&bytes, index) => {
                         self.buf[index * SECTOR..(index + 1) * SECTOR].copy_from_slice(&bytes);
                         continue;
                     }
                     Ok(_) => {
-                        self.pool.count_checksum_error(&place, copy);
-                        self.last = Error::Checksum { addr: place.addr(), bytes: SECTOR_BYTES };
+                        self.pool.count_checksum_error(&got.piece, got.copy);
+                        self.last = Error::Checksum { addr: got.piece.addr(), bytes: SECTOR_BYTES };
                     }
                     Err(Error::Memory) => return Err(Error::Memory),
                     Err(error) => self.last = error,
                 }
-                lacking.push(index);
+                lacking.push((got.copy, index));
+                still.push((index, tried));
             }
         }
-        Ok(lacking)
+        still.sort_unstable();
+        Ok(still)
     }
 
     fn is_good(&self, bytes: &[u8], index: usize) -> bool {
@@ -480,71 +861,84 @@ impl Rescue<'_> {
         let had: Vec<usize> =
             sectors.iter().filter(|index| lost.binary_search(index).is_err()).copied().collect();
         for run in had.chunk_by(|a, b| a + 1 == *b) {
-            let (first, count) = (run[0], run.len());
-            let place = self.place.part((first * SECTOR) as u64, (count * SECTOR) as u64);
-            let content = &self.buf[first * SECTOR..(first + count) * SECTOR];
-            let good = |bytes: &[u8]| {
-                bytes.chunks(SECTOR).zip(first..).all(|(sector, i)| self.is_good(sector, i))
-            };
-            let sum = codec::sector_sum(self.kind, self.sums, first);
-            self.pool.heal(&place, copy, content, sum, &good);
+            let place = self.place.part((run[0] * SECTOR) as u64, (run.len() * SECTOR) as u64);
+            let mut first = run[0];
+            for piece in place.pieces() {
+                let count = piece.bytes as usize / SECTOR;
+                let content = &self.buf[first * SECTOR..(first + count) * SECTOR];
+                let good = |bytes: &[u8]| {
+                    bytes.chunks(SECTOR).zip(first..).all(|(sector, i)| self.is_good(sector, i))
+                };
+                let sum = codec::sector_sum(self.kind, self.sums, first);
+                self.pool.heal(&piece, copy, content, sum, &good);
+                first += count;
+            }
         }
     }
 }
 
-/// Where the pieces of one copy of one run are in a [`Transfer`].
-type Parts = Vec<(usize, usize)>;
+/// A read in a [`Transfer`].
+struct Planned {
+    piece: Place,
+    copy: usize,
+    /// Its number in the batch of its device.
+    op: usize,
+}
 
-/// Reads of several runs, gathered so that each device gets one batch.
-struct Transfer {
+/// Reads of several pieces, gathered so that each device gets one batch.
+struct Transfer<'a> {
+    pool: &'a Pool,
     /// By device.
     batches: Vec<Vec<ReadOp>>,
 }
 
-impl Transfer {
-    fn new(devices: usize) -> Transfer {
-        Transfer { batches: (0..devices).map(|_| Vec::new()).collect() }
+impl<'a> Transfer<'a> {
+    fn new(pool: &'a Pool) -> Transfer<'a> {
+        Transfer { pool, batches: pool.members().iter().map(|_| Vec::new()).collect() }
     }
 
-    /// Plans to read a copy of a run.
-    fn add(&mut self, place: &Place, copy: usize) -> Result<Parts> {
-        let mut parts = Vec::new();
-        let mut outcome = Ok(());
-        place.segments(copy, &mut |segment| match Buf::zeroed(segment.bytes as usize) {
-            Ok(buf) => {
-                let device = usize::from(segment.device);
-                parts.push((device, self.batches[device].len()));
-                self.batches[device].push(ReadOp { at: segment.at, buf, result: Ok(()) });
-            }
-            Err(error) => outcome = Err(error),
+    /// Plans to read a copy of a piece.
+    fn add(&mut self, piece: Place, copy: usize) -> Result<Planned> {
+        let segment = piece.segment(copy);
+        let buf = Buf::zeroed(segment.bytes as usize)?;
+        let batch = &mut self.batches[usize::from(segment.device)];
+        batch.push(ReadOp { at: segment.at, buf, result: Ok(()) });
+        Ok(Planned { piece, copy, op: batch.len() - 1 })
+    }
+
+    /// Plans to read the copies of a run that are tried first.
+    fn add_first(&mut self, place: &Place, verified: bool) -> Result<Vec<Planned>> {
+        let mut plan = Vec::new();
+        for piece in place.pieces() {
+            let order = self.pool.order(&piece, verified);
+            let copy = order.nth(0).ok_or_else(|| self.pool.not_there(&piece))?;
+            plan.push(self.add(piece, copy)?);
+        }
+        Ok(plan)
+    }
+
+    /// Reads, from all devices at once.
+    fn run(&mut self) {
+        let pool = self.pool;
+        let busy = self.batches.iter_mut().enumerate().filter(|(_, batch)| !batch.is_empty());
+        pool.on_devices(busy.collect(), &|index, batch| {
+            pool.member(index).read(batch);
         });
-        outcome.map(|()| parts)
     }
 
-    fn run(&mut self, pool: &Pool) {
-        for (member, batch) in pool.members().iter().zip(&mut self.batches) {
-            if !batch.is_empty() {
-                member.read(batch);
-            }
-        }
+    fn take(&mut self, plan: Vec<Planned>) -> Vec<Got> {
+        plan.into_iter().map(|planned| self.take_one(planned)).collect()
     }
 
-    /// The bytes of a run that was added, after `run`.
-    fn assemble(&mut self, pool: &Pool, place: &Place, parts: Parts) -> Result<Buf> {
-        for (device, op) in &parts {
-            let op = &self.batches[*device][*op];
-            op.result.map_err(|cause| pool.members()[*device].error(op.at, cause))?;
-        }
-        if let [(device, op)] = parts[..] {
-            return Ok(core::mem::take(&mut self.batches[device][op].buf));
-        }
-        let mut whole = Buf::zeroed(sector_round(place.bytes) as usize)?;
-        let mut at = 0;
-        for (device, op) in parts {
-            let piece = core::mem::take(&mut self.batches[device][op].buf);
-            whole[at..at + piece.len()].copy_from_slice(&piece);
-            at += piece.len();
-        }
-        Ok(whole)
+    /// What a read that was added gave, after `run`.
+    fn take_one(&mut self, planned: Planned) -> Got {
+        let Planned { piece, copy, op } = planned;
+        let device = piece.segment(copy).device;
+        let op = &mut self.batches[usize::from(device)][op];
+        let result = match op.result {
+            Ok(()) => Ok(core::mem::take(&mut op.buf)),
+            Err(cause) => Err(self.pool.member(device).error(op.at, cause)),
+        };
+        Got { piece, copy, result }
     }
 }

@@ -155,7 +155,7 @@ fn noise(bytes: usize, seed: u64) -> Vec<u8> {
 }
 
 fn read_only() -> PoolOptions {
-    PoolOptions { read_only: true, max_txg: None }
+    PoolOptions { read_only: true, ..PoolOptions::default() }
 }
 
 #[test]
@@ -225,6 +225,7 @@ fn options_out_of_range_are_refused_before_anything_is_written() {
         FormatOptions { node_bytes: 8192, ..Default::default() },
         FormatOptions { data_profile: Profile::Parity1, ..Default::default() },
         FormatOptions { metadata_profile: Profile::Mirror, ..Default::default() },
+        FormatOptions { metadata_profile: Profile::Parity3, ..Default::default() },
         FormatOptions { chunk_bytes: Some(3 * MIB), ..Default::default() },
         FormatOptions { chunk_bytes: Some(MIB / 2), ..Default::default() },
         FormatOptions { name: bad_name, ..Default::default() },
@@ -306,8 +307,12 @@ fn devices_that_do_not_belong_together_are_refused() {
     };
     let (a, b) = (make(2), make(1));
     open(&[&a[1], &a[0]]).unwrap();
-    assert_eq!(open(&[&a[0]]), Err(Error::MissingDevice { device: 1 }));
-    assert_eq!(open(&[&a[1]]), Err(Error::MissingDevice { device: 0 }));
+    let missing = |result| match result {
+        Err(Error::MissingDevices { devices, needed: false }) => devices[0].0,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(missing(open(&[&a[0]])), 1);
+    assert_eq!(missing(open(&[&a[1]])), 0);
     assert!(matches!(open(&[&a[0], &b[0]]), Err(Error::WrongDevice { .. })));
     assert!(matches!(open(&[&a[0], &a[0]]), Err(Error::WrongDevice { .. })));
     assert!(matches!(open(&[]), Err(Error::Argument { .. })));
@@ -322,10 +327,10 @@ fn unknown_features_forbid_what_they_should() {
     let error = Error::Features { class: FeatureClass::RoCompat, unknown: 4 };
     assert_eq!(fixture.open(PoolOptions::default()).err(), Some(error));
     fixture.open(read_only()).unwrap();
-    superblock.features = [0, 0, 2];
+    superblock.features = [0, 0, 1 << 40];
     superblock.txg = Txg(2);
     fixture.pool.write_superblock(&superblock).unwrap();
-    let error = Error::Features { class: FeatureClass::Incompat, unknown: 2 };
+    let error = Error::Features { class: FeatureClass::Incompat, unknown: 1 << 40 };
     assert_eq!(fixture.open(read_only()).err(), Some(error));
 }
 
@@ -969,4 +974,76 @@ fn a_discard_reaches_every_copy_and_nothing_outside_of_its_range() {
     assert_eq!(sectors(places[1]), [true, false, true, true]);
     assert_eq!(fixture.pool.discard(run, &(0..u64::MAX)), Ok(8 * SECTOR_BYTES));
     assert_eq!(sectors(places[0]), [false; 4]);
+}
+
+/// A pool on several devices, with a mirror of data.
+fn mirror(count: usize) -> (Vec<Arc<RamDevice>>, Fixture) {
+    let rams: Vec<Arc<RamDevice>> = (0..count).map(|_| RamDevice::new(16 * MIB)).collect();
+    let env = TestPlatform::new(1);
+    let options = FormatOptions {
+        data_profile: Profile::Mirror,
+        metadata_profile: Profile::Mirror,
+        ..Default::default()
+    };
+    let devices = rams.iter().map(|ram| ram.device()).collect();
+    let pool = Pool::create(devices, env.platform.clone(), &options).unwrap();
+    (rams.clone(), Fixture { ram: rams[0].clone(), env, pool })
+}
+
+#[test]
+fn reads_of_a_mirror_are_spread_over_its_devices() {
+    let (rams, fixture) = mirror(2);
+    let source = fixture.plain(&noise(MIB as usize, 3), ChecksumKind::Crc32c);
+    let before: Vec<u64> = rams.iter().map(|ram| ram.requests().reads).collect();
+    for part in 0..4 {
+        let DataSource::Plain { addr, checksum_kind, checksums, .. } = &source else { panic!() };
+        let (start, len) = (part * (256 << 10), 64 << 10);
+        let sums = &checksums[start as usize / SECTOR * 4..][..len as usize / SECTOR * 4];
+        let part = DataSource::Plain {
+            addr: Logical(addr.0 + start),
+            len,
+            checksum_kind: *checksum_kind,
+            checksums: sums.to_vec(),
+        };
+        fixture.read(&part).unwrap();
+    }
+    let reads: Vec<u64> =
+        rams.iter().zip(before).map(|(ram, before)| ram.requests().reads - before).collect();
+    assert_eq!(reads, [2, 2]);
+}
+
+#[test]
+fn a_write_is_done_only_when_all_labels_know_which_device_missed_it() {
+    let (rams, fixture) = mirror(3);
+    fixture.chunk(ChunkKind::System);
+    fixture.commit(1);
+    fixture.pool.published(Txg(1));
+    let chunk = fixture.chunk(ChunkKind::Data);
+    let failing = chunk.stripes[0].device;
+    rams[usize::from(failing)].faults(|faults| faults.gone = true);
+    let content = noise(SECTOR, 1);
+    fixture.write(chunk.logical, Buf::copy_of(&content).unwrap());
+    assert_eq!(fixture.pool.absent(), [failing]);
+    for (index, ram) in rams.iter().enumerate() {
+        if index == usize::from(failing) {
+            continue;
+        }
+        let identity = probe(&*ram.device(), 0).unwrap().identity;
+        let behind: Vec<Option<Txg>> = identity.table.iter().map(|entry| entry.behind).collect();
+        let want = |device| (device == usize::from(failing)).then_some(Txg(1));
+        assert_eq!(behind, (0..3).map(want).collect::<Vec<_>>());
+    }
+    let told = fixture.env.incidents.take();
+    let failed = told.iter().filter_map(|incident| match incident {
+        Incident::DeviceFailed { device, .. } => Some(*device),
+        _ => None,
+    });
+    assert_eq!(failed.collect::<Vec<_>>(), [failing]);
+    // One more, and some chunk has no copy left.
+    let other = chunk.stripes[1].device;
+    rams[usize::from(other)].faults(|faults| faults.gone = true);
+    let bufs = vec![Buf::copy_of(&content).unwrap().into_slice()];
+    let error = fixture.pool.write(vec![RunWrite { addr: chunk.logical, bufs }]).err();
+    assert!(matches!(error, Some(Error::Device { device, .. }) if device == other), "{error:?}");
+    assert_eq!(fixture.pool.absent(), [failing]);
 }

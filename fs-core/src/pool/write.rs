@@ -3,8 +3,12 @@
 use super::map::Place;
 use super::Pool;
 use crate::buf::Slice;
+use crate::device::Member;
+use crate::error::Error;
 use crate::format::space::Run;
-use crate::platform::{Result, WriteOp};
+use crate::format::superblock::Superblock;
+use crate::platform::{DeviceError, Result, WriteOp};
+use crate::sync::Mutex;
 use crate::units::Logical;
 use alloc::vec::Vec;
 
@@ -31,72 +35,134 @@ const JOINED_BYTES_MAX: u64 = 4 << 20;
 const JOINED_PIECES_MAX: usize = 1024;
 
 impl Pool {
-    /// Writes runs to all their copies. All transfers of one call are handed to each device
+    /// Writes runs to all their copies. All transfers of one call are handed to all devices
     /// together. Nothing is durable before [`Pool::flush`].
     ///
+    /// A device that fails is left behind if the others have a copy of everything; see `standing`.
+    ///
     /// # Errors
-    /// [`Error::Device`](crate::error::Error::Device) if any copy could not be written, although
-    /// the others may have been; [`Error::Unmapped`](crate::error::Error::Unmapped) for a run that
-    /// is not within one chunk, in which case nothing is written;
-    /// [`Error::ReadOnly`](crate::error::Error::ReadOnly).
+    /// [`Error::Device`] if some run is not on a device that can be
+    /// relied on, although copies may have been written;
+    /// [`Error::Unmapped`] for a run that is not within one chunk, in
+    /// which case nothing is written; [`Error::ReadOnly`].
     pub fn write(&self, mut writes: Vec<RunWrite>) -> Result<()> {
         self.check_writable()?;
         let map = self.chunk_map();
         // Layouts keep order, so sorting once here makes neighbours meet on the devices.
         writes.sort_unstable_by_key(|write| write.addr);
         let mut batches: Vec<Vec<WriteOp>> = self.members().iter().map(|_| Vec::new()).collect();
+        let mut places = Vec::with_capacity(writes.len());
         for write in &writes {
             let place = map.locate(write.run())?;
-            for copy in 0..place.copies() {
-                push_copy(&mut batches, &place, copy, &write.bufs);
-            }
+            self.push(&mut batches, &place, &write.bufs);
+            places.push(place);
         }
-        self.write_batches(batches)
+        self.write_batches(batches)?;
+        places.iter().try_for_each(|place| self.check_relied(place))
     }
 
-    /// Writes one copy of a run, for repair.
-    pub(super) fn write_copy(&self, place: &Place, copy: usize, content: Slice) -> Result<()> {
-        let mut batches: Vec<Vec<WriteOp>> = self.members().iter().map(|_| Vec::new()).collect();
-        push_copy(&mut batches, place, copy, &[content]);
-        self.write_batches(batches)
+    /// Adds the writes of a run to the batches of the devices of its copies.
+    fn push(&self, batches: &mut [Vec<WriteOp>], place: &Place, bufs: &[Slice]) {
+        let mut done = 0;
+        for piece in place.pieces() {
+            for segment in (0..piece.copies()).map(|copy| piece.segment(copy)) {
+                if self.member(segment.device).is_there() {
+                    let bufs = cut(bufs, done, segment.bytes);
+                    let op = WriteOp { at: segment.at, bufs, result: Ok(()) };
+                    batches[usize::from(segment.device)].push(op);
+                }
+            }
+            done += piece.bytes;
+        }
     }
 
     fn write_batches(&self, batches: Vec<Vec<WriteOp>>) -> Result<()> {
-        let mut outcome = Ok(());
-        for (member, batch) in self.members().iter().zip(batches) {
-            if !batch.is_empty() {
-                outcome = outcome.and(member.write(&mut join(batch)));
+        let busy = batches.into_iter().enumerate().filter(|(_, batch)| !batch.is_empty());
+        let failed = self.ask_devices(busy.collect(), &|index, batch| {
+            self.member(index).write(&mut join(core::mem::take(batch)))
+        });
+        self.leave_behind(failed)
+    }
+
+    /// Whether every piece of a run has a copy on a device that is complete.
+    fn check_relied(&self, place: &Place) -> Result<()> {
+        if self.members().iter().all(Member::is_complete) {
+            return Ok(());
+        }
+        for piece in place.pieces() {
+            let mut copies = (0..piece.copies()).map(|copy| piece.segment(copy));
+            if !copies.any(|segment| self.member(segment.device).is_complete()) {
+                let segment = piece.segment(0);
+                return Err(self.member(segment.device).error(segment.at, DeviceError::Gone));
             }
         }
-        outcome
+        Ok(())
     }
 
     /// Makes everything written so far durable.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::error::Error::Device): nothing may be assumed about what was
+    /// [`Error::Device`]: nothing may be assumed about what was
     /// written since the last flush.
     pub fn flush(&self) -> Result<()> {
         self.check_writable()?;
-        let mut outcome = Ok(());
-        for member in self.members() {
-            // Every device is asked, even after one has failed.
-            let done = member.flush();
-            outcome = outcome.and(done);
-        }
-        outcome
+        let there = self.members().iter().enumerate().filter(|(_, member)| member.is_there());
+        let asked = there.map(|(index, _)| (index, ())).collect();
+        // Every device is asked, even after one has failed.
+        let failed = self.ask_devices(asked, &|index, ()| self.member(index).flush());
+        self.leave_behind(failed)
     }
-}
 
-/// Adds the writes of one copy to the batches of its devices.
-fn push_copy(batches: &mut [Vec<WriteOp>], place: &Place, copy: usize, bufs: &[Slice]) {
-    let mut done = 0;
-    place.segments(copy, &mut |segment| {
-        let bufs = cut(bufs, done, segment.bytes);
-        done += segment.bytes;
-        let op = WriteOp { at: segment.at, bufs, result: Ok(()) };
-        batches[usize::from(segment.device)].push(op);
-    });
+    /// Writes the superblock into its slot of every device. The caller flushes before, so that what
+    /// it refers to is durable, and after, which publishes it.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`]; [`Error::Device`] when a device took it in neither area and cannot be
+    /// left behind.
+    pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
+        self.check_writable()?;
+        let there = self.members().iter().enumerate().filter(|(_, member)| member.is_there());
+        let asked = there.map(|(index, _)| (index, ())).collect();
+        let write = |index, (): &mut ()| self.member(index).write_superblock(superblock);
+        let failed = self.ask_devices(asked, &write);
+        self.leave_behind(failed)
+    }
+
+    /// Calls `each` for devices, by index, with what is theirs, for all of them at once.
+    pub(super) fn on_devices<T: Send>(
+        &self,
+        mut work: Vec<(usize, T)>,
+        each: &(dyn Fn(u16, &mut T) + Sync),
+    ) {
+        let index_of = |index: usize| u16::try_from(index).expect("a pool has few devices");
+        if let [(index, work)] = &mut work[..] {
+            return each(index_of(*index), work);
+        }
+        // Each slot is taken by exactly one worker; the lock only makes that visible to the
+        // compiler.
+        let slots: Vec<Mutex<(usize, T)>> = work.into_iter().map(Mutex::new).collect();
+        self.platform().workers.parallel_for(slots.len(), &|slot| {
+            let (index, work) = &mut *slots[slot].lock();
+            each(index_of(*index), work);
+        });
+    }
+
+    /// As [`Pool::on_devices`]; returns which devices failed, and how.
+    fn ask_devices<T: Send>(
+        &self,
+        work: Vec<(usize, T)>,
+        each: &(dyn Fn(u16, &mut T) -> Result<()> + Sync),
+    ) -> Vec<(u16, Error)> {
+        let failed = Mutex::new(Vec::new());
+        self.on_devices(work, &|index, work| {
+            if let Err(error) = each(index, work) {
+                failed.lock().push((index, error));
+            }
+        });
+        let mut failed = failed.into_inner();
+        failed.sort_unstable_by_key(|(index, _)| *index);
+        failed
+    }
 }
 
 /// The bytes `from..from + len` of the concatenation of `bufs`.

@@ -13,6 +13,11 @@
 //! | yes | no | one reference less |
 //! | no | yes, written by this group | its first reference |
 //! | no | yes, shared | one reference more |
+//!
+//! The *birth* of a reference is the group in which it entered the tree. All items that hold one
+//! reference together have its birth: parts that are left when an item is cut keep it, and an item
+//! that joins a reference that is there takes it over. Snapshots rely on that: a reference born
+//! not after a snapshot is in the snapshot too, and must not be given up when the head drops it.
 
 use crate::btree::{Edit, NodeSource, Tree};
 use crate::buf::Slice;
@@ -227,8 +232,8 @@ fn zeros(from: u64, to: u64) -> Segment {
 pub struct Resolved {
     /// Edits of the subvolume's tree, ascending.
     pub edits: Vec<(Key, Edit)>,
-    /// Runs that lose a reference.
-    pub garbage: Vec<Run>,
+    /// References that the tree drops, each with its birth.
+    pub dropped: Vec<(Run, Txg)>,
     /// Runs that gain a reference beyond their first.
     pub shared: Vec<Run>,
     /// Change of the sums.
@@ -253,7 +258,8 @@ struct Resolver<'a> {
     carry: Option<(u64, Extent, Txg)>,
     /// Items that begin below this have been dealt with.
     done_to: u64,
-    cut_blobs: BTreeMap<BlobRef, Blob>,
+    /// With the births of the references.
+    cut_blobs: BTreeMap<BlobRef, (Blob, Txg)>,
     written_blobs: BTreeMap<BlobRef, Blob>,
     shared_blobs: BTreeMap<BlobRef, Blob>,
     out: Resolved,
@@ -323,11 +329,13 @@ impl Resolver<'_> {
             Extent::Inline { .. } => return,
             Extent::Plain { addr, .. } => {
                 let run = Run { addr: Logical(addr.0 + (from - at)), bytes: to - from };
-                self.out.garbage.push(run);
+                self.out.dropped.push((run, birth));
                 self.out.delta.stored -= (to - from) as i64;
             }
             Extent::Packed { blob, offset, .. } => {
-                self.cut_blobs.insert((blob.addr, anchor(at, *offset)), *blob);
+                let key = (blob.addr, anchor(at, *offset));
+                let cut = self.cut_blobs.entry(key).or_insert((*blob, birth));
+                cut.1 = cut.1.min(birth);
             }
             Extent::Promised { .. } => self.out.delta.promised -= (to - from) as i64,
         }
@@ -346,6 +354,7 @@ impl Resolver<'_> {
     }
 
     fn put(&mut self, at: u64, len: u64, content: &Content, item: &InodeItem) -> Result<()> {
+        let mut birth = self.txg;
         let extent = match content {
             Content::Hole => return Ok(()),
             Content::Promised => {
@@ -369,14 +378,27 @@ impl Resolver<'_> {
             }
             Content::Shared(extent) => {
                 self.count_new(at, extent, true);
+                birth = self.birth_of(at, extent)?;
                 extent.clone()
             }
         };
         if !matches!(extent, Extent::Promised { .. }) {
             self.out.delta.logical += extent.len() as i64;
         }
-        self.items.insert(at, Some((extent, self.txg)));
+        self.items.insert(at, Some((extent, birth)));
         Ok(())
+    }
+
+    /// The birth of the reference that a shared extent holds at `at`: that of the one it joins, or
+    /// this group.
+    fn birth_of(&self, at: u64, extent: &Extent) -> Result<Txg> {
+        let Extent::Packed { blob, offset, .. } = extent else { return Ok(self.txg) };
+        let key = (blob.addr, anchor(at, *offset));
+        let stored = match self.cut_blobs.get(&key) {
+            Some((_, birth)) => Some(*birth),
+            None => self.stored_birth(key, blob)?,
+        };
+        Ok(stored.unwrap_or(self.txg))
     }
 
     fn count_new(&mut self, at: u64, extent: &Extent, shared: bool) {
@@ -400,23 +422,29 @@ impl Resolver<'_> {
     fn count_blobs(&mut self) -> Result<()> {
         // Not collected: that sorts, with much of it on the stack.
         let mut touched: BTreeSet<BlobRef> = BTreeSet::new();
-        for map in [&self.cut_blobs, &self.written_blobs, &self.shared_blobs] {
+        touched.extend(self.cut_blobs.keys().copied());
+        for map in [&self.written_blobs, &self.shared_blobs] {
             touched.extend(map.keys().copied());
         }
         for key in touched {
-            let blob = *[&self.cut_blobs, &self.written_blobs, &self.shared_blobs]
-                .into_iter()
-                .find_map(|map| map.get(&key))
+            let cut = self.cut_blobs.get(&key).copied();
+            let new = || self.written_blobs.get(&key).or_else(|| self.shared_blobs.get(&key));
+            let blob = cut
+                .map(|(blob, _)| blob)
+                .or_else(|| new().copied())
                 .expect("collected from these maps");
-            let before = self.cut_blobs.contains_key(&key) || self.stored_names(key, &blob)?;
+            let before = match cut {
+                Some((_, birth)) => Some(birth),
+                None => self.stored_birth(key, &blob)?,
+            };
             let after = self.names(key, &blob)?;
             let run = Run { addr: blob.addr, bytes: blob.allocated() };
             match (before, after) {
-                (true, false) => {
-                    self.out.garbage.push(run);
+                (Some(birth), false) => {
+                    self.out.dropped.push((run, birth));
                     self.out.delta.stored -= run.bytes as i64;
                 }
-                (false, true) => {
+                (None, true) => {
                     self.out.delta.stored += run.bytes as i64;
                     if !self.written_blobs.contains_key(&key) {
                         self.out.shared.push(run);
@@ -428,13 +456,13 @@ impl Resolver<'_> {
         Ok(())
     }
 
-    /// Whether an item of the old tree names the blob.
-    fn stored_names(&self, key: BlobRef, blob: &Blob) -> Result<bool> {
+    /// The birth of the reference to the blob if an item of the old tree names it.
+    fn stored_birth(&self, key: BlobRef, blob: &Blob) -> Result<Option<Txg>> {
         let (start, end) = window(key.1, blob);
-        let mut found = false;
-        each_extent(self.source, self.tree, self.ino, start, end, &mut |at, extent, _| {
-            found = names(&extent, at, key);
-            Ok(!found)
+        let mut found = None;
+        each_extent(self.source, self.tree, self.ino, start, end, &mut |at, extent, birth| {
+            found = names(&extent, at, key).then_some(birth);
+            Ok(found.is_none())
         })?;
         Ok(found)
     }
@@ -484,6 +512,37 @@ impl Resolver<'_> {
 fn names(extent: &Extent, at: u64, key: BlobRef) -> bool {
     matches!(extent, Extent::Packed { blob, offset, .. }
         if (blob.addr, anchor(at, *offset)) == key)
+}
+
+/// The reference that an item of a tree without changes is the last to name, if it is: where a
+/// whole tree is taken apart item by item, each reference is given up once, at its last item.
+///
+/// # Errors
+/// Errors of the device or the tree.
+pub fn last_named(
+    source: &dyn NodeSource,
+    tree: &Tree,
+    ino: Ino,
+    at: u64,
+    extent: &Extent,
+) -> Result<Option<Run>> {
+    match extent {
+        Extent::Inline { .. } | Extent::Promised { .. } => Ok(None),
+        Extent::Plain { addr, len, .. } => Ok(Some(Run { addr: *addr, bytes: *len })),
+        Extent::Packed { blob, offset, len } => {
+            let key = (blob.addr, anchor(at, *offset));
+            let (_, end) = window(key.1, blob);
+            let from = at + len;
+            let mut is_named = false;
+            if from < end {
+                each_extent(source, tree, ino, from, end, &mut |at, extent, _| {
+                    is_named = at >= from && names(&extent, at, key);
+                    Ok(!is_named)
+                })?;
+            }
+            Ok((!is_named).then(|| Run { addr: blob.addr, bytes: blob.allocated() }))
+        }
+    }
 }
 
 /// File offsets at which an item may name a blob with that anchor. An anchor before zero has

@@ -25,6 +25,7 @@
 //! | `ranges`, `extents` | what files are made of; resolving a group's ranges into items |
 //! | `names`, `xattrs` | directories and attributes |
 //! | `intents` | the list the intent log is written from |
+//! | `versions` | the subvolumes and snapshots there are |
 //! | `change` | one operation's changes: overlay, inode lists, intents together |
 
 pub mod change;
@@ -37,6 +38,7 @@ pub mod ranges;
 pub mod scan;
 pub mod store;
 pub mod table;
+pub mod versions;
 pub mod xattrs;
 
 #[cfg(test)]
@@ -57,7 +59,7 @@ use crate::txg::{slot, SLOTS};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
 
 /// A subvolume in memory.
 pub struct Subvol {
@@ -76,6 +78,21 @@ pub struct Subvol {
     next_ino: AtomicU64,
     /// Inodes made minus inodes removed since the item was written, per group.
     inode_delta: [AtomicI64; SLOTS],
+    /// How many use it; [`SHUT`] when nobody may begin to.
+    users: AtomicUsize,
+}
+
+/// Value of `Subvol::users` when the subvolume is about to be deleted or rolled back.
+const SHUT: usize = usize::MAX;
+
+/// Being a user of a subvolume: as long as it lasts the subvolume is neither deleted nor rolled
+/// back.
+pub struct InUse(Arc<Subvol>);
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Subvol {
@@ -86,6 +103,7 @@ impl Subvol {
     #[inline(never)]
     pub fn new(id: TreeId, item: SubvolItem, txg: Txg, store: Arc<Store>) -> Result<Subvol> {
         let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id.0))?;
+        let tree = Tree { id: item.lineage(id), root };
         Ok(Subvol {
             id,
             store,
@@ -93,11 +111,34 @@ impl Subvol {
             overlays: core::array::from_fn(|_| Overlay::default()),
             overlay_bytes: [const { AtomicU64::new(0) }; SLOTS],
             dirty: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
-            view: RwLock::ranked(Rank::Leaf, Arc::new(View { txg, tree: Tree { id, root } })),
+            view: RwLock::ranked(Rank::Leaf, Arc::new(View { txg, tree })),
             next_ino: AtomicU64::new(item.next_ino),
             item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
+            users: AtomicUsize::new(0),
         })
+    }
+
+    /// Begins to use the subvolume.
+    ///
+    /// # Errors
+    /// EBUSY when it is about to be deleted or rolled back.
+    pub fn begin_use(self: &Arc<Subvol>) -> Result<InUse> {
+        let more = |users: usize| (users != SHUT).then(|| users + 1);
+        self.users
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .map_err(|_| Error::Posix(Errno::Busy))?;
+        Ok(InUse(self.clone()))
+    }
+
+    /// Keeps everybody from using it from now on; false, and nothing changes, when somebody does.
+    pub fn shut(&self) -> bool {
+        self.users.compare_exchange(0, SHUT, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Takes [`Subvol::shut`] back.
+    pub fn reopen(&self) {
+        let _ = self.users.compare_exchange(SHUT, 0, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// The published tree; holding it keeps what it reaches from being reused.
@@ -178,6 +219,11 @@ impl Subvol {
         item.next_ino = self.next_ino();
         item.set_root(tree.root.as_ref());
         *item
+    }
+
+    /// The writer of a group changed the item: a snapshot was made, or one is gone.
+    pub fn set_item_fields(&self, item: SubvolItem) {
+        *self.item.lock() = item;
     }
 
     /// Group `txg` is published with this tree: readers see it from now on.

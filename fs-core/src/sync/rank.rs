@@ -25,8 +25,10 @@ pub enum Rank {
     Group,
     /// The log's position.
     Log,
-    /// The list of subvolumes.
+    /// The list of subvolumes, and that of open snapshots.
     Subvols,
+    /// What subvolumes and snapshots there are.
+    Versions,
     /// Lists and maps that are held for a moment, one at a time.
     Short,
     /// Being the one who releases or trims.
@@ -35,6 +37,8 @@ pub enum Rank {
     Space,
     /// One repair at a time.
     Heal,
+    /// Changing which devices are complete.
+    Standing,
     /// Room on devices.
     Ledger,
     /// What is replaced or copied whole, and nothing is taken under.

@@ -122,7 +122,7 @@ impl Volume {
 
     /// Notes that an inode was read, if the access time is to say so.
     pub(super) fn accessed(&self, inode: &Arc<Inode>) {
-        if self.access_time == AccessTime::Never || self.engine.store.writable().is_err() {
+        if self.access_time == AccessTime::Never || self.writable().is_err() {
             return;
         }
         let now = self.now();

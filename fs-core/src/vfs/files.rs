@@ -551,6 +551,7 @@ impl Volume {
         let (reservation, mut state) = loop {
             let expected = count(&inode.state.read())?;
             let metadata = 16 * self.engine.store.node_bytes as u64 + expected * MOVED_ITEM_BYTES;
+            self.writable()?;
             let reservation = self.engine.reserve(2 * SECTOR_BYTES, metadata, Class::Normal)?;
             let state = inode.state.write();
             check_writable(&state)?;

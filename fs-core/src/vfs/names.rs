@@ -111,7 +111,7 @@ impl Volume {
     }
 
     fn remove_nameless(&self, ino: Ino) {
-        if self.engine.store.writable().is_ok() {
+        if self.writable().is_ok() {
             self.engine.queue_reclaim(&self.subvol, ino);
             self.engine.reclaim_some();
         }

@@ -16,7 +16,7 @@ use crate::format::pool::{INO_MAX, ROOT_INO};
 use crate::platform::{DeviceRef, Platform, Timestamp};
 use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
-use crate::subvol::Subvol;
+use crate::subvol::{InUse, Subvol};
 use crate::sync::{Mutex, Rank, WriteGuard};
 use crate::units::Ino;
 use crate::vfs::{
@@ -43,6 +43,9 @@ pub enum AccessTime {
 pub struct Volume {
     pub(super) engine: Arc<Engine>,
     pub(super) subvol: Arc<Subvol>,
+    is_snapshot: bool,
+    /// Keeps the subvolume from being deleted.
+    _in_use: InUse,
     pub(super) access_time: AccessTime,
     /// Held by renames between directories: the tree of directories changes only under it.
     pub(super) moving: Mutex<()>,
@@ -61,9 +64,34 @@ impl Volume {
     ) -> Result<Arc<Volume>> {
         let engine = engine::open(devices, platform, options)?;
         let subvol = engine.default_subvol().ok_or(Error::NoSuperblock)?;
+        Volume::of(engine, subvol, access_time)
+    }
+
+    /// Mounts a subvolume or snapshot of a pool that is open.
+    ///
+    /// # Errors
+    /// ENOENT when there is none; EBUSY when it is about to be deleted or rolled back.
+    pub fn of_version(
+        engine: Arc<Engine>,
+        id: u64,
+        access_time: AccessTime,
+    ) -> Result<Arc<Volume>> {
+        let subvol = engine.open_version(id)?;
+        Volume::of(engine, subvol, access_time)
+    }
+
+    fn of(
+        engine: Arc<Engine>,
+        subvol: Arc<Subvol>,
+        access_time: AccessTime,
+    ) -> Result<Arc<Volume>> {
+        let _in_use = subvol.begin_use()?;
+        let is_snapshot = subvol.item().is_snapshot();
         Ok(Arc::new(Volume {
             engine,
             subvol,
+            is_snapshot,
+            _in_use,
             access_time,
             moving: Mutex::ranked(Rank::Moving, ()),
         }))
@@ -111,8 +139,17 @@ impl Volume {
         self.engine.store.now()
     }
 
+    /// Whether the volume takes changes.
+    pub(super) fn writable(&self) -> Result<()> {
+        if self.is_snapshot {
+            return Err(Errno::RoFs.into());
+        }
+        self.engine.store.writable()
+    }
+
     /// Room for an operation that changes about so many items.
     pub(super) fn reserve(&self, data: u64, items: u64, class: Class) -> Result<Reservation> {
+        self.writable()?;
         let metadata = items * self.engine.store.node_bytes as u64;
         self.engine.reserve(data, metadata, class)
     }

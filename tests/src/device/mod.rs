@@ -310,6 +310,11 @@ impl Device for RamDevice {
     }
 }
 
+/// So many empty devices.
+pub fn several(count: usize, bytes: u64) -> Vec<Arc<RamDevice>> {
+    (0..count).map(|index| RamDevice::new(&format!("ram{index}"), bytes)).collect()
+}
+
 /// The devices as the core takes them.
 pub fn refs(devices: &[Arc<RamDevice>]) -> Vec<DeviceRef> {
     devices.iter().map(|d| d.clone() as DeviceRef).collect()

@@ -555,7 +555,7 @@ fn change_labels(image: &Path, change: fn(&mut Label)) -> Result<()> {
         file.read_exact_at(&mut bytes, area.0)?;
         let mut label = Label::decode(&bytes)?;
         change(&mut label);
-        file.write_all_at(&label.encode(), area.0)?;
+        file.write_all_at(&label.encode(&[]), area.0)?;
     }
     Ok(())
 }

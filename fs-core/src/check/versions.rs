@@ -1,0 +1,431 @@
+//! Subvolumes and snapshots against each other: dead lists, and what each holds for itself.
+//!
+//! Every tree is walked whole, but what a version has in common with its parent is marked in the
+//! parent's walk. By the rules in `engine::versions` that is what was born not after the parent.
+//! So each reference is met once, and dead lists are exact when for each parent P of X
+//!
+//! ```text
+//! references of P - references of X that were born not after P = entries of dead(X)
+//! ```
+//!
+//! Both sides are compared as sums of a hash of each sector, which costs no memory.
+//!
+//! What was deleted and has one successor is not walked: what only it had is in the dead list of
+//! the successor, which is compared with the parent above, together with the list of what was
+//! deleted. What was deleted and has no successor is walked from its cursor on.
+
+use super::findings::rules;
+use super::{extents, files, tree, Checker, Spot};
+use crate::btree::{FreshVisitor, Node};
+use crate::format::chunk::ChunkKind;
+use crate::format::dead::{birth_and_part, DeadHeader, DeadRef, Part};
+use crate::format::extent::Extent;
+use crate::format::features;
+use crate::format::key::{kind, Key};
+use crate::format::pool::{version, SubvolItem};
+use crate::format::ptr::BlockPtr;
+use crate::format::space::Run;
+use crate::platform::Result;
+use crate::subvol::extents::last_named;
+use crate::subvol::versions::Versions;
+use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+/// A version that can be looked into.
+pub(super) struct Found {
+    pub id: TreeId,
+    pub item: SubvolItem,
+    pub root: Option<BlockPtr>,
+}
+
+/// A sum of hashes of sectors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sum([u64; 2]);
+
+impl Sum {
+    fn add(&mut self, run: Run, salt: u64) {
+        for addr in (run.addr.0..run.end().0).step_by(SECTOR_BYTES as usize) {
+            let sector = mix(addr ^ mix(salt));
+            self.0[0] = self.0[0].wrapping_add(sector);
+            self.0[1] = self.0[1].wrapping_add(mix(sector ^ 0x6a09_e667_f3bc_c908));
+        }
+    }
+
+    fn minus(self, other: Sum) -> Sum {
+        Sum([self.0[0].wrapping_sub(other.0[0]), self.0[1].wrapping_sub(other.0[1])])
+    }
+
+    fn plus(self, other: Sum) -> Sum {
+        Sum([self.0[0].wrapping_add(other.0[0]), self.0[1].wrapping_add(other.0[1])])
+    }
+}
+
+/// The finalizer of SplitMix64.
+fn mix(mut z: u64) -> u64 {
+    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The hash of a node tells its birth; that of data does not, since an extent that joins a
+/// reference in a pool of an early version may have another.
+fn salt(birth: Txg, is_node: bool) -> u64 {
+    if is_node {
+        birth.0
+    } else {
+        0
+    }
+}
+
+/// What a walk of a version has met.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Met {
+    /// What was born not after this is the parent's.
+    pub since: Txg,
+    /// As the item says, whatever was deleted in between.
+    own_since: Txg,
+    all: Sum,
+    old: Sum,
+    tree_bytes: u64,
+    own_bytes: u64,
+}
+
+impl Met {
+    /// Takes note of a reference or node.
+    pub fn add(&mut self, run: Run, birth: Txg, is_node: bool) {
+        let salt = salt(birth, is_node);
+        self.all.add(run, salt);
+        if birth <= self.since {
+            self.old.add(run, salt);
+        }
+        if birth > self.own_since {
+            self.own_bytes = self.own_bytes.saturating_add(run.bytes);
+        }
+        if is_node {
+            self.tree_bytes = self.tree_bytes.saturating_add(run.bytes);
+        }
+    }
+}
+
+/// What was met of a dead list.
+#[derive(Clone, Copy, Debug, Default)]
+struct List {
+    entries: u64,
+    own_bytes: u64,
+    sum: Sum,
+}
+
+/// Versions, and what was met of them.
+#[derive(Default)]
+pub(super) struct Family {
+    versions: Versions,
+    met: BTreeMap<u64, Met>,
+    lists: BTreeMap<u64, List>,
+    /// The version that owns each list.
+    owners: BTreeMap<u64, u64>,
+    broken: bool,
+}
+
+impl Family {
+    /// What the pool tree says.
+    pub fn new(versions: Versions) -> Family {
+        Family { versions, ..Family::default() }
+    }
+
+    fn item(&self, id: u64) -> Option<&SubvolItem> {
+        self.versions.get(id).map(|version| &version.item)
+    }
+
+    /// Whether nothing goes on from a deleted version.
+    fn is_end(&self, id: u64) -> bool {
+        self.item(id).is_some_and(SubvolItem::is_deleted) && self.versions.child_count(id) == 0
+    }
+
+    fn is_started(&self, id: u64) -> bool {
+        self.item(id).is_some_and(|item| item.flags & version::STARTED != 0)
+    }
+
+    /// Whether a version is deleted and all that only it had is in its successor's dead list.
+    fn is_gone(&self, id: u64) -> bool {
+        if !self.item(id).is_some_and(SubvolItem::is_deleted) {
+            return false;
+        }
+        match self.versions.children(id)[..] {
+            [child] => !(self.is_end(child) && self.is_started(child)),
+            _ => false,
+        }
+    }
+
+    /// The next version above that is not gone; zero when there is none.
+    fn parent(&self, id: u64) -> u64 {
+        let mut parent = self.item(id).map_or(0, |item| item.parent);
+        // Groups descend from parent to parent, so this ends.
+        while parent != 0 && self.is_gone(parent) {
+            parent = self.item(parent).map_or(0, |item| item.parent);
+        }
+        parent
+    }
+
+    fn since(&self, id: u64) -> Txg {
+        Txg(self.item(self.parent(id)).map_or(0, |parent| parent.txg))
+    }
+
+    /// The version that is there in whose favour a list is kept: its own, or, of what is gone, that
+    /// of the successor.
+    fn heir(&self, mut id: u64) -> u64 {
+        while self.is_gone(id) {
+            match self.versions.children(id)[..] {
+                [child] => id = child,
+                _ => break,
+            }
+        }
+        id
+    }
+}
+
+/// Checks what the versions say of each other and walks their trees.
+///
+/// # Errors
+/// [`crate::error::Error::Memory`] and the like.
+pub(super) fn check(checker: &mut Checker<'_>, family: &mut Family, found: &[Found]) -> Result<()> {
+    if let Err(error) = family.versions.check() {
+        family.broken = true;
+        checker.findings.add_error(&rules::VERSION_PARENT, Spot::NONE, error)?;
+    }
+    for version in found {
+        checker.stats.subvols += 1;
+        let id = version.id.0;
+        let list = version.item.dead_list(id);
+        if family.owners.insert(list, id).is_some() {
+            let detail = format!("list {list} belongs to two");
+            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::POOL, id), detail);
+            family.broken = true;
+        }
+        if !family.broken && family.is_gone(id) {
+            continue;
+        }
+        let own_since = Txg(version.item.snapshot_txg);
+        let since = if family.broken { own_since } else { family.since(id) };
+        checker.met = Met { since, own_since, ..Met::default() };
+        if !family.broken && family.is_end(id) {
+            walk_end(checker, version)?;
+        } else {
+            files::check(checker, version)?;
+        }
+        family.met.insert(id, core::mem::take(&mut checker.met));
+    }
+    checker.incomplete |= family.broken;
+    Ok(())
+}
+
+/// What is left of a deleted version from which none goes on.
+fn walk_end(checker: &mut Checker<'_>, found: &Found) -> Result<()> {
+    if found.item.cursor == [0xff; 24] {
+        return Ok(());
+    }
+    let own = tree(found.item.lineage(found.id), found.root);
+    let since = checker.met.since;
+    let from = Key::peek(&found.item.cursor);
+    let blocks = checker.blocks;
+    let mut left = Left { checker, tree: &own, since };
+    match own.walk_fresh(blocks, since, from, &mut left) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            checker.incomplete = true;
+            let spot = Spot::object(TreeId::POOL, found.id.0);
+            checker.findings.add_error(&rules::BLOCK, spot, error)
+        }
+    }
+}
+
+struct Left<'c, 'a, 't> {
+    checker: &'c mut Checker<'a>,
+    tree: &'t crate::btree::Tree,
+    since: Txg,
+}
+
+impl FreshVisitor for Left<'_, '_, '_> {
+    fn node(&mut self, ptr: &BlockPtr, node: &Arc<Node>) -> Result<()> {
+        let spot = Spot::block(self.tree.id, ptr.addr);
+        let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
+        self.checker.mark_run(spot, run, ChunkKind::Metadata);
+        self.checker.stats.nodes += 1;
+        if node.level() > 0 {
+            return Ok(());
+        }
+        for index in 0..node.count() {
+            let key = node.key(index);
+            if key.kind != kind::EXTENT {
+                continue;
+            }
+            let (extent, birth) = Extent::decode(node.value(index), key.offset, node.birth())
+                .map_err(|bad| bad.in_item(self.tree.id, key.object))?;
+            if birth <= self.since {
+                continue;
+            }
+            let blocks = self.checker.blocks;
+            let ino = Ino(key.object);
+            if let Some(run) = last_named(blocks, self.tree, ino, key.offset, &extent)? {
+                let spot = Spot::object(self.tree.id, key.object);
+                extents::mark(self.checker, &spot, run)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_enough(&self) -> bool {
+        false
+    }
+}
+
+/// Reads the dead lists, marks what only they hold, and compares.
+///
+/// # Errors
+/// [`crate::error::Error::Memory`] and the like.
+pub(super) fn check_dead(checker: &mut Checker<'_>, family: &mut Family) -> Result<()> {
+    let dead = tree(TreeId::DEAD, checker.superblock.dead_root);
+    let mut open: Option<Birth> = None;
+    checker.each_item(&dead, &mut |checker, key, value, _| {
+        let part = Part::decode(key, value).map_err(|bad| bad.in_item(TreeId::DEAD, key.object))?;
+        let (birth, number) = birth_and_part(key);
+        let goes_on = open.as_ref().is_some_and(|open| {
+            (open.list, open.birth) == (key.object, birth) && number == open.next_part
+        });
+        if !goes_on {
+            finish_birth(checker, open.take());
+            open = part.header.map(|header| Birth::new(key.object, birth, header));
+        }
+        let Some(open) = open.as_mut() else {
+            let detail = format!("list {}, birth {birth}: no head", key.object);
+            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::DEAD, key.object), detail);
+            return Ok(());
+        };
+        open.next_part += 1;
+        open.entries += part.refs.len() as u64;
+        for entry in &part.refs {
+            open.bytes = open.bytes.saturating_add(entry.run.bytes);
+            entry_met(checker, family, key.object, entry)?;
+        }
+        Ok(())
+    })?;
+    finish_birth(checker, open);
+    if !checker.incomplete && !family.broken {
+        compare(checker, family);
+    }
+    Ok(())
+}
+
+/// Entries of one birth of one list.
+struct Birth {
+    list: u64,
+    birth: Txg,
+    header: DeadHeader,
+    next_part: u64,
+    entries: u64,
+    bytes: u64,
+}
+
+impl Birth {
+    fn new(list: u64, birth: Txg, header: DeadHeader) -> Birth {
+        Birth { list, birth, header, next_part: 0, entries: 0, bytes: 0 }
+    }
+}
+
+fn finish_birth(checker: &mut Checker<'_>, birth: Option<Birth>) {
+    let Some(Birth { list, birth, header, next_part, entries, bytes }) = birth else { return };
+    if (header.entries, header.bytes, header.last_part + 1) != (entries, bytes, next_part) {
+        let detail = format!("list {list}, birth {birth}: its head counts otherwise");
+        checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::DEAD, list), detail);
+    }
+}
+
+fn entry_met(
+    checker: &mut Checker<'_>,
+    family: &mut Family,
+    list: u64,
+    entry: &DeadRef,
+) -> Result<()> {
+    if family.broken {
+        // Who goes on from whom cannot be followed: it may lead round in a circle.
+        return Ok(());
+    }
+    let Some(owner) = family.owners.get(&list).copied() else {
+        let spot = Spot::object(TreeId::DEAD, list);
+        checker.findings.add(&rules::DEAD_LIST, spot, "it belongs to nobody");
+        return Ok(());
+    };
+    let heir = family.heir(owner);
+    let since = family.since(heir);
+    let above = family.versions.parent_txg(family.item(owner).map_or(0, |item| item.parent));
+    let met = family.lists.entry(owner).or_default();
+    met.entries += 1;
+    if entry.birth > above {
+        met.own_bytes = met.own_bytes.saturating_add(entry.run.bytes);
+    }
+    if entry.birth <= since {
+        met.sum.add(entry.run, salt(entry.birth, entry.is_node));
+        return Ok(());
+    }
+    // Only what is deleted held it.
+    let spot = Spot::object(TreeId::DEAD, list);
+    if entry.is_node {
+        checker.mark_run(spot, entry.run, ChunkKind::Metadata);
+        return Ok(());
+    }
+    extents::mark(checker, &spot, entry.run)
+}
+
+fn compare(checker: &mut Checker<'_>, family: &Family) {
+    if checker.superblock.features[2] & features::VERSIONS == 0 {
+        return;
+    }
+    let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
+    let mut inherited: Vec<u64> = Vec::new();
+    for (id, version) in family.versions.iter() {
+        let list = family.lists.get(&id).copied().unwrap_or_default();
+        let heir = family.heir(id);
+        let sum = sums.entry(heir).or_default();
+        *sum = sum.plus(list.sum);
+        if heir != id {
+            inherited.push(heir);
+        }
+        let spot = Spot::object(TreeId::POOL, id);
+        let item = &version.item;
+        if item.dead_entries != list.entries {
+            let detail = format!("{} entries instead of {}", item.dead_entries, list.entries);
+            checker.findings.add(&rules::DEAD_LIST, spot.clone(), detail);
+        }
+        let Some(met) = family.met.get(&id).filter(|_| !item.is_deleted()) else { continue };
+        for (what, counted, met) in [
+            ("of nodes", item.tree_bytes, met.tree_bytes),
+            ("of its own", item.own_bytes, met.own_bytes),
+            ("only its parent has", item.dead_own_bytes, list.own_bytes),
+        ] {
+            // Counts follow when a deletion is finished.
+            let is_settled = family.item(item.parent).is_none_or(|parent| !parent.is_deleted());
+            if counted != met && is_settled {
+                let detail = format!("{counted} bytes {what} instead of {met}");
+                checker.findings.add(&rules::SUBVOL_SUMS, spot.clone(), detail);
+            }
+        }
+    }
+    for (id, met) in &family.met {
+        let parent = family.parent(*id);
+        if family.is_end(*id) {
+            continue;
+        }
+        let dropped = match family.met.get(&parent) {
+            Some(above) => above.all.minus(met.old),
+            None => Sum::default(),
+        };
+        if sums.get(id).copied().unwrap_or_default() != dropped {
+            let shared = if inherited.contains(id) { ", with what it takes over" } else { "" };
+            let detail = format!("that of {id}{shared}");
+            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::POOL, *id), detail);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Pools of several devices: devices that fail, lie, vanish and come back.
+
+use cairn_tests::crash::CrashState;
+use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice};
+use cairn_tests::drive::{is_long, run, seeds};
+use cairn_tests::fault::{requests, script, tolerate, Script};
+use cairn_tests::gen::Options;
+use cairn_tests::platform::{Spawn, TestPlatform};
+use cairn_tests::power::{Depth, Plan, Story};
+use cairn_tests::rng::Rng;
+use cairn_tests::subject::{Pool, Subject};
+use fs_core::error::Error;
+use fs_core::format::chunk::Profile;
+use fs_core::platform::Platform;
+use std::sync::Arc;
+
+/// Pools that can lose a device, with chunks large enough to be striped.
+fn redundant(seed: u64) -> Pool {
+    let (devices, data, metadata) = match seed % 4 {
+        0 => (2, Profile::Mirror, Profile::Mirror),
+        1 => (4, Profile::StripeMirror, Profile::StripeMirror),
+        2 => (3, Profile::Mirror, Profile::Mirror3),
+        _ => (4, Profile::Mirror3, Profile::Mirror4),
+    };
+    let mut pool = Pool::on(devices, data, metadata);
+    pool.format.chunk_bytes = Some(2 << 20);
+    pool
+}
+
+fn story(seed: u64) -> Script {
+    let options = Options { sync_percent: 25, reads: true, remount_permille: 0, ..Options::CRASH };
+    script(seed, 30, options, 24 << 20)
+}
+
+#[test]
+fn a_pool_of_any_profile_does_what_the_model_does() {
+    for seed in seeds(10, 400) {
+        let striped = Pool::on(3, Profile::Stripe, Profile::Mirror);
+        let mixed = Pool::on(3, Profile::Single, Profile::Mirror);
+        let pool = match seed % 6 {
+            4 => striped,
+            5 => mixed,
+            other => redundant(other),
+        };
+        let plan = cairn_tests::drive::Plan {
+            seed,
+            count: 250,
+            options: Options { remount_permille: 20, ..Options::MODEL },
+            compare_every: 80,
+            device_bytes: 40 << 20,
+        };
+        if let Err(failure) = run(&pool, &plan) {
+            panic!("{}", failure.report("a_pool_of_any_profile", seed));
+        }
+    }
+}
+
+#[test]
+fn a_full_pool_of_several_devices_never_fails_to_commit() {
+    for seed in seeds(12, 600) {
+        let mut pool = match seed % 3 {
+            0 => Pool::on(3, Profile::Single, Profile::Mirror),
+            1 => Pool::on(3, Profile::Mirror, Profile::Mirror),
+            _ => Pool::on(4, Profile::StripeMirror, Profile::Mirror3),
+        };
+        pool.open.dirty_bytes = 1 << 20;
+        let plan = cairn_tests::drive::Plan {
+            seed,
+            count: 250,
+            options: Options::FILL,
+            compare_every: 40,
+            device_bytes: (8 + seed % 4 * 2) << 20,
+        };
+        if let Err(failure) = run(&pool, &plan) {
+            panic!("{}", failure.report("a_full_pool_of_several_devices", seed));
+        }
+    }
+}
+
+#[test]
+fn after_power_loss_any_device_may_be_missing_as_well() {
+    let wanted = if is_long() { 200_000 } else { 6_000 };
+    let mut count = 0;
+    for seed in seeds(60, 100_000) {
+        let pool = redundant(seed);
+        let options = Options { file_bytes: 200 << 10, ..Options::CRASH };
+        let plan = Plan { seed, count: 25, options, device_bytes: 12 << 20, random: 2 };
+        let story = Story::tell(&pool, plan).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        for state in story.states() {
+            count += 1;
+            let depth = if depth_of(&state) { Depth::Reopen } else { Depth::Open };
+            if let Err(what) = story.judge(&pool, &state, depth) {
+                panic!("{}", story.report("after_power_loss_any_device", &state, &what));
+            }
+        }
+        if count >= wanted {
+            return;
+        }
+    }
+}
+
+fn depth_of(state: &CrashState) -> bool {
+    state.boundary % 8 == 0
+}
+
+#[test]
+fn one_device_may_go_wrong_in_any_way_and_nobody_notices() {
+    let (mut struck, mut tried) = (0, 0);
+    for seed in seeds(4, 200) {
+        let pool = redundant(seed);
+        let story = story(seed);
+        let counts = requests(&pool, &story).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let mut rng = Rng::derived(seed, 0x6465_7669);
+        for _ in 0..if is_long() { 400 } else { 40 } {
+            let device = rng.below(pool.devices() as u64) as usize;
+            let nth = |count: u64, rng: &mut Rng| rng.below(count.max(1));
+            let (write, read) = (nth(counts.writes, &mut rng), nth(counts.reads, &mut rng));
+            let to = rng.below(story.device_bytes / 4096 - 300) * 4096;
+            let flip = FaultKind::Flipped { byte: rng.below(1 << 20), mask: 0x40 };
+            let fault = match rng.below(11) {
+                0 => Fault::nth(FaultKind::Lost, Access::Write, write),
+                1 => Fault::nth(FaultKind::Torn { keep_bytes: 512 }, Access::Write, write),
+                2 => Fault::nth(FaultKind::Misdirected { to }, Access::Write, write),
+                3 => Fault::nth(FaultKind::Failed, Access::Write, write),
+                4 => Fault::from_nth(FaultKind::Failed, Access::Write, write),
+                5 => Fault::nth(FaultKind::Failed, Access::Flush, nth(counts.flushes, &mut rng)),
+                6 => Fault::nth(FaultKind::Gone, Access::Write, write),
+                7 => Fault::nth(FaultKind::Gone, Access::Read, read),
+                8 => Fault::from_nth(FaultKind::Failed, Access::Read, read),
+                9 => Fault::from_nth(flip, Access::Read, read),
+                _ => Fault::from_nth(FaultKind::Stale, Access::Read, read),
+            };
+            tried += 1;
+            match tolerate(&pool, &story, device, fault.clone()) {
+                Ok(hit) => struck += u32::from(hit),
+                Err(what) => panic!("seed {seed}, device {device}, {fault:?}: {what}"),
+            }
+        }
+    }
+    assert!(struck * 3 > tried, "only {struck} of {tried} faults struck");
+}
+
+fn core() -> Platform {
+    TestPlatform::new(1, Spawn::AtOnce).platform()
+}
+
+/// Opens, makes a directory, and closes; what the devices hold then.
+fn open_and_write(pool: &Pool, images: &[&Image], name: &[u8]) -> Result<Vec<Image>, Error> {
+    let rams: Vec<Arc<RamDevice>> =
+        images.iter().map(|image| RamDevice::of("ram", (*image).clone())).collect();
+    let mounted = pool.open(&refs(&rams), &core())?;
+    let fs = mounted.fs();
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    fs.mkdir(fs.root(), name, 0o755, &caller).map(|_| ())?;
+    drop(fs);
+    mounted.close()?;
+    Ok(rams.iter().map(|ram| ram.image()).collect())
+}
+
+#[test]
+fn halves_that_were_both_written_apart_are_refused_together() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let [a, b] = [rams[0].image(), rams[1].image()];
+    let apart_a = open_and_write(&pool, &[&a], b"left").unwrap().remove(0);
+    let apart_b = open_and_write(&pool, &[&b], b"right").unwrap().remove(0);
+    let error = open_and_write(&pool, &[&apart_a, &apart_b], b"both").err();
+    assert!(matches!(error, Some(Error::Split { .. })), "{error:?}");
+    // One that was only left out is taken back, and not believed.
+    let both = open_and_write(&pool, &[&apart_a, &b], b"left").map(|_| ());
+    assert!(matches!(both, Err(Error::Posix(fs_core::error::Errno::Exist))), "{both:?}");
+    let alone = several(1, 16 << 20);
+    alone[0].set_image(apart_a);
+    let mut strict = pool.clone();
+    strict.open.degraded = false;
+    let error = strict.open(&refs(&alone), &core()).err();
+    assert!(matches!(error, Some(Error::MissingDevices { needed: false, .. })), "{error:?}");
+}
+
+#[test]
+fn devices_that_are_missing_or_behind_are_told() {
+    let pool = Pool::on(3, Profile::Mirror, Profile::Mirror3);
+    let rams = several(3, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let images: Vec<Image> = rams.iter().map(|ram| ram.image()).collect();
+    let check = |images: &[&Image]| {
+        let rams: Vec<Arc<RamDevice>> =
+            images.iter().map(|image| RamDevice::of("ram", (*image).clone())).collect();
+        rams.iter().for_each(|ram| ram.forbid_writes());
+        pool.check(&refs(&rams), &core()).unwrap()
+    };
+    assert_eq!(check(&[&images[2], &images[0], &images[1]]), Vec::<String>::new());
+    let missing = check(&[&images[0], &images[2]]);
+    assert!(missing.len() == 1 && missing[0].contains("W-DEVICE-MISSING"), "{missing:?}");
+    let rest = open_and_write(&pool, &[&images[0], &images[2]], b"without it").unwrap();
+    let behind = check(&[&rest[0], &images[1], &rest[1]]);
+    assert!(behind.len() == 1 && behind[0].contains("W-DEVICE-BEHIND"), "{behind:?}");
+    // It is written to again, but still it is known to lack something.
+    let all = open_and_write(&pool, &[&rest[0], &images[1], &rest[1]], b"with it").unwrap();
+    let alone = RamDevice::of("ram", all[1].clone());
+    let error = pool.open(&refs(&[alone]), &core()).err();
+    assert!(matches!(error, Some(Error::MissingDevices { needed: true, .. })), "{error:?}");
+    let two = open_and_write(&pool, &[&all[0], &all[2]], b"last").map(|_| ());
+    two.unwrap();
+}
+
+#[test]
+fn a_pool_without_redundancy_does_not_open_without_a_device() {
+    let pool = Pool::on(2, Profile::Stripe, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let mounted = pool.open(&refs(&rams), &core()).unwrap();
+    let fs = mounted.fs();
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    for name in 0..8u8 {
+        let file = fs.mknod(fs.root(), &[b'a' + name], 0o100_644, 0, &caller).unwrap();
+        let mut content = vec![0; 1 << 20];
+        cairn_tests::rng::Rng::new(u64::from(name)).fill(&mut content);
+        let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+        fs.write(file.ino, 0, &content, flags).unwrap();
+    }
+    drop(fs);
+    mounted.close().unwrap();
+    let error = pool.open(&refs(&rams[..1]), &core()).err();
+    assert!(matches!(error, Some(Error::MissingDevices { needed: true, .. })), "{error:?}");
+}
