@@ -82,6 +82,7 @@ pub(super) fn queue(checker: &mut Checker<'_>, job: Job) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn flush(checker: &mut Checker<'_>) -> Result<()> {
     let DataQueue { jobs, bytes } = core::mem::take(&mut checker.queue);
     if jobs.is_empty() {

@@ -64,6 +64,7 @@ use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform, Result};
 use crate::pool::{Pool, PoolOptions};
 use crate::units::{Logical, TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 use blocks::Blocks;
@@ -177,7 +178,7 @@ pub fn check(
     labels::check(&pool, &superblock, &mut findings);
     let blocks = Blocks::new(&pool);
     let chunks = chunks::load(&blocks, &superblock, &mut findings)?;
-    let mut checker = Checker {
+    let mut checker = Box::new(Checker {
         pool: &pool,
         blocks: &blocks,
         superblock: &superblock,
@@ -192,14 +193,11 @@ pub fn check(
         stats: CheckStats::default(),
         total_bytes: superblock.metadata_used.saturating_add(superblock.data_used),
         done_bytes: 0,
-    };
+    });
     checker.run()?;
     paths::add(&blocks, &superblock, checker.findings.kept_mut())?;
     places::add(&pool, checker.findings.kept_mut())?;
-    let mut stats = checker.stats;
-    (stats.txg, stats.clean) = (superblock.txg, superblock.clean);
-    let (findings, counts) = checker.findings.finish();
-    Ok(CheckReport { findings, counts, stats })
+    Ok(checker.finish())
 }
 
 /// What is done with an item: its key, its value, the group of its leaf.
@@ -246,6 +244,13 @@ impl<'a> Checker<'a> {
         space::compare(self, &stored)?;
         self.stats.used_bytes = self.usage.bytes(|_| true);
         Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> CheckReport {
+        let mut stats = self.stats;
+        (stats.txg, stats.clean) = (self.superblock.txg, self.superblock.clean);
+        let (findings, counts) = self.findings.finish();
+        CheckReport { findings, counts, stats }
     }
 
     /// Tells how far the check is.

@@ -24,6 +24,7 @@ pub(super) struct Counted {
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn load(checker: &mut Checker<'_>) -> Result<Vec<Counted>> {
     let mut counted: Vec<Counted> = Vec::new();
     let refs = tree(TreeId::REFS, checker.superblock.refs_root);
@@ -49,6 +50,7 @@ pub(super) fn load(checker: &mut Checker<'_>) -> Result<Vec<Counted>> {
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn compare(checker: &mut Checker<'_>, counted: &[Counted]) -> Result<()> {
     let mut extra = core::mem::take(&mut checker.extra);
     let met = overlay(&mut extra)?;

@@ -33,6 +33,7 @@ pub(super) struct Stored {
 ///
 /// # Errors
 /// [`Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn load(checker: &mut Checker<'_>) -> Result<Stored> {
     let mut stored = Stored::default();
     let was_incomplete = core::mem::take(&mut checker.incomplete);
@@ -115,6 +116,7 @@ fn load_residue(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn mark_log(checker: &mut Checker<'_>, stored: &mut Stored) -> Result<()> {
     let Some(start) = checker.superblock.log else { return Ok(()) };
     let spot = Spot::addr(start.segment.addr);
@@ -169,6 +171,7 @@ impl LogStore for LogReader<'_, '_> {
 ///
 /// # Errors
 /// [`Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn compare(checker: &mut Checker<'_>, stored: &Stored) -> Result<()> {
     check_summaries(checker, stored);
     let mut bitmaps = Bitmaps { map: &stored.bitmaps, changed: BTreeMap::new() };

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
     let mut found: Vec<Found> = Vec::new();
     let mut all = Versions::default();
@@ -36,6 +37,7 @@ pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
     Ok(family)
 }
 
+#[inline(never)]
 fn item(
     checker: &mut Checker<'_>,
     found: &mut Vec<Found>,

@@ -191,6 +191,7 @@ impl Family {
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn check(checker: &mut Checker<'_>, family: &mut Family, found: &[Found]) -> Result<()> {
     if let Err(error) = family.versions.check() {
         family.broken = true;
@@ -286,6 +287,7 @@ impl FreshVisitor for Left<'_, '_, '_> {
 ///
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
+#[inline(never)]
 pub(super) fn check_dead(checker: &mut Checker<'_>, family: &mut Family) -> Result<()> {
     let dead = tree(TreeId::DEAD, checker.superblock.dead_root);
     let mut open: Option<Birth> = None;
@@ -379,6 +381,7 @@ fn entry_met(
     extents::mark(checker, &spot, entry.run)
 }
 
+#[inline(never)]
 fn compare(checker: &mut Checker<'_>, family: &Family) {
     if checker.superblock.features[2] & features::VERSIONS == 0 {
         return;

@@ -189,6 +189,7 @@ impl Engine {
         Ok(())
     }
 
+    #[inline(never)]
     fn write_group(&self, committer: &mut Committer, txg: Txg) -> Result<Box<Written>> {
         let subvols: Vec<(Arc<Subvol>, Vec<Arc<Inode>>)> = self
             .subvols()
@@ -212,14 +213,7 @@ impl Engine {
                 continue;
             }
             let (part, change) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
-            let id = part.subvol.id.0;
-            let mut item = part.subvol.item_for(txg, &part.tree, change.data);
-            if counts {
-                let above = self.versions.read().parent_txg(item.parent);
-                change.count(&mut item, above);
-            }
-            self.versions.write().change(id, |there| *there = item)?;
-            let list = item.dead_list(id);
+            let list = self.note_change(&part, &change, txg, counts)?;
             dead::append(&sink, &old_dead, list, change.dead, &mut dead_edits)?;
             given_up.nodes.extend(change.nodes);
             written.push(part);
@@ -228,6 +222,37 @@ impl Engine {
         self.carry_out(committer, &sink, txg)?;
         let tree = self.destroy_some(&sink, tree, &mut given_up)?;
         debts.garbage.append(&mut given_up.data);
+        let pool_edits = self.take_pool_edits(committer);
+        // Resolving may have met what operations noted; theirs come on top.
+        let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
+        debts.garbage.append(&mut garbage);
+        debts.shared.append(&mut shared);
+        let parts = Parts { debts, pool_edits, dead: tree, dead_nodes: given_up.nodes };
+        self.write_pool_trees(committer, &sink, txg, parts, written)
+    }
+
+    /// Brings the item of a written subvolume up to date. Returns the id of its dead list.
+    #[inline(never)]
+    fn note_change(
+        &self,
+        part: &WrittenSubvol,
+        change: &SubvolChange,
+        txg: Txg,
+        counts: bool,
+    ) -> Result<u64> {
+        let id = part.subvol.id.0;
+        let mut item = part.subvol.item_for(txg, &part.tree, change.data);
+        if counts {
+            let above = self.versions.read().parent_txg(item.parent);
+            change.count(&mut item, above);
+        }
+        self.versions.write().change(id, |there| *there = item)?;
+        Ok(item.dead_list(id))
+    }
+
+    /// What the group changes of the pool tree.
+    #[inline(never)]
+    fn take_pool_edits(&self, committer: &mut Committer) -> Vec<(Key, Edit)> {
         let mut pool_edits = core::mem::take(&mut committer.pool_edits);
         let mut edits = self.versions.write().take_edits();
         pool_edits.append(&mut edits.tree);
@@ -237,15 +262,11 @@ impl Engine {
                 subvol.set_item_fields(item);
             }
         }
-        // Resolving may have met what operations noted; theirs come on top.
-        let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
-        debts.garbage.append(&mut garbage);
-        debts.shared.append(&mut shared);
-        let parts = Parts { debts, pool_edits, dead: tree, dead_nodes: given_up.nodes };
-        self.write_pool_trees(committer, &sink, txg, parts, written)
+        pool_edits
     }
 
     /// Everything of the group that is still bytes in memory goes to the devices.
+    #[inline(never)]
     fn write_data(&self, subvols: &[(Arc<Subvol>, Vec<Arc<Inode>>)], txg: Txg) -> Result<()> {
         let mut tasks = Vec::new();
         for (subvol, dirty) in subvols {
@@ -262,6 +283,7 @@ impl Engine {
         Ok(())
     }
 
+    #[inline(never)]
     fn write_pool_trees(
         &self,
         committer: &mut Committer,
@@ -461,6 +483,7 @@ fn capture(subvol: &Subvol, txg: Txg) -> Vec<Arc<Inode>> {
     dirty
 }
 
+#[inline(never)]
 fn write_subvol(
     sink: &GroupSink<'_>,
     subvol: Arc<Subvol>,

@@ -114,6 +114,7 @@ impl Engine {
 
     /// A step of group `txg`, after its dead lists were written to `tree`. Returns the tree after
     /// it.
+    #[inline(never)]
     pub(super) fn destroy_some(
         &self,
         sink: &GroupSink<'_>,
@@ -157,6 +158,7 @@ impl Engine {
     }
 
     /// A step for a version from which none goes on.
+    #[inline(never)]
     fn end_step(
         &self,
         source: &dyn NodeSource,
@@ -189,6 +191,7 @@ impl Engine {
     }
 
     /// A step for a version from which one goes on.
+    #[inline(never)]
     fn middle_step(
         &self,
         source: &dyn NodeSource,
@@ -231,6 +234,7 @@ impl Engine {
     }
 
     /// Notes what a step made of the versions. `tree` has its dead lists.
+    #[inline(never)]
     fn take_step(&self, source: &dyn NodeSource, tree: &Tree, step: Step) -> Result<()> {
         match step {
             Step::Goes(id, item) => self.versions.write().change(id, |there| *there = item),

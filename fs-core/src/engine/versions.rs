@@ -251,11 +251,17 @@ impl Engine {
     pub(super) fn open_snapshots(&self) -> BTreeSet<u64> {
         let open = self.snapshots.read();
         let held = open.iter().filter(|(_, weak)| weak.strong_count() > 0);
-        held.map(|(id, _)| *id).collect()
+        // One by one: collecting into a set sorts, with much of it on the stack.
+        let mut ids = BTreeSet::new();
+        for (id, _) in held {
+            ids.insert(*id);
+        }
+        ids
     }
 
     /// Carries out the requests that belong to group `txg`, whose subvolumes are written. `sink` is
     /// the group's.
+    #[inline(never)]
     pub(super) fn carry_out(
         &self,
         committer: &mut Committer,
@@ -283,13 +289,12 @@ impl Engine {
     /// Whether all of the operations can be carried out.
     fn judge(&self, ops: &[VersionOp]) -> Result<()> {
         let versions = self.versions.read();
-        let going: BTreeSet<u64> = ops
-            .iter()
-            .filter_map(|op| match op {
-                VersionOp::Delete { id } => Some(*id),
-                _ => None,
-            })
-            .collect();
+        let mut going: BTreeSet<u64> = BTreeSet::new();
+        for op in ops {
+            if let VersionOp::Delete { id } = op {
+                going.insert(*id);
+            }
+        }
         let mut names: BTreeSet<(u8, u64, &[u8])> = BTreeSet::new();
         for op in ops {
             let Some((sort, owner, name)) = self.judge_one(&versions, &going, op)? else {

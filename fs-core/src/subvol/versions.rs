@@ -12,6 +12,7 @@ use crate::format::pool::{
 };
 use crate::subvol::store::Result;
 use crate::units::{TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
@@ -54,7 +55,8 @@ pub struct Edits {
 /// The versions of a pool.
 #[derive(Default)]
 pub struct Versions {
-    all: BTreeMap<u64, Version>,
+    /// Boxed, so that what moves them in the map stays off the stack.
+    all: BTreeMap<u64, Box<Version>>,
     bookmarks: BTreeMap<u64, Bookmark>,
     names: BTreeMap<(Space, Vec<u8>), u64>,
     /// Parent and child.
@@ -141,7 +143,7 @@ impl Versions {
 
     /// A version.
     pub fn get(&self, id: u64) -> Option<&Version> {
-        self.all.get(&id)
+        self.all.get(&id).map(|version| &**version)
     }
 
     /// A version that must be there.
@@ -149,12 +151,12 @@ impl Versions {
     /// # Errors
     /// [`Error::BadItem`], when a crafted pool lacks it.
     pub fn need(&self, id: u64) -> Result<&Version> {
-        self.all.get(&id).ok_or(missing(id))
+        self.get(id).ok_or(missing(id))
     }
 
     /// All versions by id.
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Version)> {
-        self.all.iter().map(|(id, version)| (*id, version))
+        self.all.iter().map(|(id, version)| (*id, &**version))
     }
 
     /// All bookmarks by id.
@@ -254,7 +256,7 @@ impl Versions {
         if !version.name.is_empty() {
             self.edits.insert(Key::new(id, kind::NAME, 0), Edit::Put(version.name.clone()));
         }
-        self.all.insert(id, version);
+        self.all.insert(id, Box::new(version));
     }
 
     /// Changes the item of a version; name and holds stay.
