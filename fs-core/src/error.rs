@@ -145,6 +145,15 @@ pub enum Error {
         devices: Vec<(u16, [u8; 16])>,
         /// Whether the pool cannot be opened without them at all.
         needed: bool,
+        /// Devices that were given and have no label that can be read, by name, and why.
+        unusable: Vec<(String, Error)>,
+    },
+    /// Devices that have everything are missing; what is there lacks something that was written.
+    OnlyBehind {
+        /// Indices of those that are there and lack something.
+        behind: Vec<u16>,
+        /// Index and id of each that is missing.
+        missing: Vec<(u16, [u8; 16])>,
     },
     /// Devices of the pool were written without the others, and the others without them.
     Split {
@@ -181,7 +190,7 @@ impl Error {
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
             Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
-            Error::MissingDevices { .. } => Errno::NxIo,
+            Error::MissingDevices { .. } | Error::OnlyBehind { .. } => Errno::NxIo,
             Error::Split { .. } => Errno::Uclean,
             Error::WrongDevice { .. } | Error::Argument { .. } => Errno::Inval,
         }
@@ -262,35 +271,38 @@ impl fmt::Display for Error {
                     )
                 }
             },
-            Error::MissingDevices { devices, needed } => {
-                let (many, it) = if devices.len() == 1 { ("", "it") } else { ("s", "them") };
-                write!(f, "the pool's device{many} ")?;
-                for (position, (index, id)) in devices.iter().enumerate() {
-                    let comma = if position == 0 { "" } else { ", " };
-                    write!(f, "{comma}{index} (id {})", Hex(id))?;
-                }
-                let be = if devices.len() == 1 { "is" } else { "are" };
-                write!(f, " {be} missing")?;
-                match needed {
-                    true => write!(
+            Error::MissingDevices { devices, needed, unusable } => {
+                show_missing(f, devices, *needed)?;
+                unusable.iter().try_for_each(|(name, error)| write!(f, "; {name}: {error}"))
+            }
+            Error::OnlyBehind { behind, missing } => {
+                let s = if behind.len() == 1 { "" } else { "s" };
+                let lack = if behind.len() == 1 { "lacks" } else { "lack" };
+                write!(f, "device{s} ")?;
+                list(f, behind.iter())?;
+                write!(f, " {lack} some of what was written to the pool; ")?;
+                if !missing.is_empty() {
+                    let s = if missing.len() == 1 { "" } else { "s" };
+                    write!(f, "connect device{s} ")?;
+                    list(
                         f,
-                        " and the other devices do not have all that is on {it}; connect {it}"
-                    ),
-                    false => {
-                        write!(f, "; connect {it}, or open the pool degraded to go on without {it}")
-                    }
+                        missing
+                            .iter()
+                            .map(|(index, id)| alloc::format!("{index} (id {})", Hex(id))),
+                    )?;
+                    write!(f, " as well, or ")?;
                 }
+                write!(f, "open the pool read-only and degraded to read what is there")
             }
             Error::Split { devices } => {
                 write!(f, "the pool was written in two halves that no longer belong together: ")?;
-                for (position, index) in devices.iter().enumerate() {
-                    let before = if position == 0 { "device " } else { " and device " };
-                    write!(f, "{before}{index}")?;
-                }
+                write!(f, "device{} ", if devices.len() == 1 { "" } else { "s" })?;
+                list(f, devices.iter())?;
                 write!(
                     f,
-                    " without the others, and they without it; disconnect the half to give up \
-                     and open the other degraded"
+                    " without the others, and the others without {}; disconnect the half to give \
+                     up and open the other degraded",
+                    if devices.len() == 1 { "it" } else { "them" }
                 )
             }
             Error::WrongDevice { name } => write!(f, "{name} does not belong to this pool"),
@@ -299,6 +311,38 @@ impl fmt::Display for Error {
             }
             Error::Argument { what } => write!(f, "{what}"),
         }
+    }
+}
+
+/// Writes a list as a sentence has it.
+fn list<T: fmt::Display>(
+    f: &mut fmt::Formatter<'_>,
+    items: impl ExactSizeIterator<Item = T>,
+) -> fmt::Result {
+    let last = items.len().saturating_sub(1);
+    for (position, item) in items.enumerate() {
+        let before = match position {
+            0 => "",
+            _ if position == last => " and ",
+            _ => ", ",
+        };
+        write!(f, "{before}{item}")?;
+    }
+    Ok(())
+}
+
+fn show_missing(
+    f: &mut fmt::Formatter<'_>,
+    devices: &[(u16, [u8; 16])],
+    needed: bool,
+) -> fmt::Result {
+    let (many, be, it) = if devices.len() == 1 { ("", "is", "it") } else { ("s", "are", "them") };
+    write!(f, "the pool's device{many} ")?;
+    list(f, devices.iter().map(|(index, id)| alloc::format!("{index} (id {})", Hex(id))))?;
+    write!(f, " {be} missing")?;
+    match needed {
+        true => write!(f, " and the other devices do not have all that is on {it}; connect {it}"),
+        false => write!(f, "; connect {it}, or open the pool degraded to go on without {it}"),
     }
 }
 
@@ -363,6 +407,13 @@ pub enum Incident {
         /// What it did.
         error: Error,
     },
+    /// A device that was given has no label that can be read; the pool was opened without it.
+    DeviceUnusable {
+        /// Its name.
+        name: String,
+        /// Why it has none.
+        error: Error,
+    },
     /// The intent log was replayed on open.
     Replayed {
         /// How many log records were applied.
@@ -402,6 +453,9 @@ impl fmt::Display for Incident {
                 "device {device} ({name}) failed and is no longer used: {error}; the pool goes on \
                  with the copies on the other devices"
             ),
+            Incident::DeviceUnusable { name, error } => {
+                write!(f, "{name} is left out of the pool: {error}")
+            }
             Incident::Replayed { records } => {
                 write!(f, "replayed {records} records of the intent log after an unclean shutdown")
             }

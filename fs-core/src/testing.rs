@@ -27,6 +27,8 @@ pub struct Faults {
     pub fail_reads: Vec<Range<u64>>,
     /// Writes that touch one of these byte ranges fail and change nothing.
     pub fail_writes: Vec<Range<u64>>,
+    /// Writes that touch one of these byte ranges find no memory.
+    pub no_memory_for: Vec<Range<u64>>,
     /// Writes that touch one of these byte ranges report success and change nothing.
     pub lose_writes: Vec<Range<u64>>,
     /// Only the first so many sectors of each write land, and it reports success.
@@ -130,6 +132,9 @@ impl RamState {
         let range = self.bounds(op.at, op.len())?;
         if touches(&self.faults.fail_writes, op.at.0, op.len()) {
             return Err(DeviceError::Io(5));
+        }
+        if touches(&self.faults.no_memory_for, op.at.0, op.len()) {
+            return Err(DeviceError::Memory);
         }
         if touches(&self.faults.lose_writes, op.at.0, op.len()) {
             return Ok(());

@@ -118,6 +118,7 @@ fn cannot_open(error: &fs_core::error::Error) -> bool {
         Error::NoSuperblock
             | Error::Truncated { .. }
             | Error::MissingDevices { .. }
+            | Error::OnlyBehind { .. }
             | Error::Split { .. }
     )
 }

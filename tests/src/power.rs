@@ -5,7 +5,7 @@
 //! show what [`History`] allows, and check clean after it was closed.
 
 use crate::crash::{CrashState, Crashes, Sampling};
-use crate::device::{refs, several, Event, Image, RamDevice, Recording};
+use crate::device::{refs, several, Event, Fault, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
 use crate::history::{Effect, History, Times};
 use crate::model::{Model, State, ROOT};
@@ -42,6 +42,8 @@ impl Plan {
 /// Operations that were carried out, and what the devices saw of them.
 pub struct Story {
     plan: Plan,
+    /// The device that fails in the course of it.
+    failing: Option<usize>,
     ops: Vec<Op>,
     history: History,
     base: Vec<Image>,
@@ -94,9 +96,9 @@ impl Left<'_> {
     }
 
     /// After a second opening and closing it is clean and shows the same.
-    fn reopen(&self, tree: &Tree) -> Result<(), String> {
+    fn reopen(&self, tree: &Tree, allowed: &[&str]) -> Result<(), String> {
         self.open(|mounted| mounted.close().map_err(|e| format!("close: {e}")))?;
-        self.check("after replay", &[])?;
+        self.check("after replay", allowed)?;
         self.open(|mounted| match tree.difference(&Tree::read(&*mounted.fs())?) {
             Some(difference) => Err(format!("opened again, it is not the same: {difference}")),
             None => Ok(()),
@@ -110,12 +112,28 @@ impl Story {
     /// # Errors
     /// When subject and model disagree without any crash.
     pub fn tell(subject: &dyn Subject, plan: Plan) -> Result<Story, String> {
+        Story::tell_with(subject, plan, None)
+    }
+
+    /// Carries out a story in which a device fails, which nobody may notice.
+    ///
+    /// # Errors
+    /// When subject and model disagree.
+    pub fn tell_with(
+        subject: &dyn Subject,
+        plan: Plan,
+        fault: Option<(usize, Fault)>,
+    ) -> Result<Story, String> {
         let platform = TestPlatform::new(plan.seed, Spawn::AtOnce);
         let devices = several(subject.devices(), plan.device_bytes);
         let core = platform.platform();
         subject.format(&refs(&devices), &core).map_err(|e| format!("format: {e}"))?;
         let base = devices.iter().map(|device| device.image()).collect();
         let recording = Recording::start(&devices);
+        let failing = fault.as_ref().map(|(device, _)| *device);
+        if let Some((device, fault)) = fault {
+            devices[device].arm(fault);
+        }
         let mounted = subject.open(&refs(&devices), &core).map_err(|e| format!("open: {e}"))?;
         let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
         let (mut expected, mut found) = (Runner::new(model.clone()), Runner::new(mounted.fs()));
@@ -159,7 +177,7 @@ impl Story {
             ops.push(op);
         }
         let events = recording.events();
-        Ok(Story { plan, ops, history, base, events })
+        Ok(Story { plan, failing, ops, history, base, events })
     }
 
     /// All crash states.
@@ -185,13 +203,16 @@ impl Story {
     ) -> Result<(), String> {
         let left = Left::new(subject, self.plan.seed, &state.images);
         // Power may fail between the copies of a superblock, or of a label.
-        left.check("before replay", &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id])?;
+        left.check("before replay", self.allowed())?;
         self.judge_without_some(subject, state)?;
         let recording = Recording::start(&left.devices);
         let tree = left.open(|mounted| self.found(mounted, state.mark))?;
         match depth {
             Depth::Open => Ok(()),
-            Depth::Reopen => left.reopen(&tree),
+            Depth::Reopen => {
+                let behind: &[&str] = &[rules::DEVICE_BEHIND.id];
+                left.reopen(&tree, if self.failing.is_some() { behind } else { &[] })
+            }
             Depth::Twice => {
                 let events = recording.events();
                 let sampling = Sampling { seed: self.plan.seed, random: 1 };
@@ -207,13 +228,26 @@ impl Story {
         }
     }
 
+    /// What the checker may find before anything was repaired.
+    fn allowed(&self) -> &'static [&'static str] {
+        const BEFORE: &[&str] = &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id];
+        const WITH_FAILED: &[&str] =
+            &[rules::SUPERBLOCK_COPY.id, rules::LABEL.id, rules::DEVICE_BEHIND.id];
+        if self.failing.is_some() {
+            return WITH_FAILED;
+        }
+        BEFORE
+    }
+
     /// With the power, as many devices are lost as the subject can do without; in turn, or none.
     fn judge_without_some(&self, subject: &dyn Subject, state: &CrashState) -> Result<(), String> {
         let (count, spare) = (subject.devices(), subject.spare());
-        let first = (state.boundary + state.variant as usize) % (count + 1);
-        if spare == 0 || first == count {
+        let turn = (state.boundary + state.variant as usize) % (count + 1);
+        if spare == 0 || turn == count {
             return Ok(());
         }
+        // One that failed may have been all that can be lost.
+        let first = self.failing.unwrap_or(turn);
         let lost: Vec<usize> = (0..spare).map(|step| (first + step) % count).collect();
         let images = state.images.iter().enumerate();
         let rest: Vec<Image> = images
@@ -222,7 +256,7 @@ impl Story {
             .collect();
         let left = Left::new(subject, self.plan.seed, &rest);
         let without = |e| format!("without devices {lost:?}: {e}");
-        let allowed = [rules::SUPERBLOCK_COPY.id, rules::LABEL.id, rules::DEVICE_MISSING.id];
+        let allowed = [self.allowed(), &[rules::DEVICE_MISSING.id]].concat();
         left.check("before replay", &allowed).map_err(without)?;
         left.open(|mounted| {
             self.found(mounted, state.mark)?;

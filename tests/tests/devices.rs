@@ -3,7 +3,7 @@
 use cairn_tests::crash::CrashState;
 use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice};
 use cairn_tests::drive::{is_long, run, seeds};
-use cairn_tests::fault::{requests, script, tolerate, Script};
+use cairn_tests::fault::{requests, script, survive, tolerate, End, Script};
 use cairn_tests::gen::Options;
 use cairn_tests::platform::{Spawn, TestPlatform};
 use cairn_tests::power::{Depth, Plan, Story};
@@ -200,7 +200,15 @@ fn devices_that_are_missing_or_behind_are_told() {
     let all = open_and_write(&pool, &[&rest[0], &images[1], &rest[1]], b"with it").unwrap();
     let alone = RamDevice::of("ram", all[1].clone());
     let error = pool.open(&refs(&[alone]), &core()).err();
-    assert!(matches!(error, Some(Error::MissingDevices { needed: true, .. })), "{error:?}");
+    assert!(matches!(error, Some(Error::OnlyBehind { .. })), "{error:?}");
+    // What it has can be read.
+    let alone = RamDevice::of("ram", all[1].clone());
+    alone.forbid_writes();
+    let mut reading = pool.clone();
+    reading.open.read_only = true;
+    let mounted = reading.open(&refs(&[alone]), &core()).unwrap();
+    mounted.fs().lookup(mounted.fs().root(), b"with it").unwrap();
+    drop(mounted);
     let two = open_and_write(&pool, &[&all[0], &all[2]], b"last").map(|_| ());
     two.unwrap();
 }
@@ -224,4 +232,121 @@ fn a_pool_without_redundancy_does_not_open_without_a_device() {
     mounted.close().unwrap();
     let error = pool.open(&refs(&rams[..1]), &core()).err();
     assert!(matches!(error, Some(Error::MissingDevices { needed: true, .. })), "{error:?}");
+}
+
+#[test]
+fn halves_of_which_one_began_a_group_later_are_refused_together() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let mounted = pool.open(&refs(&rams), &core()).unwrap();
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    let fs = mounted.fs();
+    let mut grow = |name: &[u8]| {
+        fs.mkdir(fs.root(), name, 0o755, &caller).unwrap();
+        fs.sync().unwrap();
+        rams.iter().map(|ram| ram.image()).collect::<Vec<Image>>()
+    };
+    let (before, after) = (grow(b"one"), grow(b"two"));
+    // The power fails when the newest superblock has reached only one of them; each goes on alone
+    // by a single group.
+    let alone = |image: &Image, name: &[u8]| {
+        let rams = [RamDevice::of("ram", image.clone())];
+        let mounted = pool.open(&refs(&rams), &core()).unwrap();
+        mounted.fs().mkdir(mounted.fs().root(), name, 0o755, &caller).unwrap();
+        mounted.fs().sync().unwrap();
+        rams[0].image()
+    };
+    let (left, right) = (alone(&after[0], b"left"), alone(&before[1], b"right"));
+    let error = open_and_write(&pool, &[&left, &right], b"both").err();
+    assert!(matches!(error, Some(Error::Split { .. })), "{error:?}");
+}
+
+#[test]
+fn an_open_that_fails_to_read_the_trees_writes_nothing() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let image = rams[0].image();
+    let reads = {
+        let ram = RamDevice::of("ram", image.clone());
+        ram.forbid_writes();
+        let mut reading = pool.clone();
+        reading.open.read_only = true;
+        drop(reading.open(&refs(&[ram.clone()]), &core()).unwrap());
+        ram.counts().reads
+    };
+    assert!(reads > 5);
+    let mut failed = 0;
+    for nth in 0..reads {
+        let ram = RamDevice::of("ram", image.clone());
+        ram.arm(Fault::from_nth(FaultKind::Failed, Access::Read, nth));
+        if pool.open(&refs(&[ram.clone()]), &core()).is_err() {
+            failed += 1;
+            assert_eq!(ram.counts().writes, 0, "the {nth}-th read fails");
+        }
+    }
+    assert!(failed > 0);
+}
+
+#[test]
+fn the_power_may_fail_at_every_write_while_a_device_is_leaving() {
+    let wanted = if is_long() { 100_000 } else { 2_500 };
+    let mut count = 0;
+    for seed in seeds(40, 100_000) {
+        let pool = redundant(seed);
+        let mut rng = Rng::derived(seed, 0x6c65_6176);
+        let device = rng.below(pool.devices() as u64) as usize;
+        let nth = rng.below(60);
+        let fault = match rng.below(4) {
+            0 => Fault::nth(FaultKind::Failed, Access::Write, nth),
+            1 => Fault::nth(FaultKind::Failed, Access::Flush, nth / 2),
+            2 => Fault::nth(FaultKind::Gone, Access::Write, nth),
+            _ => Fault::nth(FaultKind::Gone, Access::Flush, nth / 2),
+        };
+        let options = Options { file_bytes: 200 << 10, ..Options::CRASH };
+        let plan = Plan { seed, count: 15, options, device_bytes: 12 << 20, random: 1 };
+        let story = Story::tell_with(&pool, plan, Some((device, fault)))
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        for state in story.states() {
+            count += 1;
+            let depth = if depth_of(&state) { Depth::Reopen } else { Depth::Open };
+            if let Err(what) = story.judge(&pool, &state, depth) {
+                panic!("{}", story.report("the_power_may_fail_at_every_write", &state, &what));
+            }
+        }
+        if count >= wanted {
+            return;
+        }
+    }
+}
+
+#[test]
+fn devices_may_fail_between_any_two_steps_and_keep_what_was_promised() {
+    let (mut noticed, mut tried) = (0, 0);
+    for seed in seeds(4, 200) {
+        let pool = redundant(seed);
+        let story = story(seed);
+        let counts = requests(&pool, &story).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let mut rng = Rng::derived(seed, 0x7477_6f20);
+        for _ in 0..if is_long() { 400 } else { 40 } {
+            let first = rng.below(pool.devices() as u64) as usize;
+            let second =
+                (first + 1 + rng.below(pool.devices() as u64 - 1) as usize) % pool.devices();
+            let write = rng.below(counts.writes.max(1));
+            let kind = if rng.chance(1, 2) { FaultKind::Failed } else { FaultKind::Gone };
+            // The other fails soon after: while labels are written, as often as not.
+            let faults = [
+                (first, Fault::nth(kind, Access::Write, write)),
+                (second, Fault::from_nth(FaultKind::Failed, Access::Write, write + rng.below(6))),
+            ];
+            tried += 1;
+            match survive(&pool, &story, &faults) {
+                Ok(End::Noticed) => noticed += 1,
+                Ok(_) => {}
+                Err(what) => panic!("seed {seed}, {faults:?}: {what}"),
+            }
+        }
+    }
+    assert!(noticed * 4 > tried, "only {noticed} of {tried} were too much");
 }

@@ -34,7 +34,7 @@ pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Finding
                 findings.add(&rules::DEVICE_BEHIND, Spot::NONE, format!("device {index}"));
                 continue;
             }
-            Standing::Absent => {
+            Standing::Absent | Standing::Leaving => {
                 findings.add(&rules::DEVICE_MISSING, Spot::NONE, format!("device {index}"));
                 continue;
             }

@@ -154,8 +154,12 @@ struct LogReader<'c, 'a> {
 }
 
 impl LogStore for LogReader<'_, '_> {
-    fn read(&self, run: Run) -> Result<Buf> {
-        self.checker.pool.read_run(run, 0)
+    fn copies(&self, addr: Logical) -> usize {
+        self.checker.pool.copies_at(addr)
+    }
+
+    fn read(&self, run: Run, copy: usize) -> Result<Buf> {
+        self.checker.pool.read_run(run, copy)
     }
 
     fn write(&self, _at: Logical, _buf: Slice) -> Result<()> {

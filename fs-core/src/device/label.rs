@@ -1,7 +1,7 @@
 //! Reading and writing the labels of a device.
 
 use super::Member;
-use crate::buf::Buf;
+use crate::buf::{Buf, Slice};
 use crate::error::Error;
 use crate::format::label::{
     decode_members, label_areas, Label, LabelMember, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES,
@@ -11,6 +11,7 @@ use crate::format::{DiskField, FORMAT_VERSION};
 use crate::platform::{Device, DeviceRef, ReadOp, Result};
 use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 
 /// What a label says, without its padding.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -222,32 +223,72 @@ impl Member {
         self.flush()
     }
 
-    /// Writes the label into both areas, durably, one after the other and a damaged one first:
-    /// after a crash at any moment at least one is whole.
+    /// Writes the label as it is into both areas, durably.
     ///
     /// # Errors
     /// [`Error::Device`] or [`Error::Memory`].
     pub fn write_labels(&self) -> Result<()> {
-        let identity = self.identity.lock();
-        let label = identity.to_buf()?.into_slice();
-        for area in [self.first_area, 1 - self.first_area] {
-            self.write_at(self.areas[area], label.clone())?;
-            self.flush()?;
+        let label = self.identity().to_buf()?.into_slice();
+        match self.write_areas(&label)? {
+            None => Ok(()),
+            Some((_, error)) => Err(error),
         }
-        Ok(())
     }
 
-    /// Changes what the label says and writes it.
+    /// Changes what the label says and writes it, durably. The caller sees to it that nobody else
+    /// does at the same time.
+    ///
+    /// An area that cannot be written is told, and the other serves. After an error nobody knows
+    /// which of the two labels the device has, and the change is not known to the member: see
+    /// [`Member::is_labelled`].
     ///
     /// # Errors
-    /// [`Error::Device`] or [`Error::Memory`]; the change is kept in memory.
-    pub fn relabel(&self, written: i64, change: impl FnOnce(&mut Identity)) -> Result<()> {
-        {
-            let mut identity = self.identity.lock();
-            change(&mut identity);
-            identity.written = written;
-            identity.sequence = identity.sequence.saturating_add(1);
+    /// [`Error::Device`] when neither area could be written, or not made durable;
+    /// [`Error::Memory`].
+    pub fn relabel(
+        &self,
+        written: i64,
+        change: impl FnOnce(&mut Identity),
+    ) -> Result<Option<(usize, Error)>> {
+        let mut next = self.identity();
+        change(&mut next);
+        next.written = written;
+        // Greater than what an attempt that failed may have left on the device.
+        let more = |sequence: u64| Some(sequence.saturating_add(1));
+        let before = self.sequence.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        next.sequence = before.unwrap_or_else(|same| same).saturating_add(1);
+        let label = next.to_buf()?.into_slice();
+        self.in_doubt.store(true, Ordering::Relaxed);
+        let bad = self.write_areas(&label)?;
+        *self.identity.lock() = next;
+        self.in_doubt.store(false, Ordering::Relaxed);
+        Ok(bad)
+    }
+
+    /// Whether the label on the device is known to have this epoch, table and name.
+    pub fn is_labelled(&self, roll: &Identity) -> bool {
+        let identity = self.identity.lock();
+        !self.in_doubt.load(Ordering::Relaxed)
+            && (identity.epoch, &identity.name) == (roll.epoch, &roll.name)
+            && identity.table == roll.table
+    }
+
+    /// Writes a label into both areas, one after the other and a damaged one first: after a crash
+    /// at any moment at least one is whole. Returns the area that could not be written, if the
+    /// other could.
+    fn write_areas(&self, label: &Slice) -> Result<Option<(usize, Error)>> {
+        let mut bad: Option<(usize, Error)> = None;
+        let first = self.first_area.load(Ordering::Relaxed);
+        for area in [first, 1 - first] {
+            match self.write_at(self.areas[area], label.clone()) {
+                Ok(()) => self.flush()?,
+                Err(error) if bad.is_some() || error == Error::Memory => return Err(error),
+                Err(error) => bad = Some((area, error)),
+            }
         }
-        self.write_labels()
+        if let Some((area, _)) = &bad {
+            self.first_area.store(*area, Ordering::Relaxed);
+        }
+        Ok(bad)
     }
 }

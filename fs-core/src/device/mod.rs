@@ -32,7 +32,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 
 /// Errors of a device since they were last cleared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +50,9 @@ pub struct ErrorCounts {
 pub enum Standing {
     /// It has everything.
     Complete,
+    /// It has just failed, and the other devices are about to learn that. It is not written to, and
+    /// only read where no other can serve.
+    Leaving,
     /// It has missed something. It is written to, but what it says is only believed when a checksum
     /// vouches for it, and nothing relies on it.
     Behind,
@@ -100,11 +103,15 @@ struct Counters {
 pub struct Member {
     device: DeviceRef,
     index: u16,
-    /// What the labels say. Leaf lock; held while labels are rewritten.
+    /// What the labels say. Leaf lock.
     identity: Mutex<Identity>,
+    /// The greatest sequence that a label on the device may have.
+    sequence: AtomicU64,
+    /// A label was being written, and nobody knows whether it was.
+    in_doubt: AtomicBool,
     areas: [Physical; 2],
     /// The area to write first when labels are rewritten: one whose label is not the only good one.
-    first_area: usize,
+    first_area: AtomicUsize,
     errors: Counters,
     /// A [`Standing`].
     standing: AtomicU8,
@@ -121,8 +128,10 @@ impl Member {
             device,
             index: probe.identity.index,
             areas: probe.areas,
-            first_area: usize::from(probe.damaged[1].is_some()),
+            first_area: AtomicUsize::new(usize::from(probe.damaged[1].is_some())),
             identity: Mutex::new(probe.identity.clone()),
+            sequence: AtomicU64::new(probe.identity.sequence),
+            in_doubt: AtomicBool::new(false),
             errors: Counters::default(),
             standing: AtomicU8::new(Standing::Complete as u8),
             seems_gone: AtomicBool::new(false),
@@ -146,7 +155,8 @@ impl Member {
     pub fn standing(&self) -> Standing {
         match self.standing.load(Ordering::Acquire) {
             0 => Standing::Complete,
-            1 => Standing::Behind,
+            1 => Standing::Leaving,
+            2 => Standing::Behind,
             _ => Standing::Absent,
         }
     }
@@ -163,7 +173,7 @@ impl Member {
 
     /// Whether it is read and written.
     pub fn is_there(&self) -> bool {
-        self.standing() != Standing::Absent
+        matches!(self.standing(), Standing::Complete | Standing::Behind)
     }
 
     /// Whether a transfer found that the device is gone.

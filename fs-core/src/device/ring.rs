@@ -111,32 +111,35 @@ pub fn choose(ring: &Ring, max_txg: Option<Txg>) -> Result<&Superblock> {
 }
 
 impl Member {
-    /// Writes a superblock into its slot of the areas that lack it, durably.
+    /// Writes a superblock into its slot of the areas that lack it, durably and one after the
+    /// other: an area that cannot be read now may hold the only one.
     ///
     /// # Errors
-    /// [`Error::Device`] when neither area has it then.
+    /// [`Error::Device`] when neither area has it then; [`Error::Memory`].
     pub fn complete_superblock(&self, superblock: &Superblock) -> Result<()> {
-        let bytes = superblock.encode();
-        let is_there = |area: &Physical| {
-            let slot = self.read_at(ring_slot(*area, superblock.txg.0), SLOT);
-            slot.is_ok_and(|slot| slot[..] == bytes[..])
-        };
-        let lacking: Vec<Physical> =
-            self.areas.iter().filter(|area| !is_there(area)).copied().collect();
-        if lacking.is_empty() {
-            return Ok(());
+        let slice = Buf::copy_of(&superblock.encode())?.into_slice();
+        let (mut outcome, mut is_anywhere) = (Ok(()), false);
+        for area in self.areas {
+            let at = ring_slot(area, superblock.txg.0);
+            let is_there = match self.read_at(at, SLOT) {
+                Err(Error::Memory) => return Err(Error::Memory),
+                slot => slot.is_ok_and(|slot| slot[..] == slice[..]),
+            };
+            if !is_there {
+                match self.write_at(at, slice.clone()) {
+                    Ok(()) => self.flush()?,
+                    Err(error) => {
+                        outcome = Err(error);
+                        continue;
+                    }
+                }
+            }
+            is_anywhere = true;
         }
-        let slice = Buf::copy_of(&bytes)?.into_slice();
-        let mut outcome = Ok(());
-        for area in &lacking {
-            outcome = outcome.and(self.write_at(ring_slot(*area, superblock.txg.0), slice.clone()));
+        match is_anywhere {
+            true => Ok(()),
+            false => outcome,
         }
-        outcome = outcome.and(self.flush());
-        if lacking.len() < self.areas.len() {
-            // It is found in the other.
-            return Ok(());
-        }
-        outcome
     }
 
     /// Writes a superblock into its slot of both areas. Not durable before a flush.

@@ -212,13 +212,14 @@ fn a_crash_while_labels_are_rewritten_leaves_one_whole() {
         ram.faults(|faults| faults.fail_after = Some(allowed));
         let done = member.relabel(13, |identity| identity.name[0] = b'X').is_ok();
         ram.faults(|faults| *faults = Default::default());
-        if !done && allowed < 4 {
+        if allowed < 4 {
             ram.flip(if allowed < 2 { LABEL_AREA_0 } else { SECOND } + 50);
         }
         let probe = probe(&*ram, 0).unwrap();
         let renamed = probe.identity.name[0] == b'X';
         assert_eq!(renamed, allowed >= 2, "after {allowed} requests");
-        assert_eq!(done, allowed >= 4, "two writes and two flushes");
+        // Two writes and two flushes; an area that refuses the write leaves the other to serve.
+        assert_eq!(done, allowed == 2 || allowed >= 4);
     }
 }
 

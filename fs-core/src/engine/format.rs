@@ -108,10 +108,7 @@ pub fn format(
     let mut secret = [0; 16];
     platform.entropy.fill(&mut secret);
     let superblock = first_superblock(&pool, options, secret);
-    let mut item = SubvolItem::zeroed();
-    item.next_ino = FIRST_INO;
-    item.birth = 1;
-    platform.entropy.fill(&mut item.id);
+    let subvols = first_subvol(&platform);
     let settings = DataSettings {
         compression: options.compression,
         level: i32::from(options.compression_level),
@@ -121,7 +118,7 @@ pub fn format(
         platform,
         pool: pool.clone(),
         superblock,
-        subvols: alloc::vec![(TreeId::FIRST_SUBVOL, item)],
+        subvols,
         settings,
         cache_bytes: 8 << 20,
         dirty_bytes: 8 << 20,
@@ -149,6 +146,16 @@ pub fn format(
     })
 }
 
+// Not inlined: the item is large.
+#[inline(never)]
+fn first_subvol(platform: &Platform) -> Vec<(TreeId, SubvolItem)> {
+    let mut item = SubvolItem::zeroed();
+    item.next_ino = FIRST_INO;
+    item.birth = 1;
+    platform.entropy.fill(&mut item.id);
+    alloc::vec![(TreeId::FIRST_SUBVOL, item)]
+}
+
 /// A name as the label stores it.
 ///
 /// # Errors
@@ -165,6 +172,7 @@ pub(super) fn name_field(name: &[u8]) -> Result<[u8; 64]> {
     Ok(field)
 }
 
+#[inline(never)]
 fn first_superblock(
     pool: &Pool,
     options: &FormatOptions,
@@ -198,6 +206,7 @@ fn first_superblock(
     })
 }
 
+#[inline(never)]
 fn make_root(subvol: &Arc<crate::subvol::Subvol>, options: &FormatOptions) {
     let now = subvol.store.now();
     let mut item = InodeItem::zeroed();

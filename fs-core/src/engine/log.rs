@@ -160,8 +160,12 @@ impl<'a> LogPlace<'a> {
 }
 
 impl LogStore for LogPlace<'_> {
-    fn read(&self, run: Run) -> Result<Buf> {
-        self.store.pool.read_run(run, 0)
+    fn copies(&self, addr: Logical) -> usize {
+        self.store.pool.copies_at(addr)
+    }
+
+    fn read(&self, run: Run, copy: usize) -> Result<Buf> {
+        self.store.pool.read_run(run, copy)
     }
 
     fn write(&self, at: Logical, buf: Slice) -> Result<()> {

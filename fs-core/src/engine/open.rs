@@ -103,8 +103,9 @@ pub fn open(
         commit_seconds: options.commit_seconds,
         read_only: options.read_only,
     })?;
-    engine.store.pool.begin(&superblock)?;
     engine.load_pool_tree(options)?;
+    // Nothing is written before all is known to be readable.
+    engine.store.pool.begin(&superblock)?;
     if let (Some(start), false) = (&superblock.log, options.ignore_log) {
         let applied = engine.replay(start)?;
         if applied > 0 && !options.read_only {
@@ -140,32 +141,22 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
     let space_tree = Tree { id: TreeId::SPACE, root: superblock.space_root };
     let chunk_tree = Tree { id: TreeId::CHUNK, root: superblock.chunk_root };
     load_chunks(&store, &chunk_tree)?;
+    store.pool.check_reach()?;
     load_space(&store, &space_tree, &superblock)?;
-    let mut subvols = BTreeMap::new();
-    let mut versions = Versions::default();
-    for (id, item) in parts.subvols {
-        versions.insert(id.0, Version { item, name: Vec::new(), holds: Vec::new() });
-        let subvol = Subvol::new(id, item, superblock.txg, store.clone())?;
-        subvols.insert(id, Arc::new(subvol));
-    }
-    Ok(make_engine(superblock, store, subvols, versions, parts.commit_seconds))
+    let engine = make_engine(superblock, store, parts.commit_seconds);
+    parts.subvols.iter().try_for_each(|(id, item)| engine.add_first(*id, item))?;
+    Ok(engine)
 }
 
 /// Kept apart from `assemble`, as [`make_store`] is.
 #[inline(never)]
-fn make_engine(
-    superblock: Box<Superblock>,
-    store: Arc<Store>,
-    subvols: BTreeMap<TreeId, Arc<Subvol>>,
-    versions: Versions,
-    commit_seconds: u64,
-) -> Arc<Engine> {
+fn make_engine(superblock: Box<Superblock>, store: Arc<Store>, commit_seconds: u64) -> Arc<Engine> {
     let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
     Arc::new(Engine {
         default_subvol: AtomicU64::new(superblock.default_subvol),
-        subvols: RwLock::ranked(Rank::Subvols, subvols),
+        subvols: RwLock::ranked(Rank::Subvols, BTreeMap::new()),
         snapshots: RwLock::ranked(Rank::Subvols, BTreeMap::new()),
-        versions: RwLock::ranked(Rank::Versions, versions),
+        versions: RwLock::ranked(Rank::Versions, Versions::default()),
         requests: Mutex::ranked(Rank::Short, Vec::new()),
         destroying_failed: AtomicBool::new(false),
         committer: Mutex::ranked(Rank::Committer, Committer::new(superblock)),
@@ -279,32 +270,36 @@ fn load_space(store: &Store, tree: &Tree, superblock: &Superblock) -> Result<()>
 }
 
 impl Engine {
+    /// Adds a subvolume of a pool that is being made.
+    #[inline(never)]
+    fn add_first(&self, id: TreeId, item: &SubvolItem) -> Result<()> {
+        let version = Version { item: *item, name: Vec::new(), holds: Vec::new() };
+        self.versions.write().insert(id.0, version);
+        let subvol = self.make_subvol(id, item, self.store.groups.published())?;
+        self.subvols.write().insert(id, subvol);
+        Ok(())
+    }
+
+    // Not inlined: a subvolume is large, and made on the stack.
+    #[inline(never)]
+    fn make_subvol(&self, id: TreeId, item: &SubvolItem, txg: Txg) -> Result<Arc<Subvol>> {
+        Ok(Arc::new(Subvol::new(id, *item, txg, self.store.clone())?))
+    }
+
     #[inline(never)]
     fn load_pool_tree(&self, options: &OpenOptions) -> Result<()> {
         let (tree, txg) = {
             let committer = self.committer.lock();
             (committer.roots.pool, committer.superblock.txg)
         };
-        let mut settings = self.store.settings();
+        self.load_versions(&tree, options)?;
         let mut subvols = BTreeMap::new();
-        let mut versions = Versions::default();
-        each_item(&*self.store, &tree, |key, value| {
-            if !versions.load(key, value)? && key.kind == kind::PROPERTY && key.object == 0 {
-                read_setting(&mut settings, key.offset, value);
-            }
-            Ok(())
-        })?;
-        versions.check()?;
-        for (id, version) in versions.iter() {
+        for (id, version) in self.versions.read().iter() {
             if !version.item.is_snapshot() && !version.item.is_deleted() {
-                let subvol = Subvol::new(TreeId(id), version.item, txg, self.store.clone())?;
-                subvols.insert(TreeId(id), Arc::new(subvol));
+                let id = TreeId(id);
+                subvols.insert(id, self.make_subvol(id, &version.item, txg)?);
             }
         }
-        if let Some((kind, level)) = options.compression {
-            (settings.compression, settings.level) = (kind, level);
-        }
-        self.store.set_settings(settings);
         let default = TreeId(self.default_subvol.load(Ordering::Relaxed));
         if !subvols.contains_key(&default) {
             return Err(Error::BadItem {
@@ -314,8 +309,27 @@ impl Engine {
             });
         }
         *self.subvols.write() = subvols;
-        *self.versions.write() = versions;
         self.settle_promises();
+        Ok(())
+    }
+
+    /// Reads the settings, and what subvolumes and snapshots there are.
+    #[inline(never)]
+    fn load_versions(&self, tree: &Tree, options: &OpenOptions) -> Result<()> {
+        let mut settings = self.store.settings();
+        let mut versions = Versions::default();
+        each_item(&*self.store, tree, |key, value| {
+            if !versions.load(key, value)? && key.kind == kind::PROPERTY && key.object == 0 {
+                read_setting(&mut settings, key.offset, value);
+            }
+            Ok(())
+        })?;
+        versions.check()?;
+        if let Some((kind, level)) = options.compression {
+            (settings.compression, settings.level) = (kind, level);
+        }
+        self.store.set_settings(settings);
+        *self.versions.write() = versions;
         Ok(())
     }
 

@@ -10,7 +10,6 @@
 //!   at a torn one; so frames are looked at first and applied then.
 
 use crate::buf::Buf;
-use crate::codec;
 use crate::engine::data;
 use crate::engine::log::LogPlace;
 use crate::engine::Engine;
@@ -22,6 +21,7 @@ use crate::format::log::{LogRecord, RangeContent, Record};
 use crate::format::space::Run;
 use crate::format::superblock::LogStart;
 use crate::intent;
+use crate::pool::DataSource;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::{anchor, Content};
 use crate::subvol::store::Result;
@@ -327,60 +327,33 @@ impl Proof<'_> {
         }
     }
 
-    /// Reads an extent's data and compares it with its checksums. Not by way of
-    /// [`Pool::read_data`](crate::pool::Pool::read_data), which reports what is lost: what never
-    /// arrived is not.
+    /// Whether an extent's data is there. One that cannot be read may be: then reading it fails
+    /// later, which says more than to forget that it was written.
     fn is_there(&mut self, extent: &Extent) -> Result<bool> {
-        let codecs = &*self.engine.store.platform.codecs;
-        match extent {
-            Extent::Plain { addr, len, checksum_kind, checksums } => {
-                let run = Run { addr: *addr, bytes: *len };
-                self.any_copy(run, &|bytes| {
-                    codec::bad_sectors(codecs, *checksum_kind, bytes, checksums).next().is_none()
-                })
-            }
+        let source = match extent {
+            Extent::Plain { addr, len, checksum_kind, checksums } => DataSource::Plain {
+                addr: *addr,
+                len: *len,
+                checksum_kind: *checksum_kind,
+                checksums: checksums.clone(),
+            },
             Extent::Packed { blob, .. } => {
                 if self.blobs.contains(&(blob.addr, blob.checksum)) {
                     return Ok(true);
                 }
-                let run = Run { addr: blob.addr, bytes: blob.allocated() };
-                let is_there = self.any_copy(run, &|bytes| {
-                    let stored = &bytes[..blob.stored as usize];
-                    codec::matches(codecs, blob.checksum_kind, stored, &blob.checksum)
-                })?;
-                if is_there {
-                    self.blobs.insert((blob.addr, blob.checksum));
-                }
-                Ok(is_there)
+                DataSource::Packed { blob: *blob }
             }
-            Extent::Inline { .. } | Extent::Promised { .. } => Ok(false),
-        }
-    }
-
-    /// Whether a copy of a run is good; the others are made so. One that cannot be read may be
-    /// good: then reading it fails later, which says more than to forget that it was written.
-    fn any_copy(&self, run: Run, is_good: &dyn Fn(&[u8]) -> bool) -> Result<bool> {
-        let pool = &self.engine.store.pool;
-        let copies = match pool.map(run.addr, run.bytes) {
-            Ok(copies) => copies.len(),
-            // In a chunk that was never published.
-            Err(Error::Unmapped { .. }) => return Ok(false),
-            Err(error) => return Err(error),
+            Extent::Inline { .. } | Extent::Promised { .. } => return Ok(false),
         };
-        let (mut good, mut is_bad, mut is_unreadable) = (None, false, false);
-        for copy in 0..copies {
-            match pool.read_run(run, copy) {
-                Ok(bytes) if is_good(&bytes) => good = Some(bytes),
-                Ok(_) => is_bad = true,
-                Err(Error::Device { .. }) => is_unreadable = true,
-                Err(error) => return Err(error),
-            }
+        let is_there = match self.engine.store.pool.prove(&source) {
+            // In a chunk that was never published.
+            Err(Error::Unmapped { .. }) => false,
+            Err(Error::Device { .. }) => true,
+            outcome => outcome?,
+        };
+        if let (DataSource::Packed { blob }, true) = (&source, is_there) {
+            self.blobs.insert((blob.addr, blob.checksum));
         }
-        let Some(bytes) = good else { return Ok(is_unreadable) };
-        if is_bad && !pool.read_only() {
-            // The power failed before it had reached every copy.
-            pool.complete_copies(run, &bytes)?;
-        }
-        Ok(true)
+        Ok(is_there)
     }
 }

@@ -11,7 +11,7 @@
 //!
 //! A frame is the next one if its sequence number is one more, its chain is the checksum of the
 //! frame before, and its own checksum is right. So replay ends at the first frame that did not
-//! reach the device whole, whatever was in the space before. The first frame of a log has no frame
+//! reach the device whole, in any copy, whatever was in the space before. The first frame of a log has no frame
 //! before it; its chain is made from the pool and the group that first publishes the log's place
 //! ([`LogWriter::begin`]), so that not even the first frame of an earlier log fits.
 //!
@@ -45,11 +45,16 @@ pub const SEGMENT_BYTES_MIN: u64 = 1 << 20;
 
 /// Where frames go.
 pub trait LogStore {
-    /// The bytes of `run` as they are on the device, not verified.
+    /// How many copies there are of what is at an address.
+    fn copies(&self, _addr: Logical) -> usize {
+        1
+    }
+
+    /// The bytes of a copy of `run` as they are on the device, not verified.
     ///
     /// # Errors
     /// When they cannot be read.
-    fn read(&self, run: Run) -> Result<Buf>;
+    fn read(&self, run: Run, copy: usize) -> Result<Buf>;
 
     /// Writes whole sectors. They are durable only after a flush, which is the caller's.
     ///

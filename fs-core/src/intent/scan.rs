@@ -50,7 +50,7 @@ pub fn scan(
         unreadable: None,
     };
     let mut total_bytes = start.segment.bytes;
-    let mut window = Window { store, addr: Logical(0), buf: Buf::default() };
+    let mut window = Window { store, copy: 0, addr: Logical(0), buf: Buf::default() };
     loop {
         let (head, frame) = match next_frame(&mut window, &pool_id, &end.position) {
             Ok(Some(found)) => found,
@@ -82,7 +82,7 @@ pub fn scan(
     }
 }
 
-/// The frame at `position`; none when there is something else.
+/// The frame at `position`, from the first copy that has it; none when there is something else.
 fn next_frame<'w>(
     window: &'w mut Window<'_>,
     pool_id: &[u8; 16],
@@ -92,6 +92,32 @@ fn next_frame<'w>(
     if room < SECTOR_BYTES {
         return Ok(None);
     }
+    let (mut unreadable, mut is_readable) = (None, false);
+    for copy in 0..window.store.copies(position.segment.addr).max(1) {
+        window.use_copy(copy);
+        match find_frame(window, pool_id, position, room) {
+            Ok(Some(head)) => {
+                let frame = window.get(position, frame_bytes(head.payload_bytes))?;
+                return Ok(Some((head, frame)));
+            }
+            Ok(None) => is_readable = true,
+            Err(error) => unreadable = Some(error),
+        }
+    }
+    // Each copy has all that was promised: one that ends here is enough to know.
+    match unreadable {
+        Some(error) if !is_readable => Err(error),
+        _ => Ok(None),
+    }
+}
+
+/// The head of the frame at `position`, if the copy that is looked at has the whole frame.
+fn find_frame(
+    window: &mut Window<'_>,
+    pool_id: &[u8; 16],
+    position: &LogStart,
+    room: u64,
+) -> Result<Option<FrameHeader>> {
     let Ok(head) = FrameHeader::decode(window.get(position, SECTOR_BYTES)?) else {
         return Ok(None);
     };
@@ -107,7 +133,7 @@ fn next_frame<'w>(
     let padding = &frame[FrameHeader::BYTES + head.payload_bytes as usize..];
     let is_whole = store.blake3(checked_part(frame, head.payload_bytes)) == head.checksum
         && padding.iter().all(|byte| *byte == 0);
-    Ok(is_whole.then_some((head, frame)))
+    Ok(is_whole.then_some(head))
 }
 
 /// Visits the records of a frame; false when `visit` has had enough.
@@ -133,11 +159,20 @@ fn visit_records(
 /// The part of a segment that was read last.
 struct Window<'a> {
     store: &'a dyn LogStore,
+    /// The copy that is looked at.
+    copy: usize,
     addr: Logical,
     buf: Buf,
 }
 
 impl Window<'_> {
+    /// Looks at another copy from now on.
+    fn use_copy(&mut self, copy: usize) {
+        if self.copy != copy {
+            (self.copy, self.buf) = (copy, Buf::default());
+        }
+    }
+
     /// `bytes` at `position`; the segment has so many there.
     fn get(&mut self, position: &LogStart, bytes: u64) -> Result<&[u8]> {
         let out_of_range =
@@ -163,7 +198,8 @@ impl Window<'_> {
     fn fill(&mut self, at: Logical, bytes: u64, room: u64) -> Result<()> {
         let ahead = Run { addr: at, bytes: bytes.max(WINDOW_BYTES).min(room) };
         let exact = Run { addr: at, bytes };
-        self.buf = self.store.read(ahead).or_else(|_| self.store.read(exact))?;
+        let read = |run| self.store.read(run, self.copy);
+        self.buf = read(ahead).or_else(|_| read(exact))?;
         self.addr = at;
         match self.buf.len() as u64 >= bytes {
             true => Ok(()),

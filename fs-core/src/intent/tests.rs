@@ -31,6 +31,8 @@ struct State {
     writes: Vec<Run>,
     fail_writes: bool,
     unreadable: Option<u64>,
+    /// What the first of two copies has in place of what was written, and where.
+    first_copy: Option<(u64, u8)>,
 }
 
 impl Memory {
@@ -50,12 +52,20 @@ impl Memory {
 }
 
 impl LogStore for Memory {
-    fn read(&self, run: Run) -> Result<Buf> {
+    fn copies(&self, _addr: Logical) -> usize {
+        1 + usize::from(self.state.lock().first_copy.is_some())
+    }
+    fn read(&self, run: Run, copy: usize) -> Result<Buf> {
         let bad = self.state.lock().unreadable;
         if bad.is_some_and(|bad| (run.addr.0..run.end().0).contains(&bad)) {
             return Err(Error::Unmapped { addr: run.addr });
         }
-        self.with(run.addr.0, |bytes| Buf::copy_of(&bytes[..run.bytes as usize]))
+        let mut buf = self.with(run.addr.0, |bytes| Buf::copy_of(&bytes[..run.bytes as usize]))?;
+        let damage = self.state.lock().first_copy.filter(|_| copy == 0);
+        if let Some((at, byte)) = damage.filter(|(at, _)| (run.addr.0..run.end().0).contains(at)) {
+            buf[(at - run.addr.0) as usize] = byte;
+        }
+        Ok(buf)
     }
     fn write(&self, at: Logical, buf: Slice) -> Result<()> {
         if self.state.lock().fail_writes {
@@ -196,6 +206,16 @@ fn log_of_ten() -> (Memory, LogStart, Vec<LogRecord>) {
     }
     assert_eq!(log.segments().len(), 4);
     (store, start, records)
+}
+
+#[test]
+fn a_frame_that_one_copy_lost_is_read_from_the_other() {
+    let (store, start, records) = log_of_ten();
+    for at in (0..4 * store.segment_bytes).step_by(1000) {
+        let byte = store.with(BASE + at, |bytes| bytes[0]);
+        store.state.lock().first_copy = Some((BASE + at, !byte));
+        assert_eq!(replay(&store, &start).0, records, "damage at {at}");
+    }
 }
 
 #[test]

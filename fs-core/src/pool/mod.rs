@@ -51,7 +51,7 @@ pub use read::{DataRead, DataSource};
 pub use write::RunWrite;
 
 use crate::device::{choose, probe, ErrorCounts, Identity, Member, Probe, Ring, TableEntry};
-use crate::error::{Error, FeatureClass};
+use crate::error::{Error, FeatureClass, Incident};
 use crate::format::chunk::{
     Chunk, ChunkKind, DeviceItem, Profile, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN,
 };
@@ -64,14 +64,14 @@ use crate::platform::{DeviceRef, Platform, Result};
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{align_down, Logical, Physical, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use layout::Demand;
 use ledger::Ledger;
 use map::{ChunkMap, Place};
-use standing::Roll;
+use standing::{Changes, Roll};
 
 /// What a new pool shall be.
 #[derive(Clone, Debug)]
@@ -126,21 +126,6 @@ struct Settings {
     opened_txg: Txg,
 }
 
-impl Settings {
-    /// Of a pool of which no superblock is to be had.
-    fn unknown(identity: &Identity) -> Settings {
-        Settings {
-            pool_id: identity.pool_id,
-            node_bytes: NODE_BYTES_ALLOWED[0],
-            data_profile: Profile::Single,
-            metadata_profile: Profile::Single,
-            chunk_bytes: CHUNK_BYTES_MIN,
-            newest_txg: Txg(0),
-            opened_txg: Txg(0),
-        }
-    }
-}
-
 /// An open pool. See the module.
 pub struct Pool {
     platform: Platform,
@@ -155,8 +140,10 @@ pub struct Pool {
     ledger: Mutex<Ledger>,
     /// One repair at a time; see `read`.
     heal: Mutex<()>,
-    /// Leaving devices behind; see `standing`.
-    changing: Mutex<()>,
+    /// Leaving devices behind, and everything else that writes labels; see `standing`.
+    changing: Mutex<Changes>,
+    /// Devices failed that the labels do not tell yet.
+    is_owing: AtomicBool,
     /// The name, the epoch and the table that every label should have.
     roll: Mutex<Identity>,
     /// The newest published group.
@@ -262,7 +249,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::NotCairn`], [`Error::Truncated`], [`Error::WrongDevice`], [`Error::Split`],
-    /// [`Error::MissingDevices`],
+    /// [`Error::MissingDevices`], [`Error::OnlyBehind`],
     /// [`Error::NoSuperblock`], [`Error::Version`], [`Error::Features`], [`Error::ReadOnly`] when a
     /// device cannot be written and `options` ask for it, [`Error::Corrupt`] for a superblock that
     /// contradicts its devices, and what the devices say.
@@ -271,31 +258,32 @@ impl Pool {
         platform: Platform,
         options: &PoolOptions,
     ) -> Result<(Pool, Box<Superblock>)> {
-        let (members, damaged) = probe_all(devices, options.read_only)?;
-        let Roll { newest, ring } = standing::call_roll(&members)?;
-        let count = newest.table.len().max(1);
-        let members = standing::fill_gaps(members, &newest)?;
-        let superblock = match choose(&ring, options.max_txg) {
-            // None of those that are there is complete.
-            Err(Error::NoSuperblock) if members.iter().all(|member| !member.is_complete()) => {
-                let settings = Settings::unknown(&newest);
-                let pool = Pool::assemble(platform, members, settings, true, Logical(0));
-                return Err(pool.missing_devices(true));
-            }
-            chosen => chosen?,
-        };
-        check_superblock(superblock, count, options.read_only)?;
-        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
-        *pool.roll.lock() = newest;
-        if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
-            return Err(pool.missing_devices(false));
+        let probed = probe_all(devices, options.read_only)?;
+        let Roll { newest, ring, only_behind } = standing::call_roll(&probed.members)?;
+        let members = standing::fill_gaps(probed.members, &newest)?;
+        if only_behind && !(options.read_only && options.degraded) {
+            return Err(standing::missing(&members, true, probed.unusable));
         }
-        pool.check_reach()?;
-        *pool.damaged.lock() = damaged;
+        let superblock = choose(&ring, options.max_txg)?;
+        check_superblock(superblock, newest.table.len().max(1), options.read_only)?;
+        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        *pool.roll.lock() = *newest;
+        if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
+            return Err(standing::missing(&pool.members, false, probed.unusable));
+        }
+        if let Err(error) = pool.check_reach() {
+            return Err(with_unusable(error, probed.unusable));
+        }
+        for (name, error) in probed.unusable {
+            pool.platform.report.incident(&Incident::DeviceUnusable { name, error });
+        }
+        *pool.damaged.lock() = probed.damaged;
         Ok((pool, Box::new(superblock.clone())))
     }
 
     /// The pool that `superblock` describes, with its system chunks.
+    // Not inlined, as `assemble`: a pool is large, and would be in the frame several times.
+    #[inline(never)]
     fn found(
         platform: Platform,
         members: Vec<Member>,
@@ -319,6 +307,7 @@ impl Pool {
         Ok(pool)
     }
 
+    #[inline(never)]
     fn assemble(
         platform: Platform,
         members: Vec<Member>,
@@ -339,7 +328,8 @@ impl Pool {
             map: RwLock::ranked(Rank::Leaf, Arc::new(ChunkMap::default())),
             ledger,
             heal: Mutex::ranked(Rank::Heal, ()),
-            changing: Mutex::ranked(Rank::Standing, ()),
+            changing: Mutex::ranked(Rank::Standing, Changes::default()),
+            is_owing: AtomicBool::new(false),
             roll,
             published_txg,
             reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
@@ -410,8 +400,15 @@ impl Pool {
         let _one_at_a_time = self.changing.lock();
         self.roll.lock().name = name;
         let written = self.platform.clock.now().secs;
-        let mut there = self.members.iter().filter(|member| member.is_there());
-        there.try_for_each(|member| member.relabel(written, |identity| identity.name = name))
+        let mut outcome = Ok(());
+        for member in self.members.iter().filter(|member| member.is_there()) {
+            match member.relabel(written, |identity| identity.name = name) {
+                Ok(bad) => self.note_label(member.index(), bad),
+                // The others are named all the same.
+                Err(error) => outcome = outcome.and(Err(error)),
+            }
+        }
+        outcome
     }
 
     /// The devices, by index.
@@ -436,9 +433,14 @@ impl Pool {
     /// [`Error::ReadOnly`] or [`Error::Device`].
     pub fn repair_labels(&self) -> Result<()> {
         self.check_writable()?;
+        let _one_at_a_time = self.changing.lock();
+        let written = self.platform.clock.now().secs;
         for label in self.damaged_labels() {
-            self.member(label.device).write_labels()?;
-            self.damaged.lock().retain(|other| other.device != label.device);
+            let member = self.member(label.device);
+            if member.is_there() {
+                let bad = member.relabel(written, |_| {})?;
+                self.note_label(label.device, bad);
+            }
         }
         Ok(())
     }
@@ -723,44 +725,71 @@ fn fresh_members(
     Ok(members)
 }
 
-/// Reads the labels of all devices: the members by index, and which labels are damaged. A device
-/// without a label is like one that is not there, as long as another has one.
-fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<(Vec<Member>, Vec<DamagedLabel>)> {
-    let mut members: Vec<Member> = Vec::with_capacity(devices.len());
-    let mut damaged = Vec::new();
-    let mut strange = None;
+/// What the labels of the devices say.
+struct Probed {
+    /// By index.
+    members: Vec<Member>,
+    damaged: Vec<DamagedLabel>,
+    /// Devices that cannot be members, and why.
+    unusable: Vec<(String, Error)>,
+}
+
+/// Reads the labels of all devices. A device without a label that can be read is like one that is
+/// not there, as long as another has one.
+// Called once, and large when inlined.
+#[inline(never)]
+fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Probed> {
+    let members = Vec::with_capacity(devices.len());
+    let mut probed = Probed { members, damaged: Vec::new(), unusable: Vec::new() };
     for (position, device) in devices.into_iter().enumerate() {
         if device.geometry().read_only && !read_only {
             return Err(Error::ReadOnly);
         }
         let probe = match probe(&*device, u16::try_from(position).unwrap_or(u16::MAX)) {
-            Ok(probe) => probe,
+            Ok(probe) => Box::new(probe),
             Err(error @ (Error::NotCairn | Error::Device { .. } | Error::Truncated { .. })) => {
-                strange.get_or_insert((error, device.name().to_string()));
+                probed.unusable.push((device.name().to_string(), error));
                 continue;
             }
             Err(error) => return Err(error),
         };
-        note_damage(&mut damaged, &probe);
-        let member = Member::new(device, &probe);
-        let at = members.partition_point(|other| other.index() < member.index());
-        let foreign =
-            members.iter().any(|other| other.identity().pool_id != probe.identity.pool_id);
-        if foreign || members.get(at).is_some_and(|other| other.index() == member.index()) {
-            return Err(Error::WrongDevice { name: member.name().to_string() });
-        }
-        members.insert(at, member);
+        note_damage(&mut probed.damaged, &probe);
+        probed.add(device, &probe)?;
     }
-    let Some(first) = members.first() else {
+    let Some(first) = probed.members.first() else {
         let nothing = Error::Argument { what: "a pool needs a device" };
-        return Err(strange.map_or(nothing, |(error, _)| error));
+        return Err(probed.unusable.into_iter().next().map_or(nothing, |(_, error)| error));
     };
     // With all devices there, it can only be one too many.
-    let is_all = members.len() == first.identity().table.len().max(1);
-    match strange {
-        Some((_, name)) if is_all => Err(Error::WrongDevice { name }),
-        _ => Ok((members, damaged)),
+    let is_all = probed.members.len() == first.identity().table.len().max(1);
+    match probed.unusable.first() {
+        Some((name, _)) if is_all => Err(Error::WrongDevice { name: name.clone() }),
+        _ => Ok(probed),
     }
+}
+
+impl Probed {
+    /// Adds a device, in its place.
+    #[inline(never)]
+    fn add(&mut self, device: DeviceRef, probe: &Probe) -> Result<()> {
+        let member = Member::new(device, probe);
+        let at = self.members.partition_point(|other| other.index() < member.index());
+        let is_foreign = |other: &Member| other.identity().pool_id != probe.identity.pool_id;
+        let is_twice = self.members.get(at).is_some_and(|other| other.index() == member.index());
+        if is_twice || self.members.iter().any(is_foreign) {
+            return Err(Error::WrongDevice { name: member.name().to_string() });
+        }
+        self.members.insert(at, member);
+        Ok(())
+    }
+}
+
+/// Adds to an error what is wrong with devices that were given.
+fn with_unusable(mut error: Error, more: Vec<(String, Error)>) -> Error {
+    if let Error::MissingDevices { unusable, .. } = &mut error {
+        unusable.extend(more);
+    }
+    error
 }
 
 fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
@@ -773,6 +802,12 @@ fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
 
 /// Compares the superblock with the number of devices and with what this version can do.
 fn check_superblock(superblock: &Superblock, count: usize, read_only: bool) -> Result<()> {
+    if count == 1 && superblock.device_count > 1 {
+        // Made before labels named the other devices.
+        let what =
+            "the pool has several devices, and this one does not name them; give all of them";
+        return Err(Error::Argument { what });
+    }
     if usize::from(superblock.device_count) != count {
         let what = "superblock and label differ in the number of devices";
         return Err(Error::Corrupt { what, addr: Logical(0) });

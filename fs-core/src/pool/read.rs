@@ -194,36 +194,106 @@ impl Pool {
         self.unpack(buf, ptr.compression, ptr.stored, ptr.logical, ptr.addr)
     }
 
-    /// Reads a run without verifying it: the bytes of the first copy from the `nth` on that can be
-    /// read. For content that verifies itself, as log frames do; when they do not, try the next
-    /// copy, up to [`Pool::copies_at`].
+    /// Reads the `nth` copy of a run without verifying it. For content that verifies itself, as log
+    /// frames do: when one does not, try the next, up to [`Pool::copies_at`].
+    ///
+    /// Only devices that are complete count, and always in the same order. What one that is behind
+    /// has may verify and be out of date.
     ///
     /// # Errors
-    /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there is
-    /// no such copy.
+    /// [`Error::Device`], [`Error::Unmapped`], [`Error::Memory`]; [`Error::Checksum`] when there
+    /// are not so many copies.
     pub fn read_run(&self, run: Run, nth: usize) -> Result<Buf> {
         let place = self.locate(run)?;
-        let mut outcome = Err(Error::Checksum { addr: run.addr, bytes: run.bytes });
-        for nth in nth..place.copies() {
-            outcome = self.read_nth(&place, nth);
-            if matches!(outcome, Ok(_) | Err(Error::Memory)) {
-                break;
-            }
+        if nth >= place.copies() {
+            return Err(Error::Checksum { addr: run.addr, bytes: run.bytes });
         }
-        outcome
-    }
-
-    /// Reads the `nth` copy of every piece, in the order in which they are tried.
-    fn read_nth(&self, place: &Place, nth: usize) -> Result<Buf> {
         let mut transfer = Transfer::new(self);
         let mut plan = Vec::new();
         for piece in place.pieces() {
-            let order = self.order(&piece, true);
-            let copy = order.nth(nth).or(order.last()).ok_or_else(|| self.not_there(&piece))?;
-            plan.push(transfer.add(piece, copy)?);
+            let is_complete = |copy: &usize| {
+                let member = self.member(piece.segment(*copy).device);
+                matches!(member.standing(), Standing::Complete | Standing::Leaving)
+            };
+            let complete = || (0..piece.copies()).filter(is_complete);
+            let count = complete().count().max(1);
+            let copy = complete().nth(nth % count).ok_or_else(|| self.not_there(&piece))?;
+            plan.push(transfer.add(piece.clone(), copy)?);
         }
         transfer.run();
         join(&mut transfer.take(plan))
+    }
+
+    /// Whether data is there that a crash may have kept from the devices. All copies hold it then,
+    /// unless the pool is read-only. When it is not, that is no loss, and nobody is told.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when it may be there, and cannot be read; [`Error::Unmapped`],
+    /// [`Error::Memory`].
+    pub fn prove(&self, source: &DataSource) -> Result<bool> {
+        let run = source.run();
+        let place = self.locate(run)?;
+        let content = match source {
+            // Nothing says what it should be.
+            _ if !source.is_verified() => return Ok(true),
+            DataSource::Plain { checksum_kind, checksums, .. } => {
+                self.find_sectors(&place, *checksum_kind, checksums)?
+            }
+            DataSource::Packed { blob } => {
+                let stored = blob.stored as usize;
+                let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
+                let mut transfer = Transfer::new(self);
+                let plan = transfer.add_first(&place, true)?;
+                transfer.run();
+                let mosaic = Mosaic::new(self, &place, &seal, transfer.take(plan))?;
+                mosaic.find()?
+            }
+        };
+        let Some(content) = content else { return Ok(false) };
+        if place.copies() > 1 && !self.read_only() {
+            // The power may have failed before it had reached every copy.
+            self.complete_copies(run, &content)?;
+        }
+        Ok(true)
+    }
+
+    /// Plain sectors, each from any copy that has it.
+    fn find_sectors(&self, place: &Place, kind: ChecksumKind, sums: &[u8]) -> Result<Option<Buf>> {
+        let codecs = &*self.platform().codecs;
+        let mut buf = Buf::zeroed(place.bytes as usize)?;
+        let mut missing: BTreeSet<usize> = (0..place.bytes as usize / SECTOR).collect();
+        let mut unreadable = None;
+        for copy in 0..place.copies() {
+            let mut first = 0;
+            for piece in place.pieces() {
+                let sectors = first..first + piece.bytes as usize / SECTOR;
+                first = sectors.end;
+                let is_there = self.member(piece.segment(copy).device).is_there();
+                if !is_there || missing.range(sectors.clone()).next().is_none() {
+                    continue;
+                }
+                let bytes = match self.read_copy(&piece, copy) {
+                    Ok(bytes) => bytes,
+                    Err(Error::Memory) => return Err(Error::Memory),
+                    Err(error) => {
+                        unreadable = Some(error);
+                        continue;
+                    }
+                };
+                for (sector, index) in bytes.chunks_exact(SECTOR).zip(sectors) {
+                    if codec::matches(codecs, kind, sector, codec::sector_sum(kind, sums, index))
+                        && missing.remove(&index)
+                    {
+                        buf[index * SECTOR..(index + 1) * SECTOR].copy_from_slice(sector);
+                    }
+                }
+            }
+        }
+        match (missing.is_empty(), unreadable) {
+            (true, _) => Ok(Some(buf)),
+            (false, Some(error)) => Err(error),
+            (false, None) => Ok(None),
+        }
     }
 
     /// The copies of a piece in the order in which they are tried. `verified` says that a checksum
@@ -242,7 +312,8 @@ impl Pool {
             let rank = match member.standing() {
                 // One device has both copies; they go in turn, whatever it has to do meanwhile.
                 Standing::Complete if piece.profile() == Profile::Dup => 0,
-                Standing::Complete if member.seems_gone() => u64::MAX - 1,
+                Standing::Complete if member.seems_gone() => u64::MAX - 2,
+                Standing::Leaving => u64::MAX - 1,
                 Standing::Complete => member.reading_bytes() >> LOAD_SHIFT,
                 Standing::Behind if verified => u64::MAX,
                 Standing::Behind | Standing::Absent => continue,
@@ -404,7 +475,7 @@ impl Pool {
                     self.count_checksum_error(&sector_of(place, index), copy);
                 }
                 if bad || copy.is_none() {
-                    missing.push((index, copy));
+                    missing.push((index, copy.map_or(0, |copy| 1 << copy)));
                 }
             }
             sector += count;
@@ -442,7 +513,7 @@ impl Pool {
     ) {
         let segment = piece.segment(copy);
         let standing = self.member(segment.device).standing();
-        if standing == Standing::Absent {
+        if !self.member(segment.device).is_there() {
             return;
         }
         let _one_at_a_time = self.heal.lock();
@@ -541,10 +612,6 @@ impl Order {
         (nth < self.count).then(|| usize::from(self.copies[nth]))
     }
 
-    fn last(&self) -> Option<usize> {
-        self.nth(self.count.checked_sub(1)?)
-    }
-
     fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.copies[..self.count].iter().map(|copy| usize::from(*copy))
     }
@@ -626,7 +693,7 @@ impl<'a> Mosaic<'a> {
         Ok(mosaic)
     }
 
-    /// Finds copies that make the block.
+    /// Finds copies that make the block, and heals the others.
     fn solve(mut self) -> Result<Buf> {
         // The usual case first, without reading more than it takes.
         let mut nth = 1;
@@ -647,6 +714,29 @@ impl<'a> Mosaic<'a> {
             self.pool.count_checksum_error(&got.piece, got.copy);
         }
         Err(self.pool.lost(self.place, self.seal.sum, self.last))
+    }
+
+    /// Finds copies that make the block, and tells nobody of those that do not.
+    fn find(mut self) -> Result<Option<Buf>> {
+        while self.read_another()? {}
+        let first: Vec<usize> = self.pieces.iter().map(|_| 0).collect();
+        for choice in core::iter::once(first).chain(self.choices()) {
+            if let Some(buf) = self.assemble(&choice)? {
+                return Ok(Some(buf));
+            }
+        }
+        if self.pieces.len() == 1 {
+            for nth in 1..self.pieces[0].len() {
+                if let Some(buf) = self.assemble(&[nth])? {
+                    return Ok(Some(buf));
+                }
+            }
+        }
+        // One that cannot be read may be the right one.
+        match self.pieces.into_iter().flatten().find_map(|got| got.result.err()) {
+            Some(error) => Err(error),
+            None => Ok(None),
+        }
     }
 
     /// Reads one more copy of each piece. False when there are no more of any.
@@ -716,17 +806,20 @@ impl<'a> Mosaic<'a> {
         choices
     }
 
-    /// The block, if the chosen copies make it; heals the others then.
-    fn attempt(&self, choice: &[usize]) -> Result<Option<Buf>> {
+    /// The block, if the chosen copies make it.
+    fn assemble(&self, choice: &[usize]) -> Result<Option<Buf>> {
         let chosen = || self.pieces.iter().zip(choice).map(|(copies, index)| &copies[*index]);
         if chosen().any(|got| got.result.is_err()) {
             return Ok(None);
         }
         let parts = chosen().map(|got| (got.piece.bytes, got.result.as_ref().ok()));
         let buf = collect(self.place.bytes, parts)?;
-        if !self.pool.is_sealed(self.seal, &buf) {
-            return Ok(None);
-        }
+        Ok(self.pool.is_sealed(self.seal, &buf).then_some(buf))
+    }
+
+    /// The block, if the chosen copies make it; heals the others then.
+    fn attempt(&self, choice: &[usize]) -> Result<Option<Buf>> {
+        let Some(buf) = self.assemble(choice)? else { return Ok(None) };
         let mut start = 0;
         for (copies, index) in self.pieces.iter().zip(choice) {
             let content = &buf[start..start + copies[*index].piece.bytes as usize];
@@ -768,23 +861,24 @@ struct Rescue<'a> {
     last: Error,
 }
 
-/// A sector that is missing, and a copy that was found bad already.
-type MissingSector = (usize, Option<usize>);
+/// A sector that is missing, and the copies that were tried: a bit for each.
+type MissingSector = (usize, u8);
 
 impl Rescue<'_> {
     /// Looks for `missing`, ascending, in their other copies, then heals those that lacked them.
     fn run(mut self, missing: Vec<MissingSector>) -> Result<Buf> {
         // Copies that lacked a sector.
         let mut lacking: Vec<(usize, usize)> = Vec::new();
-        for (index, copy) in &missing {
-            lacking.extend(copy.map(|copy| (copy, *index)));
+        for (index, tried) in &missing {
+            let copies = (0..COPIES_MAX).filter(|copy| tried >> copy & 1 == 1);
+            lacking.extend(copies.map(|copy| (copy, *index)));
         }
         let mut wanted = missing;
-        for nth in 0..self.place.copies() {
+        for _ in 0..self.place.copies() {
             if wanted.is_empty() {
                 break;
             }
-            wanted = self.try_nth(&wanted, nth, &mut lacking)?;
+            wanted = self.try_another(&wanted, &mut lacking)?;
         }
         let lost: Vec<usize> = wanted.iter().map(|(index, _)| *index).collect();
         lacking.sort_unstable();
@@ -807,11 +901,10 @@ impl Rescue<'_> {
         }
     }
 
-    /// Reads the `nth` copy that was not tried of each sector; returns those that are still wanted.
-    fn try_nth(
+    /// Reads a copy that was not tried of each sector; returns those that are still wanted.
+    fn try_another(
         &mut self,
         wanted: &[MissingSector],
-        nth: usize,
         lacking: &mut Vec<(usize, usize)>,
     ) -> Result<Vec<MissingSector>> {
         let is_verified = self.kind != ChecksumKind::None;
@@ -821,10 +914,13 @@ impl Rescue<'_> {
             let mut plan = Vec::with_capacity(batch.len());
             for (index, tried) in batch {
                 let piece = sector_of(self.place, *index);
+                // The order may be another each time: what counts is what was tried.
                 let order = self.pool.order(&piece, is_verified);
-                let mut others = order.iter().filter(|copy| Some(*copy) != *tried);
-                match others.nth(nth) {
-                    Some(copy) => plan.push((*index, *tried, transfer.add(piece, copy)?)),
+                let next = order.iter().find(|copy| tried >> copy & 1 == 0);
+                match next {
+                    Some(copy) => {
+                        plan.push((*index, tried | 1 << copy, transfer.add(piece, copy)?));
+                    }
                     None => still.push((*index, *tried)),
                 }
             }

@@ -15,8 +15,18 @@
 //! never happen: something being acknowledged that a device lacks which the newest table calls
 //! complete.
 //!
-//! A device is left behind only if the others have a copy of everything. Otherwise the failure is
-//! that of the write, and the pool stops publishing.
+//! ```text
+//! complete --fails--> leaving --labels of all others tell--> absent
+//! missing when the pool begins to write --labels tell-------> absent
+//! behind in the labels when the pool is opened: behind ------fails--> absent
+//! ```
+//!
+//! What failed and is not in the labels yet is *owed*. As long as anything is owed, no write, no
+//! flush and no superblock is done, whatever device it was for: each settles first. So it does not
+//! matter between which two steps the next device fails. A device is left behind only if the others
+//! have a copy of everything, with no chunk being made meanwhile. If they have not, it stays owed,
+//! which is the end of writing: the pool stops publishing, and the labels say no more than what
+//! holds of what was acknowledged.
 //!
 //! # Opening
 //!
@@ -27,26 +37,39 @@
 //!   behind, and published groups that they do not have. Then neither side is the right one, and
 //!   the pool is refused until one of them is taken away.
 //! - With devices missing, each chunk must have a copy on devices that are complete.
-//! - Before the pool writes anything, missing devices are left behind, and the superblock is put
-//!   where a crash kept it from. Without that, a device that lacks it would be opened at the group
-//!   before when it is alone, whose blocks have been used for something else by then.
+//! - When only devices are there that are behind, what they have can be read, and nothing written.
+//! - Before the pool writes anything, it flushes: the superblock it read may have been in a
+//!   device's cache. Then missing devices are left behind, and the superblock is put where a crash
+//!   kept it from. Without that, a device that lacks it would be opened at the group before when it
+//!   is alone, whose blocks have been used for something else by then.
 
-use super::Pool;
-use crate::device::{Identity, Member, Ring, Standing};
+use super::{DamagedLabel, Pool};
+use crate::device::{Identity, Member, Ring, Standing, TableEntry};
 use crate::error::{Error, Incident};
 use crate::format::superblock::Superblock;
 use crate::platform::Result;
+use crate::sync::MutexGuard;
 use crate::units::Txg;
-use alloc::string::ToString;
+use alloc::boxed::Box;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
+
+/// What is happening to the set of devices.
+#[derive(Default)]
+pub(super) struct Changes {
+    /// Devices that missed something the labels do not tell yet, and how each failed.
+    owed: Vec<(u16, Error)>,
+}
 
 /// What the labels of the devices that are there agree on.
 pub(super) struct Roll {
     /// Identity of the device whose label counts.
-    pub newest: Identity,
-    /// What the rings of complete devices hold.
+    pub newest: Box<Identity>,
+    /// What the rings of complete devices hold; of those that are behind when no other is there.
     pub ring: Ring,
+    /// No complete device is there.
+    pub only_behind: bool,
 }
 
 /// Compares the labels and rings of the devices that are there, sorted by index, and sets their
@@ -54,25 +77,17 @@ pub(super) struct Roll {
 ///
 /// # Errors
 /// [`Error::WrongDevice`], [`Error::Split`], [`Error::Corrupt`], [`Error::Memory`].
+// Called once, and large when inlined: its frame is to be gone when the pool is put together.
+#[inline(never)]
 pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
-    let pool_id = members[0].identity().pool_id;
-    let mut rings = Vec::with_capacity(members.len());
+    let rings = read_rings(members)?;
+    let newest = newest_label(members, &rings);
     for member in members {
-        let mut ring = Ring::default();
-        ring.add(member, &pool_id)?;
-        rings.push(ring);
-    }
-    let rank = |index: usize| {
-        let identity = members[index].identity();
-        let behind = identity.table.iter().filter(|entry| entry.behind.is_some()).count();
-        (identity.epoch, rings[index].newest(), core::cmp::Reverse(behind), identity.sequence)
-    };
-    let best = (0..members.len()).rev().max_by_key(|index| rank(*index)).unwrap_or_default();
-    let newest = members[best].identity();
-    for member in members {
-        let identity = member.identity();
         let is_known = match newest.table.get(usize::from(member.index())) {
-            Some(entry) => entry.id == identity.device_id && entry.bytes == identity.bytes,
+            Some(entry) => {
+                let Identity { device_id, bytes, .. } = member.identity();
+                (entry.id, entry.bytes) == (device_id, bytes)
+            }
             // A pool that always had one device has no table.
             None => newest.table.is_empty() && members.len() == 1 && member.index() == 0,
         };
@@ -81,9 +96,11 @@ pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
         }
     }
     let behind = |index: u16| newest.table.get(usize::from(index)).and_then(|entry| entry.behind);
+    let is_complete = |member: &&Member| behind(member.index()).is_none();
+    let only_behind = !members.iter().any(|member| is_complete(&member));
     let mut ring = Ring::default();
     for (member, own) in members.iter().zip(&rings) {
-        if behind(member.index()).is_none() {
+        if only_behind || is_complete(&member) {
             ring.merge(own);
         }
     }
@@ -91,27 +108,70 @@ pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
     for (member, own) in members.iter().zip(&rings) {
         if let Some(since) = behind(member.index()) {
             member.set_standing(Standing::Behind);
-            if went_apart(&member.identity(), own, since, &newest, &ring) {
+            if !only_behind && went_apart(&member.identity(), own, since, &newest, &ring) {
                 apart.push(member.index());
             }
         }
     }
     match apart.is_empty() {
-        true => Ok(Roll { newest, ring }),
+        true => Ok(Roll { newest, ring, only_behind }),
         false => Err(Error::Split { devices: apart }),
     }
 }
 
-/// Whether a device that the newest table calls behind has published groups without the others.
+#[inline(never)]
+fn read_rings(members: &[Member]) -> Result<Vec<Ring>> {
+    let pool_id = members[0].identity().pool_id;
+    let mut rings = Vec::with_capacity(members.len());
+    for member in members {
+        let mut ring = Ring::default();
+        ring.add(member, &pool_id)?;
+        rings.push(ring);
+    }
+    Ok(rings)
+}
+
+/// The label that counts.
+#[inline(never)]
+fn newest_label(members: &[Member], rings: &[Ring]) -> Box<Identity> {
+    let rank = |index: usize| {
+        let identity = members[index].identity();
+        let behind = identity.table.iter().filter(|entry| entry.behind.is_some()).count();
+        (identity.epoch, rings[index].newest(), core::cmp::Reverse(behind), identity.sequence)
+    };
+    let best = (0..members.len()).rev().max_by_key(|index| rank(*index)).unwrap_or_default();
+    let mut newest = Box::new(members[best].identity());
+    if newest.table.is_empty() && members.len() > 1 {
+        // Made before labels had tables: what is there is all there is, as the superblock will say.
+        let entry = |member: &Member| {
+            let Identity { device_id, bytes, .. } = member.identity();
+            TableEntry { id: device_id, bytes, behind: None }
+        };
+        newest.table = members.iter().map(entry).collect();
+    }
+    newest
+}
+
+/// Whether a device that the newest table calls behind `since` a group has published groups without
+/// the others.
+///
+/// It has if it left behind every device that is complete, at the group where they parted, and went
+/// on from there. That may be the group before `since`: the power may have failed when the next
+/// superblock had reached only some. Devices that it left behind earlier are no sign: the others
+/// did so as well, and may have been brought up to date since.
 fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ring: &Ring) -> bool {
     let both = identity.table.iter().zip(&newest.table);
-    let left_others =
-        both.into_iter().any(|(own, entry)| own.behind.is_some() && entry.behind.is_none());
-    let has_own_group = own
-        .valid
-        .first()
-        .is_some_and(|superblock| superblock.txg > since && !ring.valid.contains(superblock));
-    left_others && has_own_group
+    let complete = both.filter(|(_, entry)| entry.behind.is_none());
+    let parted_from = |left: Txg| left.0.saturating_add(1) >= since.0;
+    let mut left_at = Txg(0);
+    for (own, _) in complete {
+        match own.behind {
+            Some(left) if parted_from(left) => left_at = left_at.max(left),
+            _ => return false,
+        }
+    }
+    let newest_own = own.valid.first();
+    newest_own.is_some_and(|own| own.txg > left_at && !ring.valid.contains(own))
 }
 
 /// Adds what stands for missing devices. Returns the members by index.
@@ -135,6 +195,23 @@ pub(super) fn fill_gaps(members: Vec<Member>, newest: &Identity) -> Result<Vec<M
     Ok(all)
 }
 
+/// The error for devices that are missing, some perhaps because they are `unusable`.
+pub(super) fn missing(members: &[Member], needed: bool, unusable: Vec<(String, Error)>) -> Error {
+    let having =
+        |standing: Standing| members.iter().filter(move |member| member.standing() == standing);
+    let devices: Vec<(u16, [u8; 16])> = having(Standing::Absent)
+        .map(|member| (member.index(), member.identity().device_id))
+        .collect();
+    let behind: Vec<u16> = having(Standing::Behind).map(Member::index).collect();
+    match needed && !behind.is_empty() {
+        true => Error::OnlyBehind { behind, missing: devices },
+        false => Error::MissingDevices { devices, needed, unusable },
+    }
+}
+
+/// Devices that were just left behind, to be told.
+type Gone = Vec<(u16, Error)>;
+
 impl Pool {
     /// For each device, whether it is complete.
     pub(super) fn complete(&self) -> Vec<bool> {
@@ -143,8 +220,8 @@ impl Pool {
 
     /// Devices that are missing or have failed.
     pub fn absent(&self) -> Vec<u16> {
-        let absent = self.members().iter().filter(|member| !member.is_there());
-        absent.map(Member::index).collect()
+        let is_absent = |member: &&Member| member.standing() == Standing::Absent;
+        self.members().iter().filter(is_absent).map(Member::index).collect()
     }
 
     /// Whether each column of each chunk has a copy on a device for which `good` holds.
@@ -160,7 +237,7 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::MissingDevices`] when not.
-    pub(super) fn check_reach(&self) -> Result<()> {
+    pub fn check_reach(&self) -> Result<()> {
         let good = |device: u16| {
             // What is read is verified; but what is not there cannot be written.
             let member = self.member(device);
@@ -169,40 +246,36 @@ impl Pool {
         if self.has_all(&good) {
             return Ok(());
         }
-        Err(self.missing_devices(true))
+        Err(missing(self.members(), true, Vec::new()))
     }
 
-    /// The error for devices that are missing.
-    pub(super) fn missing_devices(&self, needed: bool) -> Error {
-        let named = |index: u16| (index, self.member(index).identity().device_id);
-        Error::MissingDevices { devices: self.absent().into_iter().map(named).collect(), needed }
-    }
-
-    /// Makes sure, when all chunks are mapped and before anything is written or replayed, that the
+    /// Makes sure, when all trees can be read and before anything is written or replayed, that the
     /// pool can be relied on; leaves missing devices behind and repairs what a crash left undone
     /// between devices. `superblock` is the one that was opened.
     ///
     /// # Errors
     /// [`Error::MissingDevices`], errors of devices that cannot be done without.
+    #[inline(never)]
     pub fn begin(&self, superblock: &Superblock) -> Result<()> {
         self.check_reach()?;
         if self.read_only() {
             return Ok(());
         }
-        let mut table = self.roll.lock().clone();
-        let mut is_new = false;
-        for (entry, member) in table.table.iter_mut().zip(self.members()) {
-            if entry.behind.is_none() && !member.is_there() {
-                entry.behind = Some(superblock.txg);
-                is_new = true;
+        let failed = self.flush_all();
+        if self.members().len() == 1 {
+            self.leave_behind(failed)?;
+            return self.members()[0].complete_superblock(superblock);
+        }
+        self.change(failed, |roll| {
+            let mut is_new = roll.epoch == 0 && !roll.table.is_empty();
+            for (entry, member) in roll.table.iter_mut().zip(self.members()) {
+                if entry.behind.is_none() && member.standing() == Standing::Absent {
+                    entry.behind = Some(superblock.txg);
+                    is_new = true;
+                }
             }
-        }
-        if is_new {
-            table.epoch += 1;
-        }
-        let failed = self.write_tables(&table, &[]);
-        *self.roll.lock() = table;
-        self.leave_behind(failed)?;
+            roll.epoch += u64::from(is_new);
+        })?;
         let mut failed = Vec::new();
         for member in self.members().iter().filter(|member| member.is_there()) {
             if let Err(error) = member.complete_superblock(superblock) {
@@ -212,16 +285,126 @@ impl Pool {
         self.leave_behind(failed)
     }
 
+    /// Goes on without the devices that failed, or says why that cannot be. Nothing that was
+    /// written before may be called done unless this returns `Ok`.
+    ///
+    /// # Errors
+    /// How the first device failed that cannot be done without, now or earlier;
+    /// [`Error::Memory`], after which the next call tries again.
+    pub(super) fn leave_behind(&self, failed: Vec<(u16, Error)>) -> Result<()> {
+        if failed.is_empty() && !self.is_owing.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if self.members().len() == 1 {
+            // There is nothing to tell anybody, and whoever asked for it is told.
+            return failed.into_iter().try_for_each(|(_, error)| Err(error));
+        }
+        self.change(failed, |_| {})
+    }
+
+    /// Changes the table, notes which devices failed, and writes the labels that lack any of it.
+    fn change(&self, failed: Vec<(u16, Error)>, change: impl FnOnce(&mut Identity)) -> Result<()> {
+        let mut gone = Gone::new();
+        let outcome = {
+            let mut changes = self.changing.lock();
+            change(&mut self.roll.lock());
+            let other = self.note_failed(&mut changes, failed);
+            let settled = self.settle(&mut changes, &mut gone);
+            settled.and(other)
+        };
+        for (index, error) in gone {
+            let name = self.member(index).name().to_string();
+            self.platform().report.incident(&Incident::DeviceFailed { device: index, name, error });
+        }
+        outcome
+    }
+
+    /// Puts devices that failed on the list of what is owed.
+    ///
+    /// # Errors
+    /// The first failure that says nothing about a device.
+    fn note_failed(
+        &self,
+        changes: &mut MutexGuard<'_, Changes>,
+        failed: Vec<(u16, Error)>,
+    ) -> Result<()> {
+        let mut other = Ok(());
+        for (index, error) in failed {
+            if !matches!(error, Error::Device { .. }) {
+                other = other.and(Err(error));
+                continue;
+            }
+            // Someone else may have left it behind meanwhile.
+            let is_gone = self.member(index).standing() == Standing::Absent;
+            if !is_gone && changes.owed.iter().all(|(other, _)| *other != index) {
+                changes.owed.push((index, error));
+                self.is_owing.store(true, Ordering::Release);
+            }
+        }
+        other
+    }
+
+    /// Makes all labels say what the table says and which devices are owed; those are absent then.
+    fn settle(&self, changes: &mut MutexGuard<'_, Changes>, gone: &mut Gone) -> Result<()> {
+        loop {
+            self.check_without(&changes.owed)?;
+            let roll = self.mark_owed(&changes.owed);
+            let owed: Vec<u16> = changes.owed.iter().map(|(index, _)| *index).collect();
+            let failed = self.write_tables(&roll, &owed);
+            if failed.is_empty() {
+                break;
+            }
+            self.note_failed(changes, failed)?;
+        }
+        for (index, error) in changes.owed.drain(..) {
+            self.member(index).set_standing(Standing::Absent);
+            gone.push((index, error));
+        }
+        self.is_owing.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the pool can go on without the devices that are owed. From then on no chunk is made
+    /// on them.
+    fn check_without(&self, owed: &[(u16, Error)]) -> Result<()> {
+        let Some((_, first)) = owed.first() else { return Ok(()) };
+        // Whoever makes a chunk holds this, and looks which devices are complete.
+        let _no_new_chunk = self.ledger.lock();
+        let members = || owed.iter().map(|(index, _)| self.member(*index));
+        if members().all(|member| member.standing() == Standing::Behind) {
+            return Ok(());
+        }
+        members()
+            .filter(|member| member.is_complete())
+            .for_each(|member| member.set_standing(Standing::Leaving));
+        let is_anyone = self.members().iter().any(Member::is_complete);
+        match is_anyone && self.has_all(&|index| self.member(index).is_complete()) {
+            true => Ok(()),
+            false => Err(first.clone()),
+        }
+    }
+
+    /// The table in which the devices that are owed are behind.
+    fn mark_owed(&self, owed: &[(u16, Error)]) -> Identity {
+        let since = Txg(self.published_txg.load(Ordering::Acquire).max(1));
+        let mut roll = self.roll.lock();
+        let mut is_new = false;
+        for (index, _) in owed {
+            let behind = &mut roll.table[usize::from(*index)].behind;
+            is_new |= behind.is_none();
+            behind.get_or_insert(since);
+        }
+        roll.epoch += u64::from(is_new);
+        roll.clone()
+    }
+
     /// Writes the table into the labels that have another, of devices that are there and not in
     /// `without`. Returns those that failed.
     fn write_tables(&self, roll: &Identity, without: &[u16]) -> Vec<(u16, Error)> {
         let now = self.platform().clock.now().secs;
         let mut failed = Vec::new();
-        for member in self.members() {
-            let identity = member.identity();
-            let is_right = (identity.epoch, &identity.table) == (roll.epoch, &roll.table)
-                && identity.name == roll.name;
-            if is_right || !member.is_there() || without.contains(&member.index()) {
+        for member in self.members().iter().filter(|member| member.is_there()) {
+            if member.is_labelled(roll) || without.contains(&member.index()) {
                 continue;
             }
             let written = member.relabel(now, |identity| {
@@ -229,57 +412,18 @@ impl Pool {
                 identity.table.clone_from(&roll.table);
                 identity.name = roll.name;
             });
-            if let Err(error) = written {
-                failed.push((member.index(), error));
+            match written {
+                Ok(bad) => self.note_label(member.index(), bad),
+                Err(error) => failed.push((member.index(), error)),
             }
         }
         failed
     }
 
-    /// Goes on without the devices that failed, or says why that cannot be: the first failure.
-    pub(super) fn leave_behind(&self, failed: Vec<(u16, Error)>) -> Result<()> {
-        let Some((_, first)) = failed.first() else { return Ok(()) };
-        let first = first.clone();
-        if let Some((_, other)) = failed.iter().find(|(_, e)| !matches!(e, Error::Device { .. })) {
-            // That says nothing about the device.
-            return Err(other.clone());
-        }
-        let _one_at_a_time = self.changing.lock();
-        let mut lost: Vec<(u16, Error)> = Vec::new();
-        let mut news = failed;
-        loop {
-            // Someone else may have left it behind meanwhile.
-            news.retain(|(index, _)| {
-                self.member(*index).is_there() && lost.iter().all(|(other, _)| other != index)
-            });
-            if news.is_empty() {
-                break;
-            }
-            lost.append(&mut news);
-            let indices: Vec<u16> = lost.iter().map(|(index, _)| *index).collect();
-            let good = |index: u16| self.member(index).is_complete() && !indices.contains(&index);
-            let is_anyone = self.members().iter().any(|member| good(member.index()));
-            if !is_anyone || !self.has_all(&good) {
-                return Err(first);
-            }
-            if indices.iter().any(|index| self.member(*index).is_complete()) {
-                let mut roll = self.roll.lock().clone();
-                let since = Txg(self.published_txg.load(Ordering::Acquire).max(1));
-                for index in &indices {
-                    roll.table[usize::from(*index)].behind.get_or_insert(since);
-                }
-                roll.epoch += 1;
-                news = self.write_tables(&roll, &indices);
-                *self.roll.lock() = roll;
-            }
-        }
-        for (index, error) in lost {
-            let member = self.member(index);
-            member.set_standing(Standing::Absent);
-            let incident =
-                Incident::DeviceFailed { device: index, name: member.name().to_string(), error };
-            self.platform().report.incident(&incident);
-        }
-        Ok(())
+    /// Takes note of how a label was rewritten: which area could not be, if any.
+    pub(super) fn note_label(&self, device: u16, bad: Option<(usize, Error)>) {
+        let mut damaged = self.damaged.lock();
+        damaged.retain(|label| label.device != device);
+        damaged.extend(bad.map(|(area, error)| DamagedLabel { device, area, error }));
     }
 }

@@ -3,12 +3,13 @@
 use super::*;
 use crate::buf::{Buf, Slice};
 use crate::codec;
+use crate::device::Standing;
 use crate::error::Incident;
 use crate::format::chunk::Stripe;
 use crate::format::extent::Blob;
 use crate::format::key::{kind, Key};
 use crate::format::ptr::{BlockPtr, ChecksumKind, CompressionKind};
-use crate::platform::Entropy;
+use crate::platform::{Device, DeviceError, Entropy, Geometry, ReadOp, WriteOp};
 use crate::testing::{CrateCodecs, RamDevice, SeededEntropy, TestPlatform, ThreadWorkers};
 use alloc::collections::BTreeMap;
 use alloc::vec;
@@ -308,7 +309,7 @@ fn devices_that_do_not_belong_together_are_refused() {
     let (a, b) = (make(2), make(1));
     open(&[&a[1], &a[0]]).unwrap();
     let missing = |result| match result {
-        Err(Error::MissingDevices { devices, needed: false }) => devices[0].0,
+        Err(Error::MissingDevices { devices, needed: false, .. }) => devices[0].0,
         other => panic!("{other:?}"),
     };
     assert_eq!(missing(open(&[&a[0]])), 1);
@@ -795,7 +796,7 @@ fn addresses_outside_chunks_are_unmapped() {
 }
 
 #[test]
-fn an_unverified_read_goes_on_to_the_next_copy() {
+fn an_unverified_read_is_of_the_copy_that_is_asked_for() {
     let fixture = Fixture::dup();
     let chunk = fixture.chunk(ChunkKind::Data);
     fixture.write(chunk.logical, Buf::copy_of(&[1; SECTOR]).unwrap());
@@ -806,7 +807,8 @@ fn an_unverified_read_goes_on_to_the_next_copy() {
     assert_eq!(fixture.pool.read_run(run, 1).unwrap()[0], 2);
     assert!(matches!(fixture.pool.read_run(run, 2), Err(Error::Checksum { .. })));
     fixture.ram.faults(|faults| faults.fail_reads.push(places[0]..places[0] + 1));
-    assert_eq!(fixture.pool.read_run(run, 0).unwrap()[0], 2);
+    assert!(matches!(fixture.pool.read_run(run, 0), Err(Error::Device { .. })));
+    assert_eq!(fixture.pool.read_run(run, 1).unwrap()[0], 2);
 }
 
 #[test]
@@ -1046,4 +1048,294 @@ fn a_write_is_done_only_when_all_labels_know_which_device_missed_it() {
     let error = fixture.pool.write(vec![RunWrite { addr: chunk.logical, bufs }]).err();
     assert!(matches!(error, Some(Error::Device { device, .. }) if device == other), "{error:?}");
     assert_eq!(fixture.pool.absent(), [failing]);
+}
+
+/// A device that calls something before each read or write, which may change anything.
+struct Hooked {
+    ram: Arc<RamDevice>,
+    before_read: Mutex<Option<Hook>>,
+    before_write: Mutex<Option<Hook>>,
+}
+
+type Hook = Arc<dyn Fn(Physical) + Send + Sync>;
+
+impl Hooked {
+    fn new(ram: &Arc<RamDevice>) -> Arc<Hooked> {
+        let (before_read, before_write) = (Mutex::new(None), Mutex::new(None));
+        Arc::new(Hooked { ram: ram.clone(), before_read, before_write })
+    }
+}
+
+impl Device for Hooked {
+    fn geometry(&self) -> Geometry {
+        self.ram.geometry()
+    }
+    fn read(&self, batch: &mut [ReadOp]) {
+        let hook = self.before_read.lock().clone();
+        hook.iter().for_each(|hook| hook(batch[0].at));
+        self.ram.read(batch);
+    }
+    fn write(&self, batch: &mut [WriteOp]) {
+        let hook = self.before_write.lock().clone();
+        hook.iter().for_each(|hook| hook(batch[0].at));
+        self.ram.write(batch);
+    }
+    fn flush(&self) -> Result<(), DeviceError> {
+        self.ram.flush()
+    }
+    fn discard(&self, at: Physical, bytes: u64) -> Result<(), DeviceError> {
+        self.ram.discard(at, bytes)
+    }
+    fn name(&self) -> &str {
+        self.ram.name()
+    }
+}
+
+/// Where the labels of the devices of [`mirror`] are.
+const LABELS: [Range<u64>; 2] =
+    [(64 << 10)..(64 << 10) + 4096, 16 * MIB - (128 << 10)..16 * MIB - (128 << 10) + 4096];
+
+fn try_write(fixture: &Fixture, chunk: &Chunk) -> Result<()> {
+    let bufs = vec![Buf::copy_of(&noise(SECTOR, 1)).unwrap().into_slice()];
+    fixture.pool.write(vec![RunWrite { addr: chunk.logical, bufs }])
+}
+
+fn open_all(rams: &[Arc<RamDevice>], options: PoolOptions) -> Result<(Pool, Box<Superblock>)> {
+    let env = TestPlatform::new(9);
+    Pool::open(rams.iter().map(|ram| ram.device()).collect(), env.platform.clone(), &options)
+}
+
+/// A published mirror with a data chunk on the first two devices.
+fn published_mirror(count: usize) -> (Vec<Arc<RamDevice>>, Fixture, Chunk) {
+    let (rams, fixture) = mirror(count);
+    fixture.chunk(ChunkKind::System);
+    let chunk = fixture.chunk(ChunkKind::Data);
+    fixture.commit(1);
+    fixture.pool.published(Txg(1));
+    (rams, fixture, chunk)
+}
+
+fn degraded() -> PoolOptions {
+    PoolOptions { degraded: true, ..PoolOptions::default() }
+}
+
+#[test]
+fn devices_that_fail_one_after_the_other_are_never_all_called_behind() {
+    let (rams, fixture, chunk) = published_mirror(2);
+    let data = MIB..15 * MIB;
+    rams[0].faults(|faults| faults.fail_writes = vec![data.clone()]);
+    rams[1].faults(|faults| faults.fail_writes = LABELS.to_vec());
+    try_write(&fixture, &chunk).unwrap_err();
+    rams[1].faults(|faults| faults.fail_writes = vec![data]);
+    try_write(&fixture, &chunk).unwrap_err();
+    rams.iter().for_each(|ram| ram.faults(|faults| *faults = Default::default()));
+    // What was not written to one of them is not forgotten when it behaves again.
+    try_write(&fixture, &chunk).unwrap_err();
+    fixture.pool.flush().unwrap_err();
+    let (pool, superblock) = open_all(&rams, PoolOptions::default()).unwrap();
+    pool.begin(&superblock).unwrap();
+    assert!(pool.members().iter().any(Member::is_complete));
+}
+
+#[test]
+fn a_label_area_that_cannot_be_written_does_not_cost_the_device() {
+    let (rams, fixture, chunk) = published_mirror(2);
+    rams[0].faults(|faults| faults.gone = true);
+    rams[1].faults(|faults| faults.fail_writes = vec![LABELS[0].clone()]);
+    try_write(&fixture, &chunk).unwrap();
+    assert_eq!(fixture.pool.absent(), [0]);
+    let damaged = fixture.pool.damaged_labels();
+    assert!(matches!(damaged[..], [DamagedLabel { device: 1, area: 0, .. }]), "{damaged:?}");
+    let (pool, _) = open_all(&rams[1..], degraded()).unwrap();
+    assert_eq!(pool.members()[1].identity().table[0].behind, Some(Txg(1)));
+}
+
+#[test]
+fn a_lack_of_memory_says_nothing_about_a_device_and_is_made_up_for() {
+    let (rams, fixture, chunk) = published_mirror(2);
+    rams[0].faults(|faults| faults.gone = true);
+    rams[1].faults(|faults| faults.no_memory_for = LABELS.to_vec());
+    assert_eq!(try_write(&fixture, &chunk), Err(Error::Memory));
+    assert_eq!(fixture.pool.absent(), []);
+    assert_eq!(fixture.pool.flush(), Err(Error::Memory), "the labels do not tell yet");
+    rams[1].faults(|faults| *faults = Default::default());
+    fixture.pool.flush().unwrap();
+    assert_eq!(fixture.pool.absent(), [0]);
+}
+
+#[test]
+fn a_device_that_fails_beside_a_lack_of_memory_is_left_behind_too() {
+    let (rams, fixture, chunk) = published_mirror(3);
+    let [first, second] = [0, 1].map(|copy| usize::from(chunk.stripes[copy].device));
+    rams[first].faults(|faults| faults.no_memory_for = vec![MIB..15 * MIB]);
+    rams[second].faults(|faults| faults.gone = true);
+    assert_eq!(try_write(&fixture, &chunk), Err(Error::Memory));
+    rams[first].faults(|faults| *faults = Default::default());
+    fixture.pool.flush().unwrap();
+    assert_eq!(fixture.pool.absent(), [second as u16]);
+}
+
+#[test]
+fn no_chunk_is_made_on_a_device_while_it_is_left_behind() {
+    let env = TestPlatform::new(1);
+    let rams = [32, 16, 16].map(|mib| RamDevice::new(mib * MIB));
+    let hooked = [Hooked::new(&rams[1]), Hooked::new(&rams[2])];
+    let devices: Vec<DeviceRef> = vec![rams[0].device(), hooked[0].clone(), hooked[1].clone()];
+    let options = FormatOptions {
+        data_profile: Profile::Mirror,
+        metadata_profile: Profile::Mirror,
+        ..Default::default()
+    };
+    let pool = Arc::new(Pool::create(devices, env.platform.clone(), &options).unwrap());
+    let first = pool.create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+    assert_eq!(first.stripes[0].device, 0, "the emptiest device comes first");
+    let made = Arc::new(Mutex::new(Vec::new()));
+    let (weak, list) = (Arc::downgrade(&pool), made.clone());
+    let hook: Hook = Arc::new(move |at| {
+        if at.0 == LABELS[0].start {
+            let chunk = weak.upgrade().unwrap().create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+            list.lock().push(chunk);
+        }
+    });
+    hooked.iter().for_each(|device| *device.before_write.lock() = Some(hook.clone()));
+    rams[0].faults(|faults| faults.gone = true);
+    let bufs = vec![Buf::copy_of(&noise(SECTOR, 1)).unwrap().into_slice()];
+    pool.write(vec![RunWrite { addr: first.logical, bufs }]).unwrap();
+    let made = made.lock();
+    assert_eq!(made.len(), 2, "one before each label");
+    assert!(made.iter().flat_map(|chunk| &chunk.stripes).all(|stripe| stripe.device != 0));
+}
+
+#[test]
+fn nobody_is_told_of_a_device_while_labels_are_locked() {
+    struct Probe(Mutex<Option<alloc::sync::Weak<Pool>>>, AtomicU64);
+    impl crate::platform::Report for Probe {
+        fn incident(&self, _: &Incident) {
+            let pool = self.0.lock().as_ref().and_then(alloc::sync::Weak::upgrade);
+            // What is told may ask for anything, such as a new name.
+            pool.unwrap().set_name([0; 64]).unwrap();
+            self.1.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    let env = TestPlatform::new(1);
+    let report = Arc::new(Probe(Mutex::new(None), AtomicU64::new(0)));
+    let platform = Platform { report: report.clone(), ..env.platform.clone() };
+    let rams = [16, 16].map(|mib| RamDevice::new(mib * MIB));
+    let options = FormatOptions {
+        data_profile: Profile::Mirror,
+        metadata_profile: Profile::Mirror,
+        ..Default::default()
+    };
+    let devices = rams.iter().map(|ram| ram.device()).collect();
+    let pool = Arc::new(Pool::create(devices, platform, &options).unwrap());
+    *report.0.lock() = Some(Arc::downgrade(&pool));
+    rams[0].faults(|faults| faults.gone = true);
+    pool.flush().unwrap();
+    assert_eq!(report.1.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn a_pool_flushes_before_it_relies_on_what_it_was_opened_at() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.commit(1);
+    let (pool, superblock) = fixture.open(PoolOptions::default()).unwrap();
+    let before = fixture.ram.requests();
+    pool.begin(&superblock).unwrap();
+    let after = fixture.ram.requests();
+    assert_eq!((after.flushes - before.flushes, after.writes - before.writes), (1, 0));
+}
+
+#[test]
+fn sectors_are_looked_for_in_every_copy_even_if_the_order_changes_meanwhile() {
+    let env = TestPlatform::new(1);
+    let rams: Vec<Arc<RamDevice>> = (0..3).map(|_| RamDevice::new(16 * MIB)).collect();
+    let hooked: Vec<Arc<Hooked>> = rams.iter().map(Hooked::new).collect();
+    let devices = hooked.iter().map(|device| device.clone() as DeviceRef).collect();
+    let options = FormatOptions {
+        data_profile: Profile::Mirror3,
+        metadata_profile: Profile::Mirror3,
+        ..Default::default()
+    };
+    let pool = Pool::create(devices, env.platform.clone(), &options).unwrap();
+    let fixture = Fixture { ram: rams[0].clone(), env, pool };
+    let content = noise(SECTOR, 4);
+    let source = fixture.plain(&content, ChecksumKind::Crc32c);
+    let addr = addr_of(&source);
+    let place = fixture.pool.locate(Run { addr, bytes: SECTOR_BYTES }).unwrap();
+    // Tried in turn: a copy that cannot be read and vanishes then, a good one, a bad one.
+    let turn = (addr.0 >> 18) as usize % 3;
+    let device = |step: usize| place.segment((turn + step) % 3);
+    let (first, last) = (device(0), device(2));
+    rams[usize::from(last.device)].flip(last.at.0);
+    let ram = rams[usize::from(first.device)].clone();
+    ram.faults(|faults| faults.fail_reads.push(first.at.0..first.at.0 + 1));
+    let seen = AtomicU64::new(0);
+    *hooked[usize::from(first.device)].before_read.lock() = Some(Arc::new(move |_| {
+        if seen.fetch_add(1, Ordering::Relaxed) == 1 {
+            ram.faults(|faults| faults.gone = true);
+        }
+    }));
+    assert_eq!(fixture.read(&source).unwrap()[..], content[..]);
+}
+
+#[test]
+fn what_verifies_itself_is_not_read_from_a_device_that_is_behind() {
+    let (rams, fixture, chunk) = published_mirror(2);
+    try_write(&fixture, &chunk).unwrap();
+    let run = Run { addr: chunk.logical, bytes: SECTOR_BYTES };
+    let [behind, other] = [0, 1].map(|copy| chunk.stripes[copy]);
+    fixture.pool.member(behind.device).set_standing(Standing::Behind);
+    for nth in 0..2 {
+        assert_eq!(fixture.pool.read_run(run, nth).unwrap()[..], noise(SECTOR, 1)[..]);
+    }
+    let at = other.physical.0;
+    rams[usize::from(other.device)].faults(|faults| faults.fail_reads.push(at..at + 1));
+    for nth in 0..2 {
+        fixture.pool.read_run(run, nth).unwrap_err();
+    }
+}
+
+#[test]
+fn an_older_pool_of_several_devices_gets_its_table_when_all_are_there() {
+    let (rams, fixture, _) = published_mirror(2);
+    for (ram, member) in rams.iter().zip(fixture.pool.members()) {
+        let identity = Identity { epoch: 0, table: Vec::new(), ..member.identity() };
+        Member::fresh(ram.device(), identity).unwrap().write_labels().unwrap();
+    }
+    let alone = open_all(&rams[..1], degraded()).err();
+    assert!(matches!(alone, Some(Error::Argument { .. })), "{alone:?}");
+    let (pool, superblock) = open_all(&rams, PoolOptions::default()).unwrap();
+    pool.begin(&superblock).unwrap();
+    let (pool, _) = open_all(&rams[1..], degraded()).unwrap();
+    assert_eq!((pool.members().len(), pool.absent()), (2, vec![0]));
+}
+
+#[test]
+fn a_table_in_which_nobody_is_complete_is_told_as_that() {
+    let (rams, fixture, _) = published_mirror(2);
+    for (ram, member) in rams.iter().zip(fixture.pool.members()) {
+        let mut identity = member.identity();
+        identity.table.iter_mut().for_each(|entry| entry.behind = Some(Txg(1)));
+        Member::fresh(ram.device(), identity).unwrap().write_labels().unwrap();
+    }
+    let error = open_all(&rams, degraded()).err().unwrap();
+    assert_eq!(
+        error.to_string(),
+        "devices 0 and 1 lack some of what was written to the pool; open the pool read-only and \
+         degraded to read what is there"
+    );
+    open_all(&rams, PoolOptions { read_only: true, ..degraded() }).unwrap();
+}
+
+#[test]
+fn a_device_whose_label_cannot_be_read_is_named() {
+    let (rams, _, _) = published_mirror(2);
+    rams[1].faults(|faults| faults.fail_reads = LABELS.to_vec());
+    let error = open_all(&rams, PoolOptions::default()).err().unwrap();
+    assert!(error.to_string().contains("ram: device 1 failed at byte"), "{error}");
+    let env = TestPlatform::new(9);
+    let devices = rams.iter().map(|ram| ram.device()).collect();
+    Pool::open(devices, env.platform.clone(), &degraded()).unwrap();
+    let told = env.incidents.take();
+    assert!(matches!(told[..], [Incident::DeviceUnusable { .. }]), "{told:?}");
 }

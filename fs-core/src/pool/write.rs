@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::space::Run;
 use crate::format::superblock::Superblock;
 use crate::platform::{DeviceError, Result, WriteOp};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use crate::units::Logical;
 use alloc::vec::Vec;
 
@@ -106,11 +106,16 @@ impl Pool {
     /// written since the last flush.
     pub fn flush(&self) -> Result<()> {
         self.check_writable()?;
+        let failed = self.flush_all();
+        self.leave_behind(failed)
+    }
+
+    /// Flushes all devices; returns which failed.
+    pub(super) fn flush_all(&self) -> Vec<(u16, Error)> {
         let there = self.members().iter().enumerate().filter(|(_, member)| member.is_there());
         let asked = there.map(|(index, _)| (index, ())).collect();
         // Every device is asked, even after one has failed.
-        let failed = self.ask_devices(asked, &|index, ()| self.member(index).flush());
-        self.leave_behind(failed)
+        self.ask_devices(asked, &|index, ()| self.member(index).flush())
     }
 
     /// Writes the superblock into its slot of every device. The caller flushes before, so that what
@@ -147,7 +152,7 @@ impl Pool {
         });
     }
 
-    /// As [`Pool::on_devices`]; returns which devices failed, and how.
+    /// As [`Pool::on_devices`]; returns which devices failed, by index, and how.
     fn ask_devices<T: Send>(
         &self,
         work: Vec<(usize, T)>,
@@ -156,12 +161,12 @@ impl Pool {
         let failed = Mutex::new(Vec::new());
         self.on_devices(work, &|index, work| {
             if let Err(error) = each(index, work) {
-                failed.lock().push((index, error));
+                let mut failed: MutexGuard<'_, Vec<(u16, Error)>> = failed.lock();
+                let at = failed.partition_point(|(other, _)| *other < index);
+                failed.insert(at, (index, error));
             }
         });
-        let mut failed = failed.into_inner();
-        failed.sort_unstable_by_key(|(index, _)| *index);
-        failed
+        failed.into_inner()
     }
 }
 
