@@ -145,8 +145,8 @@ pub enum Error {
         devices: Vec<(u16, [u8; 16])>,
         /// Whether the pool cannot be opened without them at all.
         needed: bool,
-        /// Devices that were given and have no label that can be read, by name, and why.
-        unusable: Vec<(String, Error)>,
+        /// Devices that were given and have no label that can be read: each its name and why.
+        unusable: Vec<String>,
     },
     /// Devices that have everything are missing; what is there lacks something that was written.
     OnlyBehind {
@@ -273,7 +273,7 @@ impl fmt::Display for Error {
             },
             Error::MissingDevices { devices, needed, unusable } => {
                 show_missing(f, devices, *needed)?;
-                unusable.iter().try_for_each(|(name, error)| write!(f, "; {name}: {error}"))
+                unusable.iter().try_for_each(|device| write!(f, "; {device}"))
             }
             Error::OnlyBehind { behind, missing } => {
                 let s = if behind.len() == 1 { "" } else { "s" };
@@ -407,6 +407,13 @@ pub enum Incident {
         /// What it did.
         error: Error,
     },
+    /// A device that lacked something has everything again.
+    DeviceComplete {
+        /// Index of the device.
+        device: u16,
+        /// Its name.
+        name: String,
+    },
     /// A device that was given has no label that can be read; the pool was opened without it.
     DeviceUnusable {
         /// Its name.
@@ -453,6 +460,9 @@ impl fmt::Display for Incident {
                 "device {device} ({name}) failed and is no longer used: {error}; the pool goes on \
                  with the copies on the other devices"
             ),
+            Incident::DeviceComplete { device, name } => {
+                write!(f, "device {device} ({name}) has been brought up to date")
+            }
             Incident::DeviceUnusable { name, error } => {
                 write!(f, "{name} is left out of the pool: {error}")
             }

@@ -4,12 +4,15 @@ use cairn_tests::crash::CrashState;
 use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice};
 use cairn_tests::drive::{is_long, run, seeds};
 use cairn_tests::fault::{requests, script, survive, tolerate, End, Script};
-use cairn_tests::gen::Options;
+use cairn_tests::gen::{Op, Options};
+use cairn_tests::model::Model;
 use cairn_tests::platform::{Spawn, TestPlatform};
 use cairn_tests::power::{Depth, Plan, Story};
 use cairn_tests::rng::Rng;
+use cairn_tests::run::Runner;
 use cairn_tests::subject::{Pool, Subject};
-use fs_core::error::Error;
+use cairn_tests::tree::Tree;
+use fs_core::error::{Error, Incident};
 use fs_core::format::chunk::Profile;
 use fs_core::platform::Platform;
 use std::sync::Arc;
@@ -242,7 +245,7 @@ fn halves_of_which_one_began_a_group_later_are_refused_together() {
     let mounted = pool.open(&refs(&rams), &core()).unwrap();
     let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
     let fs = mounted.fs();
-    let mut grow = |name: &[u8]| {
+    let grow = |name: &[u8]| {
         fs.mkdir(fs.root(), name, 0o755, &caller).unwrap();
         fs.sync().unwrap();
         rams.iter().map(|ram| ram.image()).collect::<Vec<Image>>()
@@ -273,7 +276,7 @@ fn an_open_that_fails_to_read_the_trees_writes_nothing() {
         ram.forbid_writes();
         let mut reading = pool.clone();
         reading.open.read_only = true;
-        drop(reading.open(&refs(&[ram.clone()]), &core()).unwrap());
+        drop(reading.open(&refs(std::slice::from_ref(&ram)), &core()).unwrap());
         ram.counts().reads
     };
     assert!(reads > 5);
@@ -281,7 +284,7 @@ fn an_open_that_fails_to_read_the_trees_writes_nothing() {
     for nth in 0..reads {
         let ram = RamDevice::of("ram", image.clone());
         ram.arm(Fault::from_nth(FaultKind::Failed, Access::Read, nth));
-        if pool.open(&refs(&[ram.clone()]), &core()).is_err() {
+        if pool.open(&refs(std::slice::from_ref(&ram)), &core()).is_err() {
             failed += 1;
             assert_eq!(ram.counts().writes, 0, "the {nth}-th read fails");
         }
@@ -349,4 +352,100 @@ fn devices_may_fail_between_any_two_steps_and_keep_what_was_promised() {
         }
     }
     assert!(noticed * 4 > tried, "only {noticed} of {tried} were too much");
+}
+
+/// A pool of which one device has missed half of a story, and what it shows: images of all devices
+/// before anything is done about that.
+fn one_behind(pool: &Pool, seed: u64, missing: usize) -> (Vec<Image>, Tree) {
+    let platform = TestPlatform::new(seed, Spawn::AtOnce);
+    let core = platform.platform();
+    let rams = several(pool.devices(), 24 << 20);
+    pool.format(&refs(&rams), &core).unwrap();
+    let model = Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock));
+    let ops = story(seed).ops;
+    let (first, second) = ops.split_at(ops.len() / 2);
+    let tell = |rams: &[Arc<RamDevice>], ops: &[Op]| {
+        let mounted = pool.open(&refs(rams), &core).unwrap();
+        model.remount();
+        let (mut expected, mut found) = (Runner::new(model.clone()), Runner::new(mounted.fs()));
+        for op in ops.iter().filter(|op| !matches!(op, Op::Tick | Op::DropCaches)) {
+            let (want, got) = (expected.run(op).result, found.run(op).result);
+            assert_eq!(want.is_ok(), got.is_ok(), "{op:?}");
+        }
+        drop(found);
+        mounted.close().unwrap();
+    };
+    tell(&rams, first);
+    let others: Vec<Arc<RamDevice>> =
+        rams.iter().enumerate().filter(|(i, _)| *i != missing).map(|(_, r)| r.clone()).collect();
+    tell(&others, second);
+    (rams.iter().map(|ram| ram.image()).collect(), Tree::of_state(&model.state()))
+}
+
+#[test]
+fn a_device_that_was_behind_gets_everything_and_counts_again() {
+    for seed in seeds(8, 300) {
+        let pool = redundant(seed);
+        let missing = seed as usize % pool.devices();
+        let (images, want) = one_behind(&pool, seed, missing);
+        let rams: Vec<Arc<RamDevice>> =
+            images.iter().map(|image| RamDevice::of("ram", image.clone())).collect();
+        let platform = TestPlatform::new(seed, Spawn::AtOnce);
+        let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
+        let is_told = || {
+            let told = platform.incidents.take();
+            told.iter().any(|incident| matches!(incident, Incident::DeviceComplete { .. }))
+        };
+        let mut ticks = 0;
+        while !is_told() {
+            platform.clock.advance_ms(300);
+            platform.workers.tick();
+            ticks += 1;
+            assert!(ticks < 1000, "seed {seed}: the device is still behind");
+        }
+        mounted.close().unwrap();
+        let findings = pool.check(&refs(&rams), &core()).unwrap();
+        assert_eq!(findings, Vec::<String>::new(), "seed {seed}");
+        // As many others may be lost as the profile allows.
+        let other = (missing + 1) % pool.devices();
+        let rest: Vec<Arc<RamDevice>> =
+            (0..pool.devices()).filter(|i| *i != other).map(|i| rams[i].clone()).collect();
+        let mounted = pool.open(&refs(&rest), &core()).unwrap();
+        let found = Tree::read(&*mounted.fs()).unwrap();
+        assert_eq!(want.difference(&found), None, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_was_taken_in_is_kept_when_a_device_is_lost_before_it_is_written() {
+    for lost in 0..3 {
+        let pool = Pool::on(3, Profile::Mirror, Profile::Mirror);
+        let rams = several(3, 24 << 20);
+        pool.format(&refs(&rams), &core()).unwrap();
+        let mounted = pool.open(&refs(&rams), &core()).unwrap();
+        let fs = mounted.fs();
+        let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+        let file = fs.mknod(fs.root(), b"large", 0o100_644, 0, &caller).unwrap();
+        // More than two devices have room for, all of it in memory.
+        let mut content = vec![0; 26 << 20];
+        Rng::new(lost).fill(&mut content);
+        let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+        for (part, at) in content.chunks(1 << 20).zip((0..).step_by(1 << 20)) {
+            fs.write(file.ino, at, part, flags).unwrap();
+        }
+        rams[lost as usize].arm(Fault::from_nth(FaultKind::Gone, Access::Write, 0));
+        fs.sync().unwrap();
+        drop(fs);
+        mounted.close().unwrap();
+        let rest: Vec<Arc<RamDevice>> =
+            (0..3).filter(|i| *i != lost as usize).map(|i| rams[i].clone()).collect();
+        let mounted = pool.open(&refs(&rest), &core()).unwrap();
+        let fs = mounted.fs();
+        let file = fs.lookup(fs.root(), b"large").unwrap();
+        let mut found = vec![0; content.len()];
+        for (part, at) in found.chunks_mut(1 << 20).zip((0..).step_by(1 << 20)) {
+            assert_eq!(fs.read(file.ino, at, part).unwrap(), part.len());
+        }
+        assert!(found == content, "without device {lost}");
+    }
 }

@@ -61,7 +61,7 @@ fn send_to_syslog(line: &str) -> std::io::Result<()> {
 
 fn severity(incident: &Incident) -> u8 {
     match incident {
-        Incident::Replayed { .. } => NOTICE,
+        Incident::Replayed { .. } | Incident::DeviceComplete { .. } => NOTICE,
         Incident::Healed { .. } | Incident::DeviceUnusable { .. } => WARNING,
         Incident::Lost { .. }
         | Incident::FileDamaged { .. }

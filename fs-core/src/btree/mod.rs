@@ -37,6 +37,7 @@ mod diff;
 mod fresh;
 mod node;
 mod pack;
+mod patrol;
 mod walk;
 
 #[cfg(test)]

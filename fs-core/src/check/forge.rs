@@ -73,7 +73,7 @@ impl Forge {
         let pool =
             Pool::create(vec![device.device()], platform.platform.clone(), &options).unwrap();
         let kinds = [ChunkKind::System, ChunkKind::Metadata, ChunkKind::Data];
-        let chunks = kinds.map(|kind| pool.create_chunk(kind, TXG).unwrap()).to_vec();
+        let chunks = kinds.map(|kind| pool.create_chunk(kind, TXG, 0).unwrap()).to_vec();
         let next = chunks.iter().map(|c| (c.logical.0, c.logical.0)).collect();
         let mut item = SubvolItem::zeroed();
         (item.next_ino, item.birth) = (FIRST_INO, 1);

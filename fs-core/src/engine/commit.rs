@@ -372,7 +372,10 @@ impl Engine {
         let pool = &self.store.pool;
         let usage = self.store.space.usage();
         let roots = &written.roots;
+        let [compat, ro_compat, incompat] = committer.superblock.features;
         Ok(Box::new(Superblock {
+            // Pools of several devices were once made without saying so.
+            features: [compat, ro_compat, incompat | pool.incompat()],
             txg,
             written: self.store.now().secs,
             clean,

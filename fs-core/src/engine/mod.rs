@@ -13,6 +13,7 @@
 //! | `references` | extra references of shared runs |
 //! | `log`, `replay` | fsync, and what it is for |
 //! | `reclaim` | removing files without names |
+//! | `resilver` | bringing devices up to date |
 //!
 //! Whoever waits for a group to be published does the work if nobody else is at it
 //! ([`Engine::commit`]): there is no thread without which nothing moves, so a simulator without
@@ -30,6 +31,7 @@ mod open;
 mod reclaim;
 mod references;
 mod replay;
+mod resilver;
 pub mod versions;
 
 #[cfg(test)]
@@ -50,6 +52,7 @@ use crate::subvol::Subvol;
 use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
@@ -106,6 +109,12 @@ pub struct Engine {
     closed: AtomicBool,
     /// Bytes of tree nodes in use by the published group.
     metadata_used: AtomicU64,
+    /// Where it is, between two turns of whoever goes on with it.
+    resilver: Mutex<Option<Box<resilver::Resilver>>>,
+    /// Somebody goes on with it.
+    resilvering: AtomicBool,
+    /// Counts rollbacks: each puts an older tree in a younger one's place.
+    turns: AtomicU64,
 }
 
 /// Nodes that two groups may add to small trees: a path each of every tree.

@@ -168,6 +168,9 @@ fn make_engine(superblock: Box<Superblock>, store: Arc<Store>, commit_seconds: u
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
+        resilver: Mutex::ranked(Rank::Short, None),
+        resilvering: AtomicBool::new(false),
+        turns: AtomicU64::new(0),
         store,
     })
 }
@@ -377,4 +380,17 @@ fn start_ticking(engine: &Arc<Engine>) {
         None => false,
     };
     engine.store.platform.workers.every(TICK_MS, Box::new(tick));
+    if engine.store.pool.behind().is_empty() {
+        return;
+    }
+    let weak = Arc::downgrade(engine);
+    let resilver = move || match weak.upgrade() {
+        Some(engine) => {
+            engine.resilver_some();
+            let is_closed = engine.closed.load(core::sync::atomic::Ordering::Acquire);
+            !is_closed && !engine.store.pool.behind().is_empty()
+        }
+        None => false,
+    };
+    engine.store.platform.workers.every(TICK_MS, Box::new(resilver));
 }

@@ -517,6 +517,7 @@ impl Engine {
                 // A number is never used again, so that a file handle never names another file.
                 item.next_ino = item.next_ino.max(old.next_ino);
                 self.versions.write().change(owner, |there| *there = item)?;
+                self.turns.fetch_add(1, Ordering::AcqRel);
                 self.load_subvolume(TreeId(owner), item, txg)?;
                 Ok(kept)
             }

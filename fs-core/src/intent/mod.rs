@@ -11,9 +11,9 @@
 //!
 //! A frame is the next one if its sequence number is one more, its chain is the checksum of the
 //! frame before, and its own checksum is right. So replay ends at the first frame that did not
-//! reach the device whole, in any copy, whatever was in the space before. The first frame of a log has no frame
-//! before it; its chain is made from the pool and the group that first publishes the log's place
-//! ([`LogWriter::begin`]), so that not even the first frame of an earlier log fits.
+//! reach the device whole, in any copy, whatever was in the space before. The first frame of a log
+//! has no frame before it; its chain is made from the pool and the group that first publishes the
+//! log's place ([`LogWriter::begin`]), so that not even the first frame of an earlier log fits.
 //!
 //! A segment always has a sector left, so that a frame too long for the rest of it can be preceded
 //! by an empty one that names the next segment.

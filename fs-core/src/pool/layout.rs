@@ -25,6 +25,10 @@
 //! `k` the most devices a chunk needs and `S(j)` the free bytes without the `j` fullest-of-space
 //! devices, `k * min(S(j) / (k - j))` is what chunks on `k` devices can take; a chunk less for each
 //! `j` keeps that true whatever the order in which chunks are made.
+//!
+//! What was promised before a device was lost counted on that device's room. As long as the others
+//! have not enough for it, new copies stand on it *on paper*: such chunks lack a copy until it is
+//! back, and the promise is kept.
 
 use super::room::Room;
 use crate::format::chunk::{Chunk, Profile, Stripe, CHUNK_BYTES_MIN, STRIPES_MAX, STRIPE_UNIT};
@@ -155,11 +159,52 @@ pub fn place(
         return on_whole;
     }
     // Better a chunk that lacks copies until the devices are back than no chunk.
-    lengths().find_map(|length| {
+    let missing = order.iter().copied().filter(|index| !complete[*index]);
+    let others: Vec<usize> = whole.iter().copied().chain(missing).collect();
+    place_on_paper(rooms, (&whole, &others), profile, length)
+}
+
+/// As [`place`], where `owed` bytes must be left for what was promised when all of `counted` were
+/// there: if they would not be left on complete devices, copies may be on others.
+pub fn place_promised(
+    rooms: &[Room],
+    (complete, counted): (&[bool], &[bool]),
+    demand: &Demand,
+    (profile, length): (Profile, u64),
+    owed: u64,
+) -> Option<(u64, Vec<Stripe>)> {
+    let placed = place(rooms, complete, demand, profile, length);
+    if complete == counted || profile.devices_min() == 1 {
+        return placed;
+    }
+    let leaves_enough = |(placed, stripes): &(u64, Vec<Stripe>)| {
+        let columns = stripes.len() as u64 / profile.copies();
+        // What a smaller chunk does not hold is asked for again.
+        let owed = owed.saturating_add((length - placed) * profile.copies());
+        let after = after(rooms, stripes, placed / columns);
+        after.is_some_and(|after| supply(&after, complete, demand) >= owed)
+    };
+    if placed.as_ref().is_some_and(leaves_enough) {
+        return placed;
+    }
+    let order = by_free_space(rooms);
+    let whole: Vec<usize> = order.iter().copied().filter(|index| complete[*index]).collect();
+    let others: Vec<usize> = order.into_iter().filter(|index| counted[*index]).collect();
+    place_on_paper(rooms, (&whole, &others), profile, length).or(placed)
+}
+
+/// One copy on a device that is `whole`, the others on any, in that order.
+fn place_on_paper(
+    rooms: &[Room],
+    (whole, others): (&[usize], &[usize]),
+    profile: Profile,
+    length: u64,
+) -> Option<(u64, Vec<Stripe>)> {
+    let lengths = core::iter::successors(Some(length), |length| Some(length / 2));
+    lengths.take_while(|length| *length >= CHUNK_BYTES_MIN).find_map(|length| {
         let has_hole = |index: &&usize| rooms[**index].lowest(length).is_some();
         let first = *whole.iter().find(has_hole)?;
-        let others = whole.iter().chain(order.iter().filter(|index| !complete[**index]));
-        let others = others.filter(|index| **index != first).filter(has_hole);
+        let others = others.iter().filter(|index| **index != first).filter(has_hole);
         let mut devices = vec![first];
         devices.extend(others.take(profile.copies() as usize - 1));
         if (devices.len() as u64) < profile.copies() {
@@ -236,14 +281,19 @@ fn keeps_supply(
     bytes: u64,
     price: u64,
 ) -> bool {
+    after(rooms, stripes, bytes).is_some_and(|after| {
+        supply(&after, complete, demand).saturating_add(price) >= supply(rooms, complete, demand)
+    })
+}
+
+/// The rooms when those stripes are taken.
+fn after(rooms: &[Room], stripes: &[Stripe], bytes: u64) -> Option<Vec<Room>> {
     let mut after = rooms.to_vec();
     for stripe in stripes {
         let room = &mut after[usize::from(stripe.device)];
-        if room.take(stripe.physical, bytes, crate::units::Logical(0)).is_err() {
-            return false;
-        }
+        room.take(stripe.physical, bytes, crate::units::Logical(0)).ok()?;
     }
-    supply(&after, complete, demand).saturating_add(price) >= supply(rooms, complete, demand)
+    Some(after)
 }
 
 #[cfg(test)]
@@ -331,6 +381,50 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn what_was_promised_before_a_device_was_lost_can_be_made_after(
+            free in proptest::collection::vec(0u64..40, 2..7),
+            lost in 0usize..7,
+            data in proptest::sample::select(vec![Profile::Mirror, Profile::StripeMirror]),
+            metadata in proptest::sample::select(vec![Profile::Mirror, Profile::Mirror3]),
+            chunk in 0u32..3,
+            kinds in proptest::collection::vec(any::<bool>(), 200),
+        ) {
+            let chunk_bytes = MIB << chunk;
+            let demand = Demand::new(data, metadata, chunk_bytes);
+            let counted = vec![true; free.len()];
+            let mut complete = counted.clone();
+            complete[lost % free.len()] = false;
+            let mut rooms = rooms(&free);
+            let mut promised = supply(&rooms, &counted, &demand);
+            for is_data in kinds {
+                let profile = if is_data { data } else { metadata };
+                let price = chunk_bytes * profile.copies();
+                if promised < price {
+                    continue;
+                }
+                promised -= price;
+                let mut left = chunk_bytes;
+                while left > 0 {
+                    let wanted = 1 << left.ilog2();
+                    let owed = promised + (left - wanted) * profile.copies();
+                    let both = (&complete[..], &counted[..]);
+                    let placed = place_promised(&rooms, both, &demand, (profile, wanted), owed);
+                    let Some((length, stripes)) = placed else {
+                        return Err(TestCaseError::fail(alloc::format!(
+                            "no {} chunk: {promised} promised, {rooms:?}", profile.name())));
+                    };
+                    let copies = stripes.chunks(profile.copies() as usize);
+                    for copies in copies {
+                        prop_assert!(copies.iter().any(|s| complete[usize::from(s.device)]));
+                    }
+                    let columns = stripes.len() as u64 / profile.copies();
+                    take(&mut rooms, &stripes, length / columns);
+                    left -= length;
+                }
+            }
+        }
 
         #[test]
         fn any_mix_of_chunks_that_the_supply_is_enough_for_can_be_made(

@@ -106,7 +106,8 @@ impl Ledger {
         }
     }
 
-    /// Makes a chunk of at most `length` bytes: the largest power of two that fits somewhere.
+    /// Makes a chunk of at most `length` bytes: the largest power of two that fits somewhere. It is
+    /// told which `devices` are complete, and on which what is `owed` was promised.
     ///
     /// # Errors
     /// [`Error::NoSpace`].
@@ -115,15 +116,15 @@ impl Ledger {
         map: &ChunkMap,
         kind: ChunkKind,
         (profile, length): (Profile, u64),
-        (complete, demand): (&[bool], &Demand),
-        txg: Txg,
+        (devices, demand): ((&[bool], &[bool]), &Demand),
+        (owed, txg): (u64, Txg),
     ) -> Result<(ChunkMap, Chunk)> {
         if kind == ChunkKind::System && system_chunks(map).count() >= SYSTEM_CHUNKS_MAX {
             return Err(Error::NoSpace);
         }
         let length = length.min(CHUNK_BYTES_MAX);
-        let (length, stripes) =
-            layout::place(&self.rooms, complete, demand, profile, length).ok_or(Error::NoSpace)?;
+        let placed = layout::place_promised(&self.rooms, devices, demand, (profile, length), owed);
+        let (length, stripes) = placed.ok_or(Error::NoSpace)?;
         let logical = self.next_chunk;
         let next = logical.checked_add(length).ok_or(Error::NoSpace)?;
         let chunk = Chunk { logical, length, birth: txg, kind, profile, stripes };

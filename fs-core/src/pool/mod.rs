@@ -144,6 +144,8 @@ pub struct Pool {
     changing: Mutex<Changes>,
     /// Devices failed that the labels do not tell yet.
     is_owing: AtomicBool,
+    /// Devices that were complete and failed since the pool was opened, a bit for each.
+    lost: AtomicU64,
     /// The name, the epoch and the table that every label should have.
     roll: Mutex<Identity>,
     /// The newest published group.
@@ -262,23 +264,21 @@ impl Pool {
         let Roll { newest, ring, only_behind } = standing::call_roll(&probed.members)?;
         let members = standing::fill_gaps(probed.members, &newest)?;
         if only_behind && !(options.read_only && options.degraded) {
-            return Err(standing::missing(&members, true, probed.unusable));
+            return Err(standing::missing(&members, true, &probed.unusable));
         }
         let superblock = choose(&ring, options.max_txg)?;
         check_superblock(superblock, newest.table.len().max(1), options.read_only)?;
         let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
         *pool.roll.lock() = *newest;
         if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
-            return Err(standing::missing(&pool.members, false, probed.unusable));
+            return Err(standing::missing(&pool.members, false, &probed.unusable));
         }
-        if let Err(error) = pool.check_reach() {
-            return Err(with_unusable(error, probed.unusable));
-        }
+        pool.check_reach_without(&probed.unusable)?;
         for (name, error) in probed.unusable {
             pool.platform.report.incident(&Incident::DeviceUnusable { name, error });
         }
         *pool.damaged.lock() = probed.damaged;
-        Ok((pool, Box::new(superblock.clone())))
+        Ok((*pool, boxed(superblock)))
     }
 
     /// The pool that `superblock` describes, with its system chunks.
@@ -290,7 +290,7 @@ impl Pool {
         ring: &Ring,
         superblock: &Superblock,
         read_only: bool,
-    ) -> Result<Pool> {
+    ) -> Result<Box<Pool>> {
         // Addresses of chunks are never used twice, not even by a pool that went back in time.
         let next_chunk = ring.valid.iter().map(|valid| valid.next_chunk).max().unwrap_or_default();
         let settings = Settings {
@@ -303,6 +303,7 @@ impl Pool {
             opened_txg: superblock.txg,
         };
         let pool = Pool::assemble(platform, members, settings, read_only, next_chunk);
+        let pool = Box::new(pool);
         pool.add_chunks(superblock.system_chunks.iter().cloned())?;
         Ok(pool)
     }
@@ -330,6 +331,7 @@ impl Pool {
             heal: Mutex::ranked(Rank::Heal, ()),
             changing: Mutex::ranked(Rank::Standing, Changes::default()),
             is_owing: AtomicBool::new(false),
+            lost: AtomicU64::new(0),
             roll,
             published_txg,
             reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
@@ -492,11 +494,12 @@ impl Pool {
     }
 
     /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or
-    /// when there is no room for that the largest power of two for which there is.
+    /// when there is no room for that the largest power of two for which there is. `owed` device
+    /// bytes are promised besides: see [`Pool::promised_bytes`].
     ///
     /// # Errors
     /// [`Error::NoSpace`], [`Error::ReadOnly`].
-    pub fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
+    pub fn create_chunk(&self, kind: ChunkKind, txg: Txg, owed: u64) -> Result<Chunk> {
         self.check_writable()?;
         let length = match kind {
             ChunkKind::System => CHUNK_BYTES_MIN,
@@ -507,8 +510,8 @@ impl Pool {
             &self.chunk_map(),
             kind,
             (self.profile(kind), length),
-            (&self.complete(), &self.demand()),
-            txg,
+            ((&self.complete(), &self.counted()), &self.demand()),
+            (owed, txg),
         )?;
         self.set_map(map);
         Ok(chunk)
@@ -573,6 +576,13 @@ impl Pool {
     /// deducted.
     pub fn unallocated_bytes(&self) -> u64 {
         layout::supply(&self.ledger.lock().rooms, &self.complete(), &self.demand())
+    }
+
+    /// Device bytes on which promises may have been made: those of [`Pool::unallocated_bytes`], and
+    /// what devices had that were lost since the pool was opened, as far as copies on the others
+    /// make up for them.
+    pub fn promised_bytes(&self) -> u64 {
+        layout::supply(&self.ledger.lock().rooms, &self.counted(), &self.demand())
     }
 
     /// Logical address of the next new chunk.
@@ -784,20 +794,18 @@ impl Probed {
     }
 }
 
-/// Adds to an error what is wrong with devices that were given.
-fn with_unusable(mut error: Error, more: Vec<(String, Error)>) -> Error {
-    if let Error::MissingDevices { unusable, .. } = &mut error {
-        unusable.extend(more);
-    }
-    error
-}
-
 fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
     for (area, error) in probe.damaged.iter().enumerate() {
         if let Some(error) = error.clone() {
             damaged.push(DamagedLabel { device: probe.identity.index, area, error });
         }
     }
+}
+
+// Not inlined: a superblock is large, and copied by way of the stack.
+#[inline(never)]
+fn boxed(superblock: &Superblock) -> Box<Superblock> {
+    Box::new(superblock.clone())
 }
 
 /// Compares the superblock with the number of devices and with what this version can do.

@@ -169,10 +169,7 @@ impl Pool {
     /// [`Error::Memory`].
     pub fn read_block(&self, ptr: &BlockPtr) -> Result<Buf> {
         let place = self.locate(Run { addr: ptr.addr, bytes: ptr.allocated() })?;
-        let mut transfer = Transfer::new(self);
-        let plan = transfer.add_first(&place, true)?;
-        transfer.run();
-        let got = transfer.take(plan);
+        let got = self.read_first(&place, true)?;
         self.open_block(ptr, (place, got))
     }
 
@@ -242,11 +239,7 @@ impl Pool {
             DataSource::Packed { blob } => {
                 let stored = blob.stored as usize;
                 let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
-                let mut transfer = Transfer::new(self);
-                let plan = transfer.add_first(&place, true)?;
-                transfer.run();
-                let mosaic = Mosaic::new(self, &place, &seal, transfer.take(plan))?;
-                mosaic.find()?
+                Mosaic::new(self, &place, &seal, self.read_first(&place, true)?)?.find()?
             }
         };
         let Some(content) = content else { return Ok(false) };
@@ -261,7 +254,7 @@ impl Pool {
     fn find_sectors(&self, place: &Place, kind: ChecksumKind, sums: &[u8]) -> Result<Option<Buf>> {
         let codecs = &*self.platform().codecs;
         let mut buf = Buf::zeroed(place.bytes as usize)?;
-        let mut missing: BTreeSet<usize> = (0..place.bytes as usize / SECTOR).collect();
+        let mut is_missing = alloc::vec![true; place.bytes as usize / SECTOR];
         let mut unreadable = None;
         for copy in 0..place.copies() {
             let mut first = 0;
@@ -269,7 +262,7 @@ impl Pool {
                 let sectors = first..first + piece.bytes as usize / SECTOR;
                 first = sectors.end;
                 let is_there = self.member(piece.segment(copy).device).is_there();
-                if !is_there || missing.range(sectors.clone()).next().is_none() {
+                if !is_there || !is_missing[sectors.clone()].contains(&true) {
                     continue;
                 }
                 let bytes = match self.read_copy(&piece, copy) {
@@ -282,14 +275,15 @@ impl Pool {
                 };
                 for (sector, index) in bytes.chunks_exact(SECTOR).zip(sectors) {
                     if codec::matches(codecs, kind, sector, codec::sector_sum(kind, sums, index))
-                        && missing.remove(&index)
+                        && is_missing[index]
                     {
+                        is_missing[index] = false;
                         buf[index * SECTOR..(index + 1) * SECTOR].copy_from_slice(sector);
                     }
                 }
             }
         }
-        match (missing.is_empty(), unreadable) {
+        match (!is_missing.contains(&true), unreadable) {
             (true, _) => Ok(Some(buf)),
             (false, Some(error)) => Err(error),
             (false, None) => Ok(None),
@@ -503,6 +497,9 @@ impl Pool {
 
     /// Writes `content` over a bad copy of a piece, unless someone else has healed it since it was
     /// read.
+    ///
+    /// # Errors
+    /// When it could not be written. Whoever only reads has what was asked for all the same.
     pub(super) fn heal(
         &self,
         piece: &Place,
@@ -510,20 +507,24 @@ impl Pool {
         content: &[u8],
         sum: &[u8],
         good: &dyn Fn(&[u8]) -> bool,
-    ) {
+    ) -> Result<()> {
         let segment = piece.segment(copy);
         let standing = self.member(segment.device).standing();
         if !self.member(segment.device).is_there() {
-            return;
+            return Ok(());
         }
         let _one_at_a_time = self.heal.lock();
         if self.read_copy(piece, copy).is_ok_and(|buf| good(&buf)) {
-            return;
+            return Ok(());
         }
-        let rewritten = !self.read_only() && self.rewrite(piece, copy, content).is_ok();
+        let outcome = match self.read_only() {
+            true => Ok(()),
+            false => self.rewrite(piece, copy, content),
+        };
+        let rewritten = !self.read_only() && outcome.is_ok();
         if standing == Standing::Behind {
             // That it lacks something is known.
-            return;
+            return outcome;
         }
         let number = u16::try_from(copy).unwrap_or(u16::MAX);
         // What was repaired and breaks again is news; what cannot be repaired is not.
@@ -535,6 +536,104 @@ impl Pool {
                 rewritten,
             });
         }
+        outcome
+    }
+
+    /// Reads all copies of a block and writes over those that are bad.
+    ///
+    /// # Errors
+    /// As [`Pool::read_block`] when no copy is good; those of leaving a device that was behind, and
+    /// refuses what it lacks.
+    pub fn mend_block(&self, ptr: &BlockPtr) -> Result<()> {
+        let place = self.locate(Run { addr: ptr.addr, bytes: ptr.allocated() })?;
+        let seal =
+            Seal { kind: ChecksumKind::Blake3, sum: &ptr.checksum, stored: ptr.stored as usize };
+        self.mend_sealed(&place, &seal)
+    }
+
+    /// Reads all copies of data and writes over those that are bad. Where nothing vouches for it,
+    /// what a complete device has is copied to those that are behind.
+    ///
+    /// # Errors
+    /// As for [`Pool::mend_block`].
+    pub fn mend_data(&self, source: &DataSource) -> Result<()> {
+        let place = self.locate(source.run())?;
+        match source {
+            DataSource::Packed { blob } => {
+                let stored = blob.stored as usize;
+                let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
+                self.mend_sealed(&place, &seal)
+            }
+            DataSource::Plain { checksum_kind, checksums, .. } => {
+                let got = self.read_first(&place, source.is_verified())?;
+                let content = self.read_sectors(&place, *checksum_kind, checksums, got)?;
+                let is_vouched = source.is_verified();
+                self.mend(&place, &content, place.bytes as usize, is_vouched, checksums)
+            }
+        }
+    }
+
+    fn mend_sealed(&self, place: &Place, seal: &Seal<'_>) -> Result<()> {
+        let is_vouched = seal.kind != ChecksumKind::None;
+        let got = self.read_first(place, is_vouched)?;
+        let content = self.read_whole(place, seal, got)?;
+        self.mend(place, &content, seal.stored, is_vouched, seal.sum)
+    }
+
+    /// The copies of a run that are tried first.
+    fn read_first(&self, place: &Place, is_verified: bool) -> Result<Vec<Got>> {
+        let mut transfer = Transfer::new(self);
+        let plan = transfer.add_first(place, is_verified)?;
+        transfer.run();
+        Ok(transfer.take(plan))
+    }
+
+    /// Compares the first `covered` bytes of all copies of a run with what they should be.
+    fn mend(
+        &self,
+        place: &Place,
+        content: &[u8],
+        covered: usize,
+        is_vouched: bool,
+        sum: &[u8],
+    ) -> Result<()> {
+        let mut transfer = Transfer::new(self);
+        let mut plan = Vec::new();
+        let mut start = 0;
+        for piece in place.pieces() {
+            let range = start..start + piece.bytes as usize;
+            start = range.end;
+            for copy in 0..piece.copies() {
+                let member = self.member(piece.segment(copy).device);
+                // Of two copies that nothing vouches for nobody knows which is right.
+                if member.is_there() && (is_vouched || !member.is_complete()) {
+                    plan.push((range.clone(), transfer.add(piece.clone(), copy)?));
+                }
+            }
+        }
+        transfer.run();
+        let mut failed = Vec::new();
+        for (range, planned) in plan {
+            let got = transfer.take_one(planned);
+            let covered = covered.saturating_sub(range.start).min(range.len());
+            let content = &content[range];
+            let good = |bytes: &[u8]| bytes.get(..covered) == Some(&content[..covered]);
+            match &got.result {
+                Ok(bytes) if good(bytes) => continue,
+                Ok(_) => self.count_checksum_error(&got.piece, got.copy),
+                Err(Error::Memory) => return Err(Error::Memory),
+                Err(_) => {}
+            }
+            let device = got.piece.segment(got.copy).device;
+            let is_behind = self.member(device).standing() == Standing::Behind;
+            match self.heal(&got.piece, got.copy, content, sum, &good) {
+                // What is written counts on what it was to get here.
+                Err(error) if is_behind => failed.push((device, error)),
+                // Elsewhere a bad copy stays one, which was told.
+                _ => {}
+            }
+        }
+        self.leave_behind(failed)
     }
 
     /// Makes every copy of a run hold `content`, which one of them is known to hold. Writes over
@@ -835,7 +934,8 @@ impl<'a> Mosaic<'a> {
                     Ok(_) => self.pool.count_checksum_error(&got.piece, got.copy),
                     Err(_) => {}
                 }
-                self.pool.heal(&got.piece, got.copy, content, &self.seal.sum[..], &good);
+                // What could not be written is told, and read from another copy again.
+                let _ = self.pool.heal(&got.piece, got.copy, content, &self.seal.sum[..], &good);
             }
             start += content.len();
         }
@@ -966,7 +1066,8 @@ impl Rescue<'_> {
                     bytes.chunks(SECTOR).zip(first..).all(|(sector, i)| self.is_good(sector, i))
                 };
                 let sum = codec::sector_sum(self.kind, self.sums, first);
-                self.pool.heal(&piece, copy, content, sum, &good);
+                // What could not be written is told, and read from another copy again.
+                let _ = self.pool.heal(&piece, copy, content, sum, &good);
                 first += count;
             }
         }

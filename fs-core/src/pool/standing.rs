@@ -19,6 +19,7 @@
 //! complete --fails--> leaving --labels of all others tell--> absent
 //! missing when the pool begins to write --labels tell-------> absent
 //! behind in the labels when the pool is opened: behind ------fails--> absent
+//!                                               behind --brought up to date--> complete
 //! ```
 //!
 //! What failed and is not in the labels yet is *owed*. As long as anything is owed, no write, no
@@ -43,7 +44,7 @@
 //!   kept it from. Without that, a device that lacks it would be opened at the group before when it
 //!   is alone, whose blocks have been used for something else by then.
 
-use super::{DamagedLabel, Pool};
+use super::{DamagedLabel, Pool, Settings};
 use crate::device::{Identity, Member, Ring, Standing, TableEntry};
 use crate::error::{Error, Incident};
 use crate::format::superblock::Superblock;
@@ -51,6 +52,7 @@ use crate::platform::Result;
 use crate::sync::MutexGuard;
 use crate::units::Txg;
 use alloc::boxed::Box;
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -160,6 +162,10 @@ fn newest_label(members: &[Member], rings: &[Ring]) -> Box<Identity> {
 /// superblock had reached only some. Devices that it left behind earlier are no sign: the others
 /// did so as well, and may have been brought up to date since.
 fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ring: &Ring) -> bool {
+    if identity.table.len() != newest.table.len() {
+        // From before there was a table: it names nobody that it left.
+        return false;
+    }
     let both = identity.table.iter().zip(&newest.table);
     let complete = both.filter(|(_, entry)| entry.behind.is_none());
     let parted_from = |left: Txg| left.0.saturating_add(1) >= since.0;
@@ -196,7 +202,8 @@ pub(super) fn fill_gaps(members: Vec<Member>, newest: &Identity) -> Result<Vec<M
 }
 
 /// The error for devices that are missing, some perhaps because they are `unusable`.
-pub(super) fn missing(members: &[Member], needed: bool, unusable: Vec<(String, Error)>) -> Error {
+pub(super) fn missing(members: &[Member], needed: bool, unusable: &[(String, Error)]) -> Error {
+    let unusable = unusable.iter().map(|(name, error)| format!("{name}: {error}")).collect();
     let having =
         |standing: Standing| members.iter().filter(move |member| member.standing() == standing);
     let devices: Vec<(u16, [u8; 16])> = having(Standing::Absent)
@@ -218,10 +225,76 @@ impl Pool {
         self.members().iter().map(Member::is_complete).collect()
     }
 
+    /// For each device, whether what is promised may count on its room: complete ones, and those
+    /// lost since the pool was opened if every chunk has more copies than there are of them.
+    pub(super) fn counted(&self) -> Vec<bool> {
+        let lost = self.lost.load(Ordering::Acquire);
+        let Settings { data_profile, metadata_profile, .. } = self.settings;
+        let copies = data_profile.devices_min().min(metadata_profile.devices_min());
+        let is_made_up_for = u64::from(lost.count_ones()) < copies;
+        let is_lost = |member: &Member| is_made_up_for && lost >> member.index() & 1 == 1;
+        self.members().iter().map(|member| member.is_complete() || is_lost(member)).collect()
+    }
+
     /// Devices that are missing or have failed.
     pub fn absent(&self) -> Vec<u16> {
         let is_absent = |member: &&Member| member.standing() == Standing::Absent;
         self.members().iter().filter(is_absent).map(Member::index).collect()
+    }
+
+    /// Devices that are there and lack something.
+    pub fn behind(&self) -> Vec<u16> {
+        let is_behind = |member: &&Member| member.standing() == Standing::Behind;
+        self.members().iter().filter(is_behind).map(Member::index).collect()
+    }
+
+    /// Calls devices complete that were behind and have everything now: what was there when they
+    /// came back has been compared, and what was written since was written to them.
+    ///
+    /// # Errors
+    /// Errors of devices that cannot be done without; [`Error::Memory`]. One of `devices` that
+    /// failed meanwhile is passed over: each comes with the write errors it had in the beginning.
+    pub fn mark_complete(&self, devices: &[(u16, u64)]) -> Result<()> {
+        self.check_writable()?;
+        let mut gone = Gone::new();
+        let mut done = Vec::new();
+        let outcome = {
+            let mut changes = self.changing.lock();
+            let is_behind = |index: &u16| {
+                let member = self.member(*index);
+                // Who saw it fail may still wait to say so.
+                let before = devices.iter().find(|(device, _)| device == index);
+                let is_well = before.is_some_and(|(_, errors)| member.errors().write == *errors);
+                is_well && member.standing() == Standing::Behind
+            };
+            let back: Vec<u16> = devices.iter().map(|(device, _)| *device).collect();
+            let back: Vec<u16> = back.into_iter().filter(is_behind).collect();
+            let flushed = self.flush_some(&back);
+            self.note_failed(&mut changes, flushed)
+                .and_then(|()| self.settle(&mut changes, &mut gone))
+                .and_then(|()| {
+                    let back: Vec<u16> = back.into_iter().filter(is_behind).collect();
+                    self.clear_behind(&back);
+                    self.settle(&mut changes, &mut gone)?;
+                    for index in back.into_iter().filter(is_behind) {
+                        self.member(index).set_standing(Standing::Complete);
+                        done.push(index);
+                    }
+                    Ok(())
+                })
+        };
+        self.tell_gone(gone);
+        for index in done {
+            let name = self.member(index).name().to_string();
+            self.platform().report.incident(&Incident::DeviceComplete { device: index, name });
+        }
+        outcome
+    }
+
+    fn clear_behind(&self, devices: &[u16]) {
+        let mut roll = self.roll.lock();
+        devices.iter().for_each(|index| roll.table[usize::from(*index)].behind = None);
+        roll.epoch += u64::from(!devices.is_empty());
     }
 
     /// Whether each column of each chunk has a copy on a device for which `good` holds.
@@ -238,6 +311,11 @@ impl Pool {
     /// # Errors
     /// [`Error::MissingDevices`] when not.
     pub fn check_reach(&self) -> Result<()> {
+        self.check_reach_without(&[])
+    }
+
+    /// As [`Pool::check_reach`]; the error names devices that are `unusable`.
+    pub(super) fn check_reach_without(&self, unusable: &[(String, Error)]) -> Result<()> {
         let good = |device: u16| {
             // What is read is verified; but what is not there cannot be written.
             let member = self.member(device);
@@ -246,7 +324,7 @@ impl Pool {
         if self.has_all(&good) {
             return Ok(());
         }
-        Err(missing(self.members(), true, Vec::new()))
+        Err(missing(self.members(), true, unusable))
     }
 
     /// Makes sure, when all trees can be read and before anything is written or replayed, that the
@@ -312,11 +390,16 @@ impl Pool {
             let settled = self.settle(&mut changes, &mut gone);
             settled.and(other)
         };
+        self.tell_gone(gone);
+        outcome
+    }
+
+    /// Not under a lock: who is told may ask for anything.
+    fn tell_gone(&self, gone: Gone) {
         for (index, error) in gone {
             let name = self.member(index).name().to_string();
             self.platform().report.incident(&Incident::DeviceFailed { device: index, name, error });
         }
-        outcome
     }
 
     /// Puts devices that failed on the list of what is owed.
@@ -374,9 +457,10 @@ impl Pool {
         if members().all(|member| member.standing() == Standing::Behind) {
             return Ok(());
         }
-        members()
-            .filter(|member| member.is_complete())
-            .for_each(|member| member.set_standing(Standing::Leaving));
+        members().filter(|member| member.is_complete()).for_each(|member| {
+            self.lost.fetch_or(1 << member.index(), Ordering::AcqRel);
+            member.set_standing(Standing::Leaving);
+        });
         let is_anyone = self.members().iter().any(Member::is_complete);
         match is_anyone && self.has_all(&|index| self.member(index).is_complete()) {
             true => Ok(()),

@@ -91,7 +91,7 @@ impl Fixture {
     }
 
     fn chunk(&self, kind: ChunkKind) -> Chunk {
-        self.pool.create_chunk(kind, Txg(1)).unwrap()
+        self.pool.create_chunk(kind, Txg(1), 0).unwrap()
     }
 
     /// Writes `content` as a block at the start of a new metadata chunk.
@@ -245,7 +245,7 @@ fn a_device_that_refuses_writes_opens_read_only_and_no_other_way() {
     fixture.ram.faults(|faults| faults.read_only = true);
     assert_eq!(fixture.open(PoolOptions::default()).err(), Some(Error::ReadOnly));
     let (pool, _) = fixture.open(read_only()).unwrap();
-    assert_eq!(pool.create_chunk(ChunkKind::Data, Txg(2)).err(), Some(Error::ReadOnly));
+    assert_eq!(pool.create_chunk(ChunkKind::Data, Txg(2), 0).err(), Some(Error::ReadOnly));
     assert_eq!(pool.write(vec![]).err(), Some(Error::ReadOnly));
     assert_eq!(pool.set_name([0; 64]).err(), Some(Error::ReadOnly));
 }
@@ -417,12 +417,12 @@ fn a_chunk_shrinks_to_what_is_left() {
     let options = FormatOptions { chunk_bytes: Some(8 * MIB), ..Default::default() };
     let fixture = Fixture::with(17 * MIB, options);
     let lengths: Vec<u64> = core::iter::from_fn(|| {
-        fixture.pool.create_chunk(ChunkKind::Data, Txg(1)).ok().map(|chunk| chunk.length / MIB)
+        fixture.pool.create_chunk(ChunkKind::Data, Txg(1), 0).ok().map(|chunk| chunk.length / MIB)
     })
     .collect();
     assert_eq!(lengths, [8, 4, 2, 1]);
     assert_eq!(fixture.pool.unallocated_bytes(), 0);
-    let error = fixture.pool.create_chunk(ChunkKind::Data, Txg(1)).err();
+    let error = fixture.pool.create_chunk(ChunkKind::Data, Txg(1), 0).err();
     assert_eq!(error, Some(Error::NoSpace));
 }
 
@@ -432,7 +432,7 @@ fn the_superblock_never_gets_more_system_chunks_than_it_can_embed() {
     for _ in 0..16 {
         fixture.chunk(ChunkKind::System);
     }
-    let error = fixture.pool.create_chunk(ChunkKind::System, Txg(1)).err();
+    let error = fixture.pool.create_chunk(ChunkKind::System, Txg(1), 0).err();
     assert_eq!(error, Some(Error::NoSpace));
     let _ = fixture.superblock(1).encode();
 }
@@ -521,7 +521,7 @@ proptest! {
         let mut txg = 1;
         for step in steps.into_iter().chain([Step::Commit]) {
             match step {
-                Step::Create(kind) => match fixture.pool.create_chunk(kind, Txg(txg)) {
+                Step::Create(kind) => match fixture.pool.create_chunk(kind, Txg(txg), 0) {
                     Ok(chunk) => live.push(chunk.logical),
                     Err(error) => prop_assert_eq!(error, Error::NoSpace),
                 },
@@ -899,7 +899,7 @@ fn two_readers_of_one_bad_block_repair_it_once() {
     let good = |bytes: &[u8]| bytes == &content[..];
     // Both have read the bad copy; then both come to heal it.
     for _ in 0..2 {
-        fixture.pool.heal(&place, 0, &content, &[], &good);
+        fixture.pool.heal(&place, 0, &content, &[], &good).unwrap();
     }
     assert_eq!(fixture.env.incidents.take().len(), 1);
 }
@@ -910,8 +910,8 @@ fn what_no_chunk_has_is_discarded_once_and_no_chunk_is_made_of_it_meanwhile() {
     let env = TestPlatform::new(1);
     let devices = vec![a.device(), b.device()];
     let pool = Pool::create(devices, env.platform.clone(), &FormatOptions::default()).unwrap();
-    pool.create_chunk(ChunkKind::Metadata, Txg(1)).unwrap();
-    let chunk = pool.create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+    pool.create_chunk(ChunkKind::Metadata, Txg(1), 0).unwrap();
+    let chunk = pool.create_chunk(ChunkKind::Data, Txg(1), 0).unwrap();
     let allocated: u64 =
         pool.chunks().iter().map(|chunk| chunk.length * chunk.stripes.len() as u64).sum();
     let usable = pool.unallocated_bytes();
@@ -1167,7 +1167,7 @@ fn a_lack_of_memory_says_nothing_about_a_device_and_is_made_up_for() {
 fn a_device_that_fails_beside_a_lack_of_memory_is_left_behind_too() {
     let (rams, fixture, chunk) = published_mirror(3);
     let [first, second] = [0, 1].map(|copy| usize::from(chunk.stripes[copy].device));
-    rams[first].faults(|faults| faults.no_memory_for = vec![MIB..15 * MIB]);
+    rams[first].faults(|faults| faults.no_memory_for.push(MIB..15 * MIB));
     rams[second].faults(|faults| faults.gone = true);
     assert_eq!(try_write(&fixture, &chunk), Err(Error::Memory));
     rams[first].faults(|faults| *faults = Default::default());
@@ -1187,13 +1187,13 @@ fn no_chunk_is_made_on_a_device_while_it_is_left_behind() {
         ..Default::default()
     };
     let pool = Arc::new(Pool::create(devices, env.platform.clone(), &options).unwrap());
-    let first = pool.create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+    let first = pool.create_chunk(ChunkKind::Data, Txg(1), 0).unwrap();
     assert_eq!(first.stripes[0].device, 0, "the emptiest device comes first");
     let made = Arc::new(Mutex::new(Vec::new()));
     let (weak, list) = (Arc::downgrade(&pool), made.clone());
     let hook: Hook = Arc::new(move |at| {
         if at.0 == LABELS[0].start {
-            let chunk = weak.upgrade().unwrap().create_chunk(ChunkKind::Data, Txg(1)).unwrap();
+            let chunk = weak.upgrade().unwrap().create_chunk(ChunkKind::Data, Txg(1), 0).unwrap();
             list.lock().push(chunk);
         }
     });

@@ -112,8 +112,13 @@ impl Pool {
 
     /// Flushes all devices; returns which failed.
     pub(super) fn flush_all(&self) -> Vec<(u16, Error)> {
-        let there = self.members().iter().enumerate().filter(|(_, member)| member.is_there());
-        let asked = there.map(|(index, _)| (index, ())).collect();
+        let there = self.members().iter().filter(|member| member.is_there());
+        self.flush_some(&there.map(Member::index).collect::<Vec<u16>>())
+    }
+
+    /// Flushes devices; returns which failed.
+    pub(super) fn flush_some(&self, devices: &[u16]) -> Vec<(u16, Error)> {
+        let asked = devices.iter().map(|index| (usize::from(*index), ())).collect();
         // Every device is asked, even after one has failed.
         self.ask_devices(asked, &|index, ()| self.member(index).flush())
     }

@@ -145,13 +145,19 @@ pub trait ChunkSource: Send + Sync {
     ///
     /// # Errors
     /// [`Error::NoSpace`] when the devices have no room for it.
-    fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk>;
+    /// `owed` device bytes are promised besides.
+    fn create_chunk(&self, kind: ChunkKind, txg: Txg, owed: u64) -> Result<Chunk>;
     /// Gives a chunk up; group `txg` deletes its item. Nothing in it is in use by any group that a
     /// crash may fall back to.
     fn drop_chunk(&self, logical: Logical, txg: Txg);
     /// Device bytes that no chunk holds and that chunks of `chunk_bytes` can be made of: of each
     /// hole as many whole ones as fit.
     fn unallocated_bytes(&self) -> u64;
+    /// The same with what was lost since promises were made on it, and is made up for: only for
+    /// what has been promised.
+    fn promised_bytes(&self) -> u64 {
+        self.unallocated_bytes()
+    }
     /// Bytes of a new chunk.
     fn chunk_bytes(&self) -> u64;
     /// Device bytes a logical byte of a new chunk takes.

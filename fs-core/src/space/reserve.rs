@@ -121,6 +121,13 @@ impl Room {
         data.checked_add(metadata).is_some_and(|sum| sum <= self.unallocated)
     }
 
+    /// Device bytes of the chunks that promises still need.
+    pub fn owed(&self, promised: &Promised) -> u64 {
+        let data = self.shortage(self.data, promised.data).unwrap_or(u64::MAX);
+        let metadata = self.shortage(self.metadata, promised.metadata()).unwrap_or(u64::MAX);
+        data.saturating_add(metadata)
+    }
+
     /// The most data on top of what is promised for which formula (1) holds. Nothing when the
     /// metadata alone does not fit: an operation that needs none does not exist.
     pub fn data_left(&self, promised: &Promised, reserve: Reserve) -> u64 {

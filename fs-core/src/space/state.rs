@@ -436,6 +436,9 @@ impl State {
                 // can do without.
                 let is_promised = needed && request.min == 1;
                 let reserve = if is_promised { Reserve::default() } else { reserve };
+                if is_promised {
+                    room.unallocated = source.promised_bytes().saturating_sub(price);
+                }
                 room.fits(&self.promised, reserve)
             }
             ChunkKind::Metadata => {
@@ -450,7 +453,8 @@ impl State {
         }
         // In the name of the oldest group that can still have chunks: then that group and all
         // younger ones may use it, and one group's promise cannot be spent by another's chunk.
-        match source.create_chunk(request.kind, self.sealed.next()) {
+        let owed = room.owed(&self.promised);
+        match source.create_chunk(request.kind, self.sealed.next(), owed) {
             Ok(chunk) if chunk.kind == request.kind => {
                 self.add_chunk(&chunk, None)?;
                 Ok(true)

@@ -9,8 +9,12 @@ use crate::units::{Logical, Txg};
 use core::ops::Range;
 
 impl ChunkSource for Pool {
-    fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
-        Pool::create_chunk(self, kind, txg)
+    fn create_chunk(&self, kind: ChunkKind, txg: Txg, owed: u64) -> Result<Chunk> {
+        Pool::create_chunk(self, kind, txg, owed)
+    }
+
+    fn promised_bytes(&self) -> u64 {
+        Pool::promised_bytes(self)
     }
 
     fn drop_chunk(&self, logical: Logical, txg: Txg) {

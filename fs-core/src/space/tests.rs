@@ -73,7 +73,7 @@ impl FakePool {
 }
 
 impl ChunkSource for FakePool {
-    fn create_chunk(&self, kind: ChunkKind, txg: Txg) -> Result<Chunk> {
+    fn create_chunk(&self, kind: ChunkKind, txg: Txg, _owed: u64) -> Result<Chunk> {
         let length = (self.unallocated_bytes() / self.copies(kind)).min(self.chunk_bytes);
         if length < MIB {
             return Err(Error::NoSpace);
