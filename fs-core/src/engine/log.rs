@@ -422,7 +422,7 @@ impl Engine {
             }
             data::tasks(subvol, inode, &state, state.txg, false)
         };
-        Ok(data::write_tasks(&self.store, &tasks)?)
+        Ok(data::write_tasks(&self.store, tasks)?)
     }
 }
 

@@ -38,7 +38,7 @@ pub struct OpenOptions {
     pub ignore_log: bool,
     /// Open the pool as of this group. Only with `read_only`.
     pub max_txg: Option<Txg>,
-    /// Bytes of tree nodes to keep in memory.
+    /// Bytes of tree nodes and inodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,

@@ -87,6 +87,31 @@ fn a_synced_file_survives_without_a_commit() {
 }
 
 #[test]
+fn what_is_published_is_not_counted_as_dirty_any_more() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let dirty = || fs.engine().store.dirty.bytes();
+    for round in 0..3 {
+        let name = [b'a' + round];
+        let file = create(&fs, fs.root(), &name);
+        for at in [0, 100_000, 1 << 20, 50_000] {
+            fs.write(file, at, &pattern(200_000, round), WriteFlags::default()).unwrap();
+        }
+        let cut = SetAttr { size: Some(70_000), ..SetAttr::default() };
+        fs.setattr(file, &cut, &ROOT).unwrap();
+        fs.fsync(file, false).unwrap();
+        fs.write(file, 4096, &pattern(9 << 20, round), WriteFlags::default()).unwrap();
+        assert!(dirty() > 1000, "{} bytes dirty after changes", dirty());
+        if round == 1 {
+            fs.unlink(fs.root(), b"a").unwrap();
+        }
+        // What is removed is reclaimed by the group after.
+        (0..3).for_each(|_| fs.sync().unwrap());
+        assert_eq!(dirty(), 0, "after round {round}");
+    }
+}
+
+#[test]
 fn a_removed_file_gives_its_space_back() {
     let (device, test) = new_pool(64 << 20);
     let fs = mount(&device, &test);

@@ -47,7 +47,7 @@ use crate::error::{Errno, Error};
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
 use crate::format::pool::SubvolItem;
-use crate::subvol::inode::{Inode, State};
+use crate::subvol::inode::{Inode, State, INODE_BYTES};
 use crate::subvol::overlay::Overlay;
 pub use crate::subvol::store::View;
 use crate::subvol::store::{Result, Store};
@@ -88,8 +88,8 @@ impl Subvol {
         let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id.0))?;
         Ok(Subvol {
             id,
+            table: Table::new(store.inode_bytes),
             store,
-            table: Table::default(),
             overlays: core::array::from_fn(|_| Overlay::default()),
             overlay_bytes: [const { AtomicU64::new(0) }; SLOTS],
             dirty: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
@@ -147,6 +147,7 @@ impl Subvol {
 
     /// Puts an inode on the list of those group `txg` changed.
     pub fn list_dirty(&self, txg: Txg, inode: Arc<Inode>) {
+        self.store.dirty.adjust(0, INODE_BYTES);
         self.dirty[slot(txg)].lock().push(inode);
     }
 

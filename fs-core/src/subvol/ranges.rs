@@ -49,7 +49,7 @@ impl Piece {
     fn part(&self, from: u64, len: u64) -> Piece {
         let content = match &self.content {
             Content::Bytes { data, id } => {
-                Content::Bytes { data: data.part(from as usize, len as usize), id: *id }
+                Content::Bytes { data: data.compact_part(from as usize, len as usize), id: *id }
             }
             Content::Written(extent) => Content::Written(extent.part(from, len)),
             Content::Shared(extent) => Content::Shared(extent.part(from, len)),
@@ -70,6 +70,10 @@ pub struct RangeMap {
     left_early: u64,
 }
 
+/// What a piece costs in memory beside its bytes: key and value, a share of the map's node, and of
+/// the checksums of what was written.
+const PIECE_BYTES: u64 = 2 * (8 + core::mem::size_of::<Piece>() as u64);
+
 /// Where an item's or piece's blob begins in the file: items of one blob with one anchor share one
 /// reference.
 pub fn anchor(at: u64, offset: u32) -> u64 {
@@ -85,6 +89,11 @@ impl RangeMap {
     /// Bytes of the file held in memory.
     pub fn data_bytes(&self) -> u64 {
         self.data_bytes
+    }
+
+    /// Memory that the map takes, in bytes: those of the file, and what its pieces cost.
+    pub fn memory(&self) -> u64 {
+        self.data_bytes + self.pieces.len() as u64 * PIECE_BYTES
     }
 
     /// Bytes that came since the last early write. What that one left is scattered, and looking at

@@ -33,6 +33,27 @@ fn a_blob_cut_in_two_by_another_is_given_back_once() {
 }
 
 #[test]
+fn what_is_left_of_a_buffer_does_not_keep_all_of_it() {
+    let mut map = RangeMap::default();
+    let mut garbage = Vec::new();
+    let whole: Vec<u8> = (0..1 << 20).map(|n: u32| (n >> 12) as u8).collect();
+    map.put_bytes(0, Buf::copy_of(&whole).unwrap().into_slice(), &mut garbage);
+    for at in (0..1 << 20).step_by(16 * 4096) {
+        map.put(at + 4096, 15 * 4096, Content::Hole, &mut garbage);
+    }
+    let mut kept = 0;
+    for (at, piece) in map.iter() {
+        if let Content::Bytes { data, .. } = &piece.content {
+            assert_eq!(data[..], whole[at as usize..at as usize + data.len()]);
+            kept += data.held();
+        }
+    }
+    assert_eq!(map.data_bytes(), 16 * 4096);
+    assert!(kept <= 2 * 16 * 4096, "{kept} bytes are kept for {}", map.data_bytes());
+    assert!(map.memory() > map.data_bytes());
+}
+
+#[test]
 fn bytes_that_changed_while_they_were_written_stay() {
     let mut map = RangeMap::default();
     let mut garbage = Vec::new();
