@@ -80,8 +80,8 @@ const WATCH_LOOKS_IDLE: u32 = 50;
 /// Time between two looks for requests that nobody waits for.
 const COLLECT_EVERY: Duration = Duration::from_millis(2);
 
-/// Most memory that a thread needs, in bytes: its buffers, and for a request of the largest size what
-/// is read, and what becomes of that when it is decompressed.
+/// Most memory that a thread needs, in bytes: its buffers, and for a request of the largest size
+/// what is read, and what becomes of that when it is decompressed.
 const THREAD_BYTES: usize = REQUEST_BYTES + 3 * TRANSFER_BYTES_MAX;
 
 /// How long a parked thread keeps its buffers.
@@ -801,8 +801,9 @@ mod tests {
     fn a_released_thread_goes_on_and_the_others_stay_parked() {
         let crew = Crew::default();
         assert!(!crew.release(), "nobody is parked");
+        assert!(crew.park(Some(Duration::from_millis(1))) == Parked::Still);
         std::thread::scope(|scope| {
-            let parked: Vec<_> = (0..2).map(|_| scope.spawn(|| crew.park())).collect();
+            let parked: Vec<_> = (0..2).map(|_| scope.spawn(|| crew.park(None))).collect();
             while crew.state.lock().parked < 2 {
                 std::thread::yield_now();
             }
@@ -812,7 +813,8 @@ mod tests {
             }
             crew.end();
             // One was released while the session went on, the other by its end.
-            let went_on = parked.into_iter().map(|t| t.join().unwrap()).filter(|on| *on).count();
+            let went_on = parked.into_iter().map(|t| t.join().unwrap());
+            let went_on = went_on.filter(|parked| *parked == Parked::Released).count();
             assert!(went_on <= 1);
         });
     }
