@@ -219,8 +219,8 @@ impl Engine {
         }
 
         let log = self.log.begin(store, txg);
-        // What operations reserved has been spent, but for what they overestimated.
-        drop(store.take_reserved(txg));
+        // What operations reserved has been spent, but for what they promised or overestimated.
+        self.take_over_promises(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
         store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;

@@ -94,6 +94,14 @@ pub struct Engine {
     metadata_used: AtomicU64,
 }
 
+/// Adds to what is held.
+fn hold(held: &mut Option<Reservation>, more: Reservation) {
+    match held.as_mut() {
+        Some(all) => all.join(more),
+        None => *held = Some(more),
+    }
+}
+
 /// Nodes that two groups may add to small trees: a path each of every tree.
 const ROOT_NODES: u64 = 32;
 
@@ -249,9 +257,29 @@ impl Engine {
         self.store.keep(txg, reservation);
     }
 
-    /// Keeps as much room reserved as files have been promised by the published group.
+    /// Bytes that files have been promised, by the newest group that was written.
+    fn promised_bytes(&self) -> u64 {
+        self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum()
+    }
+
+    /// Takes over, of what the operations of a group reserved and did not spend, what that group
+    /// promises to files. The rest is given back. Room that was promised is reserved at any moment:
+    /// by the operation, then by its group, then here.
+    fn take_over_promises(&self, reserved: Vec<Reservation>) {
+        let total = self.promised_bytes();
+        let mut promised = self.promised.lock();
+        for mut part in reserved {
+            let held = promised.as_ref().map_or(0, Reservation::data);
+            let data = part.data().min(total.saturating_sub(held));
+            if data > 0 {
+                hold(&mut promised, part.split_data(data, Class::Admin));
+            }
+        }
+    }
+
+    /// Keeps as much room reserved as files have been promised by the published group, and no more.
     fn settle_promises(&self) {
-        let total = self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum();
+        let total = self.promised_bytes();
         let mut promised = self.promised.lock();
         let held = promised.as_ref().map_or(0, Reservation::data);
         if held > total {
@@ -259,10 +287,8 @@ impl Engine {
                 all.shrink(held - total, 0);
             }
         } else if let Ok(more) = self.store.space.reserve(total - held, 0, Class::Admin) {
-            match promised.as_mut() {
-                Some(all) => all.join(more),
-                None => *promised = Some(more),
-            }
+            // When the pool was opened, or when a promise is being spent.
+            hold(&mut promised, more);
         }
     }
 

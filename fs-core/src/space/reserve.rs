@@ -229,6 +229,16 @@ impl Reservation {
         Reservation { space: self.space.clone(), data, metadata, class: self.class }
     }
 
+    /// Makes two promises of one, the second of `data` bytes for another class: data counts alike
+    /// whoever was promised it.
+    ///
+    /// # Panics
+    /// When there is less: the caller's estimate was wrong.
+    pub fn split_data(&mut self, data: u64, class: Class) -> Reservation {
+        self.take_out(data, 0);
+        Reservation { space: self.space.clone(), data, metadata: 0, class }
+    }
+
     /// Makes one promise of two.
     ///
     /// # Panics
