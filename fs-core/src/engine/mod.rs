@@ -225,12 +225,9 @@ impl Engine {
         if self.store.dirty.over_hard() {
             self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
+        let cap = || self.metadata_bound();
         for _ in 0..3 {
-            // With the operation's own bytes: a cap that rises when they have become dirty memory
-            // would make more of promises that were let in under a lower one.
-            let more = metadata.saturating_add(data.saturating_mul(3));
-            self.store.space.set_metadata_cap(self.metadata_bound(more));
-            match self.store.space.reserve(data, metadata, class) {
+            match self.store.space.reserve_within(data, metadata, class, Some(&cap)) {
                 Err(Error::NoSpace) => {}
                 other => return other,
             }
@@ -238,18 +235,18 @@ impl Engine {
                 .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
         }
-        self.store.space.reserve(data, metadata, class)
+        self.store.space.reserve_within(data, metadata, class, Some(&cap))
     }
 
-    /// What all unpublished groups can write of metadata at most, in bytes, if an operation adds
-    /// `more`. There are two such groups. Each writes a node that exists at most once, and new
-    /// nodes for what it adds; an item takes at most three times its bytes in nodes that have just
-    /// been split, and what is added is dirty memory.
-    fn metadata_bound(&self, more: u64) -> u64 {
+    /// What all unpublished groups can write of metadata at most, in bytes, but for what operations
+    /// under way will add. There are two such groups. Each writes a node that exists at most once,
+    /// and new nodes for what it adds; an item takes at most three times its bytes in nodes that
+    /// have just been split, and what is added is dirty memory.
+    fn metadata_bound(&self) -> u64 {
         let existing = self.metadata_used.load(Ordering::Relaxed);
         let added = self.store.dirty.bytes().saturating_mul(3);
         let roots = ROOT_NODES * self.store.node_bytes as u64;
-        existing.saturating_mul(2).saturating_add(added).saturating_add(roots).saturating_add(more)
+        existing.saturating_mul(2).saturating_add(added).saturating_add(roots)
     }
 
     /// Keeps an operation's reservation until the group it entered is published.
@@ -286,8 +283,9 @@ impl Engine {
             if let Some(all) = promised.as_mut() {
                 all.shrink(held - total, 0);
             }
-        } else if let Ok(more) = self.store.space.reserve(total - held, 0, Class::Admin) {
+        } else if let Ok(mut more) = self.store.space.reserve(total - held, 0, Class::Admin) {
             // When the pool was opened, or when a promise is being spent.
+            more.keep();
             hold(&mut promised, more);
         }
     }

@@ -198,8 +198,10 @@ impl Store {
         core::mem::take(&mut *self.debts[slot(txg)].lock())
     }
 
-    /// Keeps an operation's reservation until the group it entered is published.
-    pub fn keep(&self, txg: Txg, reservation: Reservation) {
+    /// Keeps an operation's reservation until the group it entered is published. The operation has
+    /// made its changes, or makes them before it leaves the group.
+    pub fn keep(&self, txg: Txg, mut reservation: Reservation) {
+        reservation.keep();
         let mut kept = self.reserved[slot(txg)].lock();
         match kept.iter_mut().find(|all| all.class() == reservation.class()) {
             Some(all) => all.join(reservation),
