@@ -32,6 +32,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of a segment in a pool of usual size.
 const SEGMENT_BYTES: u64 = 4 << 20;
 /// Dirty bytes of a file up to which they go into the log itself; more are written in place first.

@@ -3,8 +3,9 @@
 use crate::buf::Buf;
 use crate::format::extent::{Blob, Extent};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
+use crate::subvol::intents::Intents;
 use crate::subvol::ranges::{Content, RangeMap};
-use crate::units::Logical;
+use crate::units::{Ino, Logical, TreeId, Txg};
 use std::vec::Vec;
 
 fn packed(addr: u64, logical: u32) -> Extent {
@@ -70,4 +71,15 @@ fn bytes_that_changed_while_they_were_written_stay() {
     assert_eq!(map.data_bytes(), 4096);
     assert_eq!(garbage.len(), 1);
     assert_eq!((garbage[0].addr.0, garbage[0].bytes), ((1 << 20) + 4096, 4096));
+}
+
+#[test]
+fn files_that_names_wait_for_are_forgotten_with_their_group_and_not_before() {
+    let intents = Intents::new(1 << 20);
+    let needed = |first, last| intents.take(Txg(first), Txg(last)).map(|pending| pending.needed);
+    intents.need(Txg(5), TreeId(1), Ino(70));
+    intents.need(Txg(6), TreeId(1), Ino(80));
+    intents.published(Txg(5));
+    assert_eq!(needed(6, 7), Some(std::vec![(TreeId(1), Ino(80))]));
+    assert_eq!(needed(6, 7), Some(Vec::new()));
 }
