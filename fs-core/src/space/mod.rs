@@ -555,10 +555,10 @@ impl Space {
         cap: Option<&dyn Fn() -> u64>,
     ) -> Result<()> {
         let mut state = self.state.lock();
+        let mut sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
         if let Some(cap) = cap {
-            state.promised.metadata_cap = self.arriving.then(cap);
+            sum.metadata_cap = self.arriving.then(cap);
         }
-        let sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
         let room = state.room(&*self.chunks);
         let reserve = match class {
             Class::Normal => state.reserve(&room),
@@ -566,6 +566,9 @@ impl Space {
         };
         let harmless = class == Class::Delete && data == 0 && sum.metadata() <= room.metadata.free;
         if data + metadata > 0 && !harmless && !room.fits(&sum, reserve) {
+            // Not higher: (1) would not hold any more for what others have been promised.
+            let cap = &mut state.promised.metadata_cap;
+            *cap = sum.metadata_cap.min(*cap);
             return Err(Error::NoSpace);
         }
         state.promised = sum;
