@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     #[allow(unsafe_code, reason = "the allocator is set up through a C function")]
     // SAFETY: the function only needs that no other thread runs, and main starts with one.
     unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, 0);
+        libmimalloc_sys::mi_option_set_default(PURGE_DELAY, 0);
     }
     ExitCode::from(fs_fuse::command::run(std::env::args_os().skip(1), &fs_fuse::backend::open))
 }
