@@ -39,6 +39,11 @@ pub(crate) enum Command {
         /// The shell
         shell: Shell,
     },
+    /// Print what udev rules need to know of a device
+    Udev {
+        /// The device
+        device: PathBuf,
+    },
     /// Write the manual pages of all commands
     #[command(hide = true)]
     Man {

@@ -22,6 +22,7 @@ mod property;
 mod sync;
 mod target;
 mod trim;
+mod udev;
 mod view;
 
 pub use arguments::Arguments;
@@ -87,6 +88,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
+        Command::Udev { device } => udev::run(&device),
         Command::Id(of) => id::run(&of),
         Command::Inspect(command) => inspect::run(&command),
         Command::Completions { shell } => documents::print_completions(shell),

@@ -20,6 +20,24 @@ fn cairn() -> Command {
     Command::cargo_bin("cairn").unwrap()
 }
 
+#[test]
+fn udev_is_told_name_and_id() {
+    let image = Image::of_pool();
+    let shown = cairn().arg("info").arg("--json").arg(image.path()).output().unwrap().stdout;
+    let info: Value = serde_json::from_slice(&shown).unwrap();
+    let id = info["id"].as_str().unwrap();
+    cairn()
+        .arg("udev")
+        .arg(image.path())
+        .assert()
+        .success()
+        .stdout(contains("ID_FS_TYPE=cairn\n").and(contains("ID_FS_LABEL_ENC=tank\n")))
+        .stdout(contains(format!("ID_FS_UUID_ENC={id}\n")));
+    let other = image.dir.path().join("other");
+    fs::write(&other, vec![0; 1 << 20]).unwrap();
+    cairn().arg("udev").arg(&other).assert().failure().stderr(contains("not a cairn pool"));
+}
+
 /// A pool named `tank` with a file of plain and of compressed extents; made once.
 fn content() -> &'static [u8] {
     static CONTENT: OnceLock<Vec<u8>> = OnceLock::new();

@@ -92,6 +92,23 @@ impl Slice {
         );
         Slice { buf: self.buf.clone(), start: self.start + start, len }
     }
+
+    /// Bytes of memory that the slice keeps alive.
+    #[cfg(test)]
+    pub fn held(&self) -> usize {
+        self.buf.len()
+    }
+
+    /// As [`Slice::part`], but copied when it would keep more than twice its size alive, so that
+    /// what is cut again and again takes as much memory as it is long. Without memory for a copy
+    /// the part shares.
+    pub fn compact_part(&self, start: usize, len: usize) -> Slice {
+        let part = self.part(start, len);
+        if len.saturating_mul(2) > self.buf.len() {
+            return part;
+        }
+        Buf::copy_of(&part).map_or(part, Buf::into_slice)
+    }
 }
 
 impl Deref for Slice {

@@ -73,10 +73,21 @@ struct RamState {
     requests: Requests,
 }
 
+/// What a test does when a [`RamDevice`] is asked for something.
+type Hook = Box<dyn FnOnce() + Send>;
+
+/// Called before the next write and the next flush, each once.
+#[derive(Default)]
+struct Hooks {
+    write: Option<Hook>,
+    flush: Option<Hook>,
+}
+
 /// A device in memory.
 pub struct RamDevice {
     name: String,
     state: Mutex<RamState>,
+    hooks: Mutex<Hooks>,
 }
 
 fn touches(ranges: &[Range<u64>], at: u64, bytes: u64) -> bool {
@@ -160,7 +171,8 @@ impl RamDevice {
     /// A device with that content.
     pub fn from_image(content: Vec<u8>) -> Arc<RamDevice> {
         let state = RamState { content, faults: Faults::default(), requests: Requests::default() };
-        Arc::new(RamDevice { name: "ram".to_string(), state: Mutex::new(state) })
+        let (name, state) = ("ram".to_string(), Mutex::new(state));
+        Arc::new(RamDevice { name, state, hooks: Mutex::new(Hooks::default()) })
     }
 
     /// The device as the core takes it.
@@ -198,6 +210,17 @@ impl RamDevice {
         change(&mut self.state.lock().faults);
     }
 
+    /// Calls `hook` at the beginning of the next batch of writes, and only of that.
+    pub fn on_next_write(&self, hook: impl FnOnce() + Send + 'static) {
+        self.hooks.lock().write = Some(Box::new(hook));
+    }
+
+    /// Calls `hook` at the beginning of the next flush, and only of that: so a test gets between
+    /// what was written and its being durable.
+    pub fn on_next_flush(&self, hook: impl FnOnce() + Send + 'static) {
+        self.hooks.lock().flush = Some(Box::new(hook));
+    }
+
     /// What has been asked of the device so far.
     pub fn requests(&self) -> Requests {
         self.state.lock().requests
@@ -224,6 +247,8 @@ impl Device for RamDevice {
     }
 
     fn write(&self, batch: &mut [WriteOp]) {
+        let hook = self.hooks.lock().write.take();
+        hook.into_iter().for_each(|hook| hook());
         let mut state = self.state.lock();
         state.requests.write_batches += 1;
         for op in batch {
@@ -232,6 +257,8 @@ impl Device for RamDevice {
     }
 
     fn flush(&self) -> Result<(), DeviceError> {
+        let hook = self.hooks.lock().flush.take();
+        hook.into_iter().for_each(|hook| hook());
         let mut state = self.state.lock();
         state.requests.flushes += 1;
         state.admit()?;

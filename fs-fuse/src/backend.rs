@@ -1,6 +1,7 @@
 //! What the driver needs of a mounted volume beyond its operations, and how one is opened.
 
 use crate::admin;
+use crate::device::Threads;
 use crate::options::{Compression, Options};
 use cairn_host::admin::Handler;
 use cairn_host::{Access, LogReport, LogTarget, OpenOptions, Wait};
@@ -72,13 +73,22 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     Ok(Opened { volume, release_claim: Box::new(release_claim), admin })
 }
 
+/// Memory for changes and requests, in bytes.
+pub fn dirty_bytes(options: &Options) -> u64 {
+    options.dirty_bytes.unwrap_or(engine::OpenOptions::default().dirty_bytes)
+}
+
 fn engine_options(options: &Options) -> engine::OpenOptions {
     let defaults = engine::OpenOptions::default();
+    let dirty = dirty_bytes(options);
+    let requests = Threads::new(options.threads, dirty, options.transport).memory();
     engine::OpenOptions {
         read_only: options.read_only,
         cache_bytes: options
             .cache_bytes
             .map_or(defaults.cache_bytes, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),
+        // Requests on their way to the core are changes too.
+        dirty_bytes: dirty - requests.min(dirty / 2),
         commit_seconds: options.commit_seconds.map_or(defaults.commit_seconds, u64::from),
         compression: options.compression.map(|compression| match compression {
             Compression::None => (CompressionKind::None, 0),

@@ -18,7 +18,7 @@
 //! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do
 //! everything but mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
 
-use crate::backend::Opened;
+use crate::backend::{dirty_bytes, Opened};
 use crate::device::{Session, Threads};
 use crate::mount::{self, Plan};
 use crate::noop::NoOp;
@@ -59,8 +59,8 @@ Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
   -h, --help         show this help
   -V, --version      show the version
 
-Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, threads=N,
-  transport=auto|device|uring";
+Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, dirty=SIZE,
+  threads=N, transport=auto|device|uring";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -299,7 +299,8 @@ fn serve(
         }
     };
     unmount_on_signals(invocation.target.clone(), root);
-    let threads = Threads::new(invocation.options.threads, invocation.options.transport);
+    let options = &invocation.options;
+    let threads = Threads::new(options.threads, dirty_bytes(options), options.transport);
     let session = Session::new(device, server, threads);
     let target = invocation.target.clone();
     let admin_socket = Arc::new(Mutex::new(None));

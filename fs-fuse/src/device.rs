@@ -80,6 +80,13 @@ const WATCH_LOOKS_IDLE: u32 = 50;
 /// Time between two looks for requests that nobody waits for.
 const COLLECT_EVERY: Duration = Duration::from_millis(2);
 
+/// Most memory that a thread needs, in bytes: its buffers, and for a request of the largest size
+/// what is read, and what becomes of that when it is decompressed.
+const THREAD_BYTES: usize = REQUEST_BYTES + 3 * TRANSFER_BYTES_MAX;
+
+/// How long a parked thread keeps its buffers.
+const KEEP_BUFFERS: Duration = Duration::from_millis(500);
+
 /// How the threads of a session are arranged.
 #[derive(Clone, Copy, Debug)]
 pub struct Threads {
@@ -94,11 +101,18 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// What suits this machine, where `max` is not given.
-    pub fn new(max: Option<usize>, transport: Transport) -> Threads {
+    /// What suits this machine where `max` is not given, with at most half of `memory`, in bytes.
+    pub fn new(max: Option<usize>, memory: u64, transport: Transport) -> Threads {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let affordable = usize::try_from(memory / 2 / THREAD_BYTES as u64).unwrap_or(usize::MAX);
+        let suitable = (4 * cpus).clamp(16, 64).min(affordable).max(1);
         let is_given = max.is_some();
-        Threads { max: max.unwrap_or((4 * cpus).clamp(16, 64)), follow: true, transport, is_given }
+        Threads { max: max.unwrap_or(suitable), follow: true, transport, is_given }
+    }
+
+    /// Most memory that they need, in bytes.
+    pub fn memory(&self) -> u64 {
+        (self.max * THREAD_BYTES) as u64
     }
 
     /// How many for each queue, of as many queues as there are CPUs. A second one is needed where
@@ -106,7 +120,7 @@ impl Threads {
     pub(crate) fn for_each_of(&self, queues: usize) -> usize {
         match self.is_given {
             true => (self.max / queues).max(1),
-            false => (64 / queues).clamp(2, 8),
+            false => (64 / queues).clamp(2, 8).min(self.max / queues).max(1),
         }
     }
 }
@@ -248,7 +262,20 @@ impl Session {
     /// Life of a thread that joins when the leader is held up.
     fn spare(&self, mut worker: Worker<'_>) {
         while self.turn(&mut worker) {
-            if self.crew.somebody_waits() && !self.crew.park() {
+            if !self.crew.somebody_waits() {
+                continue;
+            }
+            let mut parked = self.crew.park(Some(KEEP_BUFFERS));
+            if parked == Parked::Still {
+                worker.drop_buffers();
+                parked = self.crew.park(None);
+                if let Err(error) = worker.make_buffers() {
+                    // The watch finds that nobody waits, and tries again.
+                    log::error(&format!("a thread that answers requests ends: {error}"));
+                    return;
+                }
+            }
+            if parked == Parked::Ended {
                 return;
             }
         }
@@ -379,6 +406,17 @@ struct CrewState {
     ended: bool,
 }
 
+/// How parking ended.
+#[derive(PartialEq, Eq)]
+enum Parked {
+    /// A thread is wanted.
+    Released,
+    /// The session is over.
+    Ended,
+    /// Nothing happened for as long as one was ready to wait.
+    Still,
+}
+
 impl Crew {
     fn somebody_waits(&self) -> bool {
         self.waiting.load(Ordering::SeqCst) > 0
@@ -400,16 +438,27 @@ impl Crew {
         }
     }
 
-    /// Waits to be released; false when the session is over instead.
-    fn park(&self) -> bool {
+    /// Waits to be released, for so long or for ever.
+    fn park(&self, patience: Option<Duration>) -> Parked {
+        let until = patience.map(|patience| Instant::now() + patience);
         let mut state = self.state.lock();
         state.parked += 1;
-        while state.released == 0 && !state.ended {
-            self.changed.wait(&mut state);
+        let mut is_over = false;
+        while state.released == 0 && !state.ended && !is_over {
+            match until {
+                Some(until) => is_over = self.changed.wait_until(&mut state, until).timed_out(),
+                None => self.changed.wait(&mut state),
+            }
         }
         state.parked -= 1;
-        state.released = state.released.saturating_sub(1);
-        !state.ended
+        if state.ended {
+            return Parked::Ended;
+        }
+        if state.released == 0 {
+            return Parked::Still;
+        }
+        state.released -= 1;
+        Parked::Released
     }
 
     /// Lets a parked thread go on; false when there is none.
@@ -546,15 +595,29 @@ impl<'a> Worker<'a> {
         device: Arc<OwnedFd>,
         seeks: mpsc::Sender<Asked>,
     ) -> Result<Worker<'a>, fs_core::error::Error> {
-        Ok(Worker {
+        let mut worker = Worker {
             session,
             device,
             seeks,
-            request: Buf::zeroed(REQUEST_BYTES)?,
-            body: Buf::zeroed(TRANSFER_BYTES_MAX)?,
+            request: Buf::default(),
+            body: Buf::default(),
             last_pid: None,
             eager: None,
-        })
+        };
+        worker.make_buffers()?;
+        Ok(worker)
+    }
+
+    /// Gives the memory of the buffers back, until [`Worker::make_buffers`].
+    fn drop_buffers(&mut self) {
+        self.request = Buf::default();
+        self.body = Buf::default();
+    }
+
+    fn make_buffers(&mut self) -> Result<(), fs_core::error::Error> {
+        self.request = Buf::zeroed(REQUEST_BYTES)?;
+        self.body = Buf::zeroed(TRANSFER_BYTES_MAX)?;
+        Ok(())
     }
 
     /// Makes it look for requests before it sleeps, if it can have a descriptor to itself: that
@@ -738,8 +801,9 @@ mod tests {
     fn a_released_thread_goes_on_and_the_others_stay_parked() {
         let crew = Crew::default();
         assert!(!crew.release(), "nobody is parked");
+        assert!(crew.park(Some(Duration::from_millis(1))) == Parked::Still);
         std::thread::scope(|scope| {
-            let parked: Vec<_> = (0..2).map(|_| scope.spawn(|| crew.park())).collect();
+            let parked: Vec<_> = (0..2).map(|_| scope.spawn(|| crew.park(None))).collect();
             while crew.state.lock().parked < 2 {
                 std::thread::yield_now();
             }
@@ -749,7 +813,8 @@ mod tests {
             }
             crew.end();
             // One was released while the session went on, the other by its end.
-            let went_on = parked.into_iter().map(|t| t.join().unwrap()).filter(|on| *on).count();
+            let went_on = parked.into_iter().map(|t| t.join().unwrap());
+            let went_on = went_on.filter(|parked| *parked == Parked::Released).count();
             assert!(went_on <= 1);
         });
     }

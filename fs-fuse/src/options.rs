@@ -45,6 +45,8 @@ pub struct Options {
     pub commit_seconds: Option<u32>,
     /// Memory for cached metadata and data, in bytes.
     pub cache_bytes: Option<u64>,
+    /// Memory for changes that are not yet written, in bytes.
+    pub dirty_bytes: Option<u64>,
     /// Number of threads that answer requests.
     pub threads: Option<usize>,
     /// How requests travel from the kernel.
@@ -52,6 +54,9 @@ pub struct Options {
     /// Security contexts, for the kernel.
     pub security: Vec<(String, String)>,
 }
+
+/// Least memory for changes: two threads' worth of it.
+const DIRTY_BYTES_MIN: u64 = 16 << 20;
 
 /// Flags of a mount and of its superblock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -202,6 +207,7 @@ impl Options {
                 "compress" => "none, zstd or zstd:LEVEL (-7 to 19)",
                 "commit" => "1 to 3600 seconds",
                 "cache" => "a size such as 256M",
+                "dirty" => "a size of at least 16M",
                 "threads" => "1 to 256",
                 _ => "auto, device or uring",
             };
@@ -214,6 +220,10 @@ impl Options {
                 self.commit_seconds = Some(seconds.ok_or_else(bad)?);
             }
             "cache" => self.cache_bytes = Some(parse_bytes(value).ok_or_else(bad)?),
+            "dirty" => {
+                let bytes = parse_bytes(value).filter(|bytes| *bytes >= DIRTY_BYTES_MIN);
+                self.dirty_bytes = Some(bytes.ok_or_else(bad)?);
+            }
             "threads" => {
                 let threads = value.parse().ok().filter(|t| (1..=256).contains(t));
                 self.threads = Some(threads.ok_or_else(bad)?);
@@ -413,7 +423,8 @@ mod tests {
             };
             assert!(known, "{name} is in the manual only");
         }
-        let ours = ["compress=", "commit=", "cache=", "threads=", "transport=", "allow_other"];
+        let ours =
+            ["compress=", "commit=", "cache=", "dirty=", "threads=", "transport=", "allow_other"];
         let flags = "ro rw remount noallow_other suid nosuid dev nodev exec noexec atime noatime \
                      relatime norelatime strictatime nostrictatime diratime nodiratime symfollow \
                      nosymfollow sync async dirsync lazytime nolazytime context= fscontext= \
@@ -426,10 +437,13 @@ mod tests {
     #[test]
     fn values_are_read() {
         let options =
-            parse("compress=zstd:7,commit=30,cache=512M,threads=3,transport=device").unwrap();
+            parse("compress=zstd:7,commit=30,cache=512M,dirty=16M,threads=3,transport=device")
+                .unwrap();
         assert_eq!(options.compression, Some(Compression::Zstd(7)));
         assert_eq!(options.commit_seconds, Some(30));
         assert_eq!(options.cache_bytes, Some(512 << 20));
+        assert_eq!(options.dirty_bytes, Some(16 << 20));
+        assert!(parse("dirty=15M").is_err());
         assert_eq!(options.threads, Some(3));
         assert_eq!(options.transport, Transport::Device);
         assert_eq!(parse_bytes("1GiB"), Some(1 << 30));

@@ -155,37 +155,100 @@ fn on_a_full_pool_with_promised_room_and_a_log_everything_that_gives_room_back_s
         pool.format.node_bytes = node_bytes;
         let mounted = mount(&pool, mib << 20);
         let fs = mounted.fs();
-        let files: Vec<Ino> = [b"a", b"b", b"c", b"d"].map(|name| create(&*fs, name)).into();
+        let what = format!("{mib} MiB, nodes of {node_bytes} bytes");
+        let names: [&[u8]; 4] = [b"a", b"b", b"c", b"d"];
+        let files: Vec<Ino> = names.map(|name| create(&*fs, name)).into();
         let promised = create(&*fs, b"promised");
         let room = 100 << 12;
         fs.fallocate(promised, Fallocate::Allocate { keep_size: true }, 0, room).unwrap();
         fs.setxattr(files[0], b"user.x", &[7; 2000], XattrMode::Either).unwrap();
+        // To cut what is shared frees nothing, and leaves a part of a sector that needs a new one.
+        let clones = clones(&*fs, 6);
         fill_to_the_brim(&*fs, &files);
         // The log begins when there is hardly room for it.
         for ino in &files {
             fs.fsync(*ino, false).unwrap();
         }
 
-        let what = format!("{mib} MiB, nodes of {node_bytes} bytes");
         let cut = |ino, size| {
             let set = SetAttr { size: Some(size), ..SetAttr::default() };
             fs.setattr(ino, &set, &CALLER).unwrap_or_else(|e| panic!("{what}: cut to {size}: {e}"));
         };
-        let punched = fs.fallocate(files[0], Fallocate::PunchHole, 1000, 9000);
-        punched.unwrap_or_else(|e| panic!("{what}: punching: {e}"));
+        let punch = |ino, at, len| {
+            let punched = fs.fallocate(ino, Fallocate::PunchHole, at, len);
+            punched.unwrap_or_else(|e| panic!("{what}: punching {at}+{len}: {e}"));
+        };
+        let sync = || fs.sync().unwrap_or_else(|e| panic!("{what}: {e}"));
+        for ino in &clones[..3] {
+            cut(*ino, 5001);
+            sync();
+        }
+        for ino in &clones[3..] {
+            punch(*ino, 5000, 20_000);
+            sync();
+        }
+        punch(files[0], 1000, 9000);
         let removed = fs.removexattr(files[0], b"user.x");
         removed.unwrap_or_else(|e| panic!("{what}: removing an attribute: {e}"));
         cut(files[1], 5001);
         cut(files[2], 0);
-        fs.sync().unwrap_or_else(|e| panic!("{what}: {e}"));
+        sync();
         let mut data = vec![0; room as usize];
         Rng::new(5).fill(&mut data);
         let written = fs.write(promised, 0, &data, Default::default());
         written.unwrap_or_else(|e| panic!("{what}: into promised room: {e}"));
-        for (name, ino) in [b"a", b"b", b"c", b"d"].into_iter().zip(files) {
+        for (name, ino) in names.into_iter().zip(files) {
             fs.unlink(fs.root(), name).unwrap_or_else(|e| panic!("{what}: removing: {e}"));
             fs.forget(ino, 1);
         }
         mounted.close().unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+}
+
+/// So many files that share all their data with one that stays.
+fn clones(fs: &dyn Filesystem, count: usize) -> Vec<Ino> {
+    let original = create(fs, b"original");
+    let mut data = vec![0; 64 << 10];
+    Rng::new(9).fill(&mut data);
+    fs.write(original, 0, &data, Default::default()).unwrap();
+    fs.sync().unwrap();
+    let clone = |n| {
+        let ino = create(fs, format!("clone {n}").as_bytes());
+        let shared = fs.copy_range(original, 0, ino, 0, data.len() as u64).unwrap();
+        assert_eq!(shared, data.len() as u64);
+        ino
+    };
+    (0..count).map(clone).collect()
+}
+
+#[test]
+fn a_copy_of_bytes_that_are_not_written_yet_is_refused_when_there_is_no_room_for_both() {
+    for mib in 10..26 {
+        let mounted = mount(&Pool::cramped(), mib << 20);
+        let fs = mounted.fs();
+        let (source, copy) = (create(&*fs, b"source"), create(&*fs, b"copy"));
+        let mut data = vec![0; 2 << 20];
+        Rng::new(mib).fill(&mut data);
+        fs.write(source, 0, &data, Default::default()).unwrap();
+        fs.fsync(source, false).unwrap();
+        fill_to_the_brim(&*fs, &[create(&*fs, b"filler")]);
+        fs.sync().unwrap();
+        // There is room for these once, in place of what they replace.
+        let set = SetAttr { size: Some(0), ..SetAttr::default() };
+        fs.setattr(source, &set, &CALLER).unwrap();
+        fs.sync().unwrap();
+        let mut written = 0;
+        while fs
+            .write(source, written as u64, &data[written..][..PIECE], Default::default())
+            .is_ok()
+        {
+            written += PIECE;
+            if written == data.len() {
+                break;
+            }
+        }
+        let copied = fs.copy_range(source, 0, copy, 0, written as u64);
+        fs.sync().unwrap_or_else(|e| panic!("{mib} MiB: {copied:?} of {written} copied: {e}"));
+        mounted.close().unwrap();
     }
 }

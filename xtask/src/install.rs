@@ -1,5 +1,5 @@
-//! `cargo xtask install`: binaries, helper links, man pages, completions, and the setting of the
-//! kernel that is made at each boot by systemd-tmpfiles(8).
+//! `cargo xtask install`: binaries, helper links, man pages, completions, the setting of the kernel
+//! that is made at each boot by systemd-tmpfiles(8), and the rules by which udev names devices.
 //!
 //! The administration commands and the mount helpers go to `sbin`. mount(8) and fsck(8) look for
 //! helpers in `/sbin` only, so with another prefix links are put there too.
@@ -43,6 +43,9 @@ pub fn run(prefix: &Path, destdir: Option<&Path>) -> Result<()> {
     }
     let settings = checkout::root().join("tools/etc/cairn-tmpfiles.conf");
     place.copy(&settings, &prefix.join("lib/tmpfiles.d/cairn.conf"), 0o644)?;
+    let rules = fs::read_to_string(checkout::root().join("tools/etc/cairn-udev.rules"))?;
+    let rules = rules.replace("@BIN@", &bin.display().to_string());
+    place.write(&rules, &prefix.join("lib/udev/rules.d/66-cairn.rules"))?;
     Ok(())
 }
 
@@ -77,6 +80,11 @@ impl Place {
         fs::copy(from, &real).with_context(|| format!("cannot install {}", from.display()))?;
         fs::set_permissions(&real, fs::Permissions::from_mode(mode))?;
         Ok(())
+    }
+
+    fn write(&self, text: &str, to: &Path) -> Result<()> {
+        let real = self.ready(to)?;
+        fs::write(&real, text).with_context(|| format!("cannot write {}", real.display()))
     }
 
     fn link(&self, target: &Path, link: &Path) -> Result<()> {

@@ -17,7 +17,7 @@ use crate::format::ptr::BlockPtr;
 use crate::format::space::{Residue, ResidueHeader, ResidueItem, Run};
 use crate::format::superblock::{LogStart, Superblock};
 use crate::subvol::extents::{resolve, Resolved};
-use crate::subvol::inode::Inode;
+use crate::subvol::inode::{Inode, INODE_BYTES};
 use crate::subvol::store::View;
 use crate::subvol::store::{GroupDebts, Result};
 use crate::subvol::{DataDelta, Subvol};
@@ -276,7 +276,7 @@ impl Engine {
                 tasks.extend(data::tasks(subvol, inode, &inode.state.read(), txg, false));
             }
         }
-        data::write_tasks(&self.store, &tasks)?;
+        data::write_tasks(&self.store, tasks)?;
         for run in self.store.take_spare(txg) {
             self.store.space.free(run, txg);
         }
@@ -306,8 +306,8 @@ impl Engine {
         }
 
         let log = self.log.begin(store, txg);
-        // What operations reserved has been spent, but for what they overestimated.
-        drop(store.take_reserved(txg));
+        // What operations reserved has been spent, but for what they promised or overestimated.
+        self.take_over_promises(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
         store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
@@ -536,9 +536,9 @@ fn write_subvol(
 
 fn settle(subvol: &Subvol, inode: &Arc<Inode>, txg: Txg, stored: u64, promised: u64) {
     let mut state = inode.state.write();
-    let left = state.aside.as_ref().map_or(0, |aside| aside.ranges.data_bytes());
+    let left = state.aside.as_ref().map_or(0, |aside| aside.ranges.memory());
     state.settle(txg, stored, promised);
-    subvol.store.dirty.adjust(left, 0);
+    subvol.store.dirty.adjust(left + INODE_BYTES, 0);
     if state.gone && !state.is_dirty() {
         subvol.table.remove(inode.ino);
     }

@@ -35,7 +35,7 @@ const BATCH_BYTES: u64 = 32 << 20;
 /// Compression level when none is chosen. Level 1 gives most of the saving for a third of the time.
 const DEFAULT_LEVEL: i32 = 1;
 
-/// Bytes of one file that are to be written.
+/// Bytes of one file that are to be written. Whoever holds one keeps the bytes in memory.
 pub struct Task {
     /// The file's subvolume.
     pub subvol: Arc<Subvol>,
@@ -119,32 +119,36 @@ enum Prepared {
 /// # Errors
 /// [`Error::NoSpace`], [`Error::Memory`], errors of the device. Ranges that were not put keep their
 /// bytes.
-pub fn write_tasks(store: &Store, tasks: &[Task]) -> Result<()> {
+pub fn write_tasks(store: &Store, mut tasks: Vec<Task>) -> Result<()> {
     let mut batch: Vec<Window> = Vec::new();
     let mut bytes = 0;
-    for (index, task) in tasks.iter().enumerate() {
-        for window in windows(index, task) {
+    for index in 0..tasks.len() {
+        // What a batch has written must not stay in memory for the sake of later ones: writers
+        // are let in as soon as it is no longer dirty.
+        let cut = windows(index, &mut tasks[index]);
+        for window in cut {
             bytes += window.len;
             batch.push(window);
             if bytes >= BATCH_BYTES {
-                write_batch(store, tasks, &core::mem::take(&mut batch))?;
+                write_batch(store, &tasks, core::mem::take(&mut batch))?;
                 bytes = 0;
             }
         }
     }
-    write_batch(store, tasks, &batch)
+    write_batch(store, &tasks, batch)
 }
 
-/// Cuts a task at multiples of the window size in the file, so that rewriting a file in order
-/// replaces whole blobs.
-fn windows(index: usize, task: &Task) -> Vec<Window> {
+/// Cuts a task's bytes, which leave it, at multiples of the window size in the file, so that
+/// rewriting a file in order replaces whole blobs.
+fn windows(index: usize, task: &mut Task) -> Vec<Window> {
     let unit = match task.settings.compression {
         CompressionKind::None => plain_bytes_max(task.settings.checksum).min(1 << 20),
         _ => PACK_BYTES,
     };
     let mut out: Vec<Window> = Vec::new();
     let mut at = task.run.at;
-    for (slice, id) in task.run.slices.iter().zip(&task.run.ids) {
+    let slices = core::mem::take(&mut task.run.slices);
+    for (slice, id) in slices.iter().zip(&task.run.ids) {
         let mut from = 0;
         while from < slice.len() {
             let window_end = (at / unit + 1) * unit;
@@ -171,13 +175,15 @@ fn windows(index: usize, task: &Task) -> Vec<Window> {
     out
 }
 
-fn write_batch(store: &Store, tasks: &[Task], windows: &[Window]) -> Result<()> {
+fn write_batch(store: &Store, tasks: &[Task], windows: Vec<Window>) -> Result<()> {
     if windows.is_empty() {
         return Ok(());
     }
-    let prepared = prepare_all(store, tasks, windows)?;
+    // What is compressed stands beside what it was made of until it is written.
+    let _buffers = store.dirty.buffer(windows.iter().map(|window| window.len).sum());
+    let prepared = prepare_all(store, tasks, &windows)?;
     let txg = tasks[windows[0].task].txg;
-    let mut taker = Taker::new(store, txg, total_bytes(windows, &prepared));
+    let mut taker = Taker::new(store, txg, total_bytes(&windows, &prepared));
     let mut writes = Vec::new();
     let mut extents: Vec<(usize, u64, Extent)> = Vec::new();
     let mut placed = Ok(());
@@ -402,9 +408,9 @@ fn put(store: &Store, task: &Task, window: &Window, at: u64, extent: &Extent) {
         let mut state = task.inode.state.write();
         match state.ranges_of(task.txg) {
             Some(ranges) => {
-                let before = ranges.data_bytes();
+                let before = ranges.memory();
                 ranges.written(at, extent, &window.ids, &mut garbage);
-                store.dirty.adjust(before, ranges.data_bytes());
+                store.dirty.adjust(before, ranges.memory());
             }
             None => garbage.extend(run_of(extent)),
         }

@@ -32,6 +32,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of a segment in a pool of usual size.
 const SEGMENT_BYTES: u64 = 4 << 20;
 /// Dirty bytes of a file up to which they go into the log itself; more are written in place first.
@@ -393,10 +396,11 @@ impl Engine {
 
     /// Whether everything a log record of the inode would name could be found after a crash: the
     /// chunk map it would be found by is the published one, and what it shares is somebody's there.
+    /// What has been logged was replayable then, and stays so.
     fn is_replayable(&self, state: &State) -> bool {
         let space = &self.store.space;
         let known = |map: &RangeMap| {
-            map.iter().all(|(_, piece)| match &piece.content {
+            map.fresh().all(|(_, piece)| match &piece.content {
                 Content::Written(extent) => {
                     data::run_of(extent).is_none_or(|run| space.is_published(run))
                 }
@@ -426,7 +430,7 @@ impl Engine {
             }
             data::tasks(subvol, inode, &state, state.txg, false)
         };
-        Ok(data::write_tasks(&self.store, &tasks)?)
+        Ok(data::write_tasks(&self.store, tasks)?)
     }
 }
 
@@ -452,12 +456,12 @@ fn collect_inode(
         // would be wrong: it would come again, after newer ranges.
         let aside = Arc::get_mut(shared).ok_or(Trouble::NeedsCommit)?;
         let txg = aside.txg;
-        collect_ranges(payload, txg, tree, inode.ino, aside.ranges.iter_mut());
+        collect_ranges(payload, txg, tree, inode.ino, &mut aside.ranges);
         aside.unlogged = false;
         push_inode(payload, txg, tree, inode.ino, &aside.item);
     }
     if state.txg.0 != 0 {
-        collect_ranges(payload, state.txg, tree, inode.ino, state.ranges.iter_mut());
+        collect_ranges(payload, state.txg, tree, inode.ino, &mut state.ranges);
         push_inode(payload, state.txg, tree, inode.ino, &state.item);
         state.unlogged = false;
     }
@@ -476,22 +480,12 @@ fn push_inode(
     payload.push(txg, tree, Record::Item { key, value, keep_size: false });
 }
 
-fn collect_ranges<'a>(
-    payload: &mut Payload,
-    txg: Txg,
-    tree: TreeId,
-    ino: Ino,
-    pieces: impl Iterator<Item = (u64, &'a mut Piece)>,
-) {
-    for (offset, piece) in pieces {
-        if piece.logged {
-            continue;
-        }
-        piece.logged = true;
+fn collect_ranges(payload: &mut Payload, txg: Txg, tree: TreeId, ino: Ino, map: &mut RangeMap) {
+    map.log_fresh(|offset, piece| {
         payload.is_unproven |= is_unproven(&piece.content);
         let content = content_of(piece);
         payload.push(txg, tree, Record::Range { ino, offset, len: piece.len, content });
-    }
+    });
 }
 
 /// Whether replay cannot find out that the data did not reach the device.

@@ -117,6 +117,14 @@ pub struct Engine {
     turns: AtomicU64,
 }
 
+/// Adds to what is held.
+fn hold(held: &mut Option<Reservation>, more: Reservation) {
+    match held.as_mut() {
+        Some(all) => all.join(more),
+        None => *held = Some(more),
+    }
+}
+
 /// Nodes that two groups may add to small trees: a path each of every tree.
 const ROOT_NODES: u64 = 32;
 
@@ -247,12 +255,9 @@ impl Engine {
         if self.store.dirty.over_hard() {
             self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
+        let cap = || self.metadata_bound();
         for _ in 0..3 {
-            // With the operation's own bytes: a cap that rises when they have become dirty memory
-            // would make more of promises that were let in under a lower one.
-            let more = metadata.saturating_add(data.saturating_mul(3));
-            self.store.space.set_metadata_cap(self.metadata_bound(more));
-            match self.store.space.reserve(data, metadata, class) {
+            match self.store.space.reserve_within(data, metadata, class, Some(&cap)) {
                 Err(Error::NoSpace) => {}
                 other => return other,
             }
@@ -260,18 +265,18 @@ impl Engine {
                 .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
         }
-        self.store.space.reserve(data, metadata, class)
+        self.store.space.reserve_within(data, metadata, class, Some(&cap))
     }
 
-    /// What all unpublished groups can write of metadata at most, in bytes, if an operation adds
-    /// `more`. There are two such groups. Each writes a node that exists at most once, and new
-    /// nodes for what it adds; an item takes at most three times its bytes in nodes that have just
-    /// been split, and what is added is dirty memory.
-    fn metadata_bound(&self, more: u64) -> u64 {
+    /// What all unpublished groups can write of metadata at most, in bytes, but for what operations
+    /// under way will add. There are two such groups. Each writes a node that exists at most once,
+    /// and new nodes for what it adds; an item takes at most three times its bytes in nodes that
+    /// have just been split, and what is added is dirty memory.
+    fn metadata_bound(&self) -> u64 {
         let existing = self.metadata_used.load(Ordering::Relaxed);
         let added = self.store.dirty.bytes().saturating_mul(3);
         let roots = ROOT_NODES * self.store.node_bytes as u64;
-        existing.saturating_mul(2).saturating_add(added).saturating_add(roots).saturating_add(more)
+        existing.saturating_mul(2).saturating_add(added).saturating_add(roots)
     }
 
     /// Keeps an operation's reservation until the group it entered is published.
@@ -279,20 +284,39 @@ impl Engine {
         self.store.keep(txg, reservation);
     }
 
-    /// Keeps as much room reserved as files have been promised by the published group.
+    /// Bytes that files have been promised, by the newest group that was written.
+    fn promised_bytes(&self) -> u64 {
+        self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum()
+    }
+
+    /// Takes over, of what the operations of a group reserved and did not spend, what that group
+    /// promises to files. The rest is given back. Room that was promised is reserved at any moment:
+    /// by the operation, then by its group, then here.
+    fn take_over_promises(&self, reserved: Vec<Reservation>) {
+        let total = self.promised_bytes();
+        let mut promised = self.promised.lock();
+        for mut part in reserved {
+            let held = promised.as_ref().map_or(0, Reservation::data);
+            let data = part.data().min(total.saturating_sub(held));
+            if data > 0 {
+                hold(&mut promised, part.split_data(data, Class::Admin));
+            }
+        }
+    }
+
+    /// Keeps as much room reserved as files have been promised by the published group, and no more.
     fn settle_promises(&self) {
-        let total = self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum();
+        let total = self.promised_bytes();
         let mut promised = self.promised.lock();
         let held = promised.as_ref().map_or(0, Reservation::data);
         if held > total {
             if let Some(all) = promised.as_mut() {
                 all.shrink(held - total, 0);
             }
-        } else if let Ok(more) = self.store.space.reserve(total - held, 0, Class::Admin) {
-            match promised.as_mut() {
-                Some(all) => all.join(more),
-                None => *promised = Some(more),
-            }
+        } else if let Ok(mut more) = self.store.space.reserve(total - held, 0, Class::Admin) {
+            // When the pool was opened, or when a promise is being spent.
+            more.keep();
+            hold(&mut promised, more);
         }
     }
 

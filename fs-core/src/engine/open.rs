@@ -41,7 +41,7 @@ pub struct OpenOptions {
     pub max_txg: Option<Txg>,
     /// Open the pool without devices that are missing, if the others have a copy of everything.
     pub degraded: bool,
-    /// Bytes of tree nodes to keep in memory.
+    /// Bytes of tree nodes and inodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,

@@ -144,9 +144,9 @@ impl Engine {
 /// Cuts a file's ranges off. The caller has touched the inode, so the ranges are the group's own.
 fn punch(change: &mut Change<'_>, state: &mut State, from: u64, subvol: &Subvol) {
     let mut garbage: Vec<Run> = Vec::new();
-    let before = state.ranges.data_bytes();
+    let before = state.ranges.memory();
     state.ranges.put(from, u64::MAX - from, Content::Hole, &mut garbage);
-    subvol.store.dirty.adjust(before, state.ranges.data_bytes());
+    subvol.store.dirty.adjust(before, state.ranges.memory());
     change.garbage().append(&mut garbage);
 }
 

@@ -196,9 +196,9 @@ impl Replay<'_> {
             state.gone = true;
             subvol.count_inode(txg, -1);
             let mut garbage = Vec::new();
-            let before = state.ranges.data_bytes();
+            let before = state.ranges.memory();
             state.ranges.put(0, u64::MAX, Content::Hole, &mut garbage);
-            subvol.store.dirty.adjust(before, state.ranges.data_bytes());
+            subvol.store.dirty.adjust(before, state.ranges.memory());
             subvol.store.add_garbage(txg, garbage);
         }
         Ok(())
@@ -256,13 +256,13 @@ impl Replay<'_> {
         if state.touch(txg) {
             subvol.list_dirty(txg, inode.clone());
         }
-        let before = state.ranges.data_bytes();
+        let before = state.ranges.memory();
         match (content, bytes) {
             (Some(content), _) => state.ranges.put(offset, len, content, &mut garbage),
             (None, Some(data)) => state.ranges.put_bytes(offset, data, &mut garbage),
             (None, None) => {}
         }
-        subvol.store.dirty.adjust(before, state.ranges.data_bytes());
+        subvol.store.dirty.adjust(before, state.ranges.memory());
         drop(state);
         subvol.store.add_garbage(txg, garbage);
     }

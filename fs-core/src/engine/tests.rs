@@ -1,33 +1,36 @@
 //! The whole core on a device in memory: the first things anybody would try.
 
-use crate::engine::{format, FormatOptions, OpenOptions};
+use crate::engine::{data, format, FormatOptions, OpenOptions};
 use crate::error::Errno;
+use crate::format::chunk::ChunkKind;
+use crate::format::inode::NLINK_MAX;
+use crate::space::{Class, Reservation};
 use crate::testing::{RamDevice, TestPlatform};
-use crate::units::Ino;
+use crate::units::{Ino, Txg};
 use crate::vfs::*;
 use std::sync::Arc;
 use std::vec::Vec;
 
-const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
+pub(super) const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
-fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
+pub(super) fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
     let device = RamDevice::new(bytes);
     let test = TestPlatform::new(7);
     format(std::vec![device.device()], test.platform.clone(), &FormatOptions::default()).unwrap();
     (device, test)
 }
 
-fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
+pub(super) fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
     let options = OpenOptions::default();
     Volume::open(std::vec![device.device()], test.platform.clone(), &options, AccessTime::Relative)
         .unwrap()
 }
 
-fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
+pub(super) fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
     fs.mknod(dir, name, 0o100644, 0, &ROOT).unwrap().ino
 }
 
-fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
+pub(super) fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
     let size = fs.getattr(ino).unwrap().size as usize;
     let mut out = std::vec![0; size];
     assert_eq!(fs.read(ino, 0, &mut out).unwrap(), size);
@@ -84,6 +87,31 @@ fn a_synced_file_survives_without_a_commit() {
     let file = fs.lookup(fs.root(), b"file").unwrap().ino;
     assert_eq!(read_all(&fs, file), b"important");
     assert_eq!(fs.lookup(fs.root(), b"other").unwrap_err().errno(), Errno::NoEnt);
+}
+
+#[test]
+fn what_is_published_is_not_counted_as_dirty_any_more() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let dirty = || fs.engine().store.dirty.bytes();
+    for round in 0..3 {
+        let name = [b'a' + round];
+        let file = create(&fs, fs.root(), &name);
+        for at in [0, 100_000, 1 << 20, 50_000] {
+            fs.write(file, at, &pattern(200_000, round), WriteFlags::default()).unwrap();
+        }
+        let cut = SetAttr { size: Some(70_000), ..SetAttr::default() };
+        fs.setattr(file, &cut, &ROOT).unwrap();
+        fs.fsync(file, false).unwrap();
+        fs.write(file, 4096, &pattern(9 << 20, round), WriteFlags::default()).unwrap();
+        assert!(dirty() > 1000, "{} bytes dirty after changes", dirty());
+        if round == 1 {
+            fs.unlink(fs.root(), b"a").unwrap();
+        }
+        // What is removed is reclaimed by the group after.
+        (0..3).for_each(|_| fs.sync().unwrap());
+        assert_eq!(dirty(), 0, "after round {round}");
+    }
 }
 
 #[test]
@@ -249,7 +277,7 @@ fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
 }
 
 /// Bytes that no compressor makes smaller.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
+pub(super) fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;
@@ -260,22 +288,37 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// A pool whose log has begun, with free space in chunks that are published: records may name it.
-fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
+/// The newest published group.
+fn published(fs: &Volume) -> Txg {
+    fs.engine().store.groups.published()
+}
+
+/// A pool whose log has begun, and whose free space is all in chunks that are published: where
+/// records may name new data, so that a sync writes a frame and no group.
+pub(super) fn with_log(bytes: u64) -> (Arc<RamDevice>, TestPlatform, Arc<Volume>) {
     let (device, test) = new_pool(bytes);
     let fs = mount(&device, &test);
     let name = |n: u64| std::format!("filler {n}");
-    for n in 0..80 {
-        let ino = create(&fs, fs.root(), name(n).as_bytes());
-        fs.write(ino, 0, &noise(300 << 10, n + 100), WriteFlags::default()).unwrap();
+    let filled = (0..).find(|n| {
+        let ino = create(&fs, fs.root(), name(*n).as_bytes());
+        let written = fs.write(ino, 0, &noise(300 << 10, n + 100), WriteFlags::default());
         fs.forget(ino, 1);
-    }
+        written.is_err()
+    });
     fs.sync().unwrap();
-    (0..80).step_by(2).for_each(|n| fs.unlink(fs.root(), name(n).as_bytes()).unwrap());
+    let fillers = filled.unwrap();
+    (0..fillers).step_by(2).for_each(|n| fs.unlink(fs.root(), name(n).as_bytes()).unwrap());
     fs.sync().unwrap();
+    fs.engine().tick();
     fs.sync().unwrap();
     let first = create(&fs, fs.root(), b"first");
     fs.fsync(first, false).unwrap();
+
+    // So much is written to its place before anybody asks.
+    let before = published(&fs);
+    fs.write(first, 0, &noise(9 << 20, 3), WriteFlags::default()).unwrap();
+    fs.fsync(first, false).unwrap();
+    assert_eq!(published(&fs), before, "new data is synced by a commit, not by the log");
     (device, test, fs)
 }
 
@@ -284,13 +327,23 @@ fn a_synced_clone_of_a_file_that_was_not_synced_keeps_its_bytes() {
     let (device, test, fs) = with_log(64 << 20);
     let data = noise(9 << 20, 5);
     let source = create(&fs, fs.root(), b"source");
-    // So much is written to its place before anybody asks.
     fs.write(source, 0, &data, WriteFlags::default()).unwrap();
     let clone = create(&fs, fs.root(), b"clone");
     let copied = fs.copy_range(source, 0, clone, 0, data.len() as u64).unwrap();
     assert_eq!(copied, data.len() as u64);
     fs.fsync(clone, false).unwrap();
     assert!(after_power_loss(&device, &test, fs, b"clone") == data, "the clone has other bytes");
+}
+
+/// The pool as it is found after a power failure.
+pub(super) fn power_loss(
+    device: &Arc<RamDevice>,
+    test: &TestPlatform,
+    fs: Arc<Volume>,
+) -> Arc<Volume> {
+    fs.shutdown();
+    drop(fs);
+    mount(device, test)
 }
 
 /// What a file holds when the power has failed and what is free then has been used again.
@@ -300,9 +353,7 @@ fn after_power_loss(
     fs: Arc<Volume>,
     name: &[u8],
 ) -> Vec<u8> {
-    fs.shutdown();
-    drop(fs);
-    let fs = mount(device, test);
+    let fs = power_loss(device, test, fs);
     let file = fs.lookup(fs.root(), name).unwrap().ino;
     let other = create(&fs, fs.root(), b"other");
     let _ = fs.write(other, 0, &noise(12 << 20, 6), WriteFlags::default());
@@ -339,6 +390,217 @@ fn a_large_file_makes_room_for_the_next_as_soon_as_it_is_removed() {
         fs.unlink(fs.root(), b"file").unwrap();
         fs.forget(file, 1);
     }
+}
+
+#[test]
+fn a_file_of_many_extents_is_removed_a_part_each_tick_without_waiting_for_a_commit_to_be_due() {
+    let (device, test) = new_pool(256 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let sector = noise(4096, 1);
+    for n in 0..20_000 {
+        fs.write(file, n << 13, &sector, WriteFlags::default()).unwrap();
+    }
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"file").unwrap();
+    fs.forget(file, 1);
+    let ticks = (1..=6).find(|_| {
+        // No time passes.
+        fs.engine().tick();
+        fs.statfs().unwrap().inodes == 1
+    });
+    assert!(ticks.is_some_and(|ticks| ticks >= 3), "gone after {ticks:?} ticks");
+}
+
+#[test]
+fn whoever_needs_room_gets_that_of_a_file_of_many_extents_that_was_removed() {
+    let (device, test) = new_pool(128 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let sector = noise(4096, 1);
+    let full = (0..).find(|n| fs.write(file, n << 13, &sector, WriteFlags::default()).is_err());
+    let extents = full.unwrap();
+    assert!(extents > 20_000, "{extents} extents");
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"file").unwrap();
+    fs.forget(file, 1);
+    let next = create(&fs, fs.root(), b"next");
+    for n in 0..(extents * 4096 / 10 * 9) >> 20 {
+        let written = fs.write(next, n << 20, &noise(1 << 20, n), WriteFlags::default());
+        written.unwrap_or_else(|error| panic!("{extents} extents, then {n} MiB: {error}"));
+    }
+}
+
+/// Promises everything that is left to somebody else.
+fn take_all_room(fs: &Volume) -> Vec<Reservation> {
+    let space = &fs.engine().store.space;
+    let mut held = Vec::new();
+    let mut take = |data: u64, metadata: u64, class| {
+        let one = space.reserve(data, metadata, class);
+        one.map(|one| held.push(one)).is_ok()
+    };
+    for shift in (12..26).rev() {
+        while take(1 << shift, 0, Class::Admin) {}
+    }
+    for class in [Class::Normal, Class::Admin] {
+        (0..1000).any(|_| !take(0, 16384, class));
+    }
+    held
+}
+
+#[test]
+fn a_file_whose_removal_found_no_room_is_removed_when_there_is_some() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, &noise(1 << 20, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    fs.unlink(fs.root(), b"file").unwrap();
+    fs.sync().unwrap();
+    let inodes = || fs.statfs().unwrap().inodes;
+    let held = take_all_room(&fs);
+    fs.forget(file, 1);
+    assert_eq!(inodes(), 2, "there was room");
+    drop(held);
+    fs.engine().tick();
+    assert_eq!(inodes(), 1);
+}
+
+#[test]
+fn promised_room_is_nobody_elses_while_the_promise_is_committed() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let room = 8 << 20;
+    fs.fallocate(file, Fallocate::Allocate { keep_size: true }, 0, room).unwrap();
+    let (sender, taken) = std::sync::mpsc::channel();
+    let other = fs.clone();
+    device.on_next_flush(move || sender.send(take_all_room(&other)).unwrap());
+    fs.sync().unwrap();
+    let mut held = taken.recv().unwrap();
+    // Others give back what a write needs of metadata.
+    held.retain(|one| one.data() > 0);
+    fs.write(file, 0, &noise(room as usize, 1), WriteFlags::default()).unwrap();
+    drop(held);
+    fs.sync().unwrap();
+}
+
+#[test]
+fn what_is_accepted_while_a_pool_becomes_read_only_is_durable_when_it_is() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let (sender, answer) = std::sync::mpsc::channel();
+    let writer = fs.clone();
+    device.on_next_flush(move || {
+        let write = move || writer.write(file, 0, b"late", WriteFlags::default());
+        sender.send(std::thread::spawn(write).join().unwrap()).unwrap();
+    });
+    fs.set_read_only(true).unwrap();
+    let accepted = answer.recv().unwrap();
+    let fs = power_loss(&device, &test, fs);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    match accepted {
+        Ok(_) => assert_eq!(read_all(&fs, file), b"late"),
+        Err(error) => assert_eq!(error.errno(), Errno::RoFs),
+    }
+}
+
+#[test]
+fn what_is_left_to_commit_when_a_pool_is_read_only_is_committed_by_whoever_asks_first() {
+    type Ask = fn(&Volume, Ino);
+    let asks: [Ask; 3] = [
+        |fs, file| fs.fsync(file, false).unwrap(),
+        |fs, _| fs.engine().tick(),
+        |fs, _| fs.close().unwrap(),
+    ];
+    for ask in asks {
+        let (device, test) = new_pool(16 << 20);
+        let fs = mount(&device, &test);
+        let file = create(&fs, fs.root(), b"file");
+        fs.write(file, 0, b"kept", WriteFlags::default()).unwrap();
+        // An operation that was let in just before, and came to its end just after.
+        fs.engine().store.set_read_only(true);
+        test.clock.advance(60_000_000_000);
+        ask(&fs, file);
+        let fs = power_loss(&device, &test, fs);
+        let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+        assert_eq!(read_all(&fs, file), b"kept");
+    }
+}
+
+#[test]
+fn a_device_that_refused_an_early_write_is_not_trusted_with_a_commit() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    fs.sync().unwrap();
+    device.faults(|faults| faults.fail_writes = std::vec![0..u64::MAX]);
+    fs.write(file, 0, &noise(9 << 20, 1), WriteFlags::default()).unwrap();
+    device.faults(|faults| faults.fail_writes.clear());
+    assert_eq!(fs.sync().unwrap_err().errno(), Errno::Io);
+}
+
+#[test]
+fn space_taken_for_data_that_found_no_room_is_given_back() {
+    let with_file = || {
+        let (device, test) = new_pool(64 << 20);
+        let fs = mount(&device, &test);
+        let file = create(&fs, fs.root(), b"file");
+        for n in 0..4 {
+            fs.write(file, n << 20, &noise(1 << 20, n), WriteFlags::default()).unwrap();
+        }
+        // Or others could not take what was promised to it.
+        drop(fs.engine().store.take_reserved(fs.engine().store.groups.open()));
+        (fs, file)
+    };
+    let take = |fs: &Volume| {
+        let (store, txg) = (&fs.engine().store, fs.engine().store.groups.open());
+        store.space.allocate(ChunkKind::Data, 1 << 20, 4096, txg, &**store).ok()
+    };
+    let (fs, _) = with_file();
+    let runs = std::iter::from_fn(|| take(&fs)).count();
+    fs.shutdown();
+
+    // Room is left for a part of the file.
+    let (fs, file) = with_file();
+    (1..runs).for_each(|_| assert!(take(&fs).is_some()));
+    let (engine, store) = (fs.engine(), &fs.engine().store);
+    let (txg, before) = (store.groups.open(), store.space.usage().data.used_bytes);
+    let subvol = engine.default_subvol().unwrap();
+    let inode = subvol.table.get(file).unwrap();
+    let tasks = data::tasks(&subvol, &inode, &inode.state.read(), txg, false);
+    assert_eq!(data::write_tasks(store, tasks).unwrap_err().errno(), Errno::NoSpc);
+    let taken = store.space.usage().data.used_bytes - before;
+    let spare: u64 = store.take_spare(txg).iter().map(|run| run.bytes).sum();
+    let garbage: u64 = store.take_debts(txg).garbage.iter().map(|run| run.bytes).sum();
+    assert!(taken > 0, "there was no room at all");
+    assert_eq!(spare + garbage, taken);
+    fs.shutdown();
+}
+
+#[test]
+fn links_beyond_what_an_inode_can_count_are_refused() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let dir = |name| fs.mkdir(fs.root(), name, 0o755, &ROOT).unwrap().ino;
+    let (full, other) = (dir(b"full"), dir(b"other"));
+    let file = create(&fs, other, b"file");
+    fs.mkdir(other, b"sub", 0o755, &ROOT).unwrap();
+    let subvol = fs.engine().default_subvol().unwrap();
+    for ino in [full, file] {
+        subvol.inode(ino).unwrap().state.write().item.nlink = NLINK_MAX;
+    }
+    let refused = |result: Result<(), crate::error::Error>| {
+        assert_eq!(result.unwrap_err().errno(), Errno::MLink);
+    };
+    refused(fs.mkdir(full, b"sub", 0o755, &ROOT).map(|_| ()));
+    refused(fs.link(file, other, b"link").map(|_| ()));
+    refused(fs.rename(other, b"sub", full, b"sub", RenameFlags::default(), &ROOT));
+    create(&fs, full, b"file");
+    let exchange = RenameFlags { exchange: true, ..RenameFlags::default() };
+    refused(fs.rename(other, b"sub", full, b"file", exchange, &ROOT));
+    fs.shutdown();
 }
 
 #[test]

@@ -233,3 +233,24 @@ proptest! {
         prop_assert!(is_corrupt(&refused));
     }
 }
+
+#[test]
+fn counters_of_an_inode_that_could_not_be_added_to_are_refused() {
+    use inode::{mode, InodeItem, NLINK_MAX};
+    let good = InodeItem { mode: mode::REGULAR | 0o644, nlink: NLINK_MAX, ..InodeItem::zeroed() };
+    let is_read = |item: &InodeItem| InodeItem::decode(&item.to_bytes()).is_ok();
+    assert!(is_read(&good));
+    let lies: [fn(&mut InodeItem); 6] = [
+        |item| item.stored_bytes = u64::MAX / 2,
+        |item| item.promised_bytes = u64::MAX / 2,
+        |item| item.entries = u64::MAX / 2,
+        |item| item.next_cookie = u64::MAX / 2,
+        |item| item.nlink = u32::MAX,
+        |item| item.links = u32::MAX - 1,
+    ];
+    for (index, lie) in lies.iter().enumerate() {
+        let mut item = good;
+        lie(&mut item);
+        assert!(!is_read(&item), "lie {index}");
+    }
+}

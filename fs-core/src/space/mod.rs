@@ -123,7 +123,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 use group::Deltas;
-use reserve::Reserve;
+use reserve::{Arriving, Reserve};
 use runs::{span, RunSet};
 use state::{Dropped, Request, State, Step, Wanted};
 
@@ -262,6 +262,7 @@ pub struct Space {
     state: Mutex<State>,
     /// Held by the one `release` or `trim_piece` that is at work.
     releasing: Mutex<()>,
+    arriving: Arriving,
 }
 
 /// An error about space that breaks a rule.
@@ -288,6 +289,7 @@ impl Space {
             discard: AtomicBool::new(options.discard),
             state: Mutex::ranked(Rank::Space, State::new(options.published, resident_max, unit)),
             releasing: Mutex::ranked(Rank::Releasing, ()),
+            arriving: Arriving::default(),
         }
     }
 
@@ -313,12 +315,6 @@ impl Space {
     /// Whether freed space is discarded from now on.
     pub fn set_discard(&self, discard: bool) {
         self.discard.store(discard, Ordering::Relaxed);
-    }
-
-    /// Bounds what all reservations of class Normal together count for in metadata: what all groups
-    /// that are not published can write at most.
-    pub fn set_metadata_cap(&self, bytes: u64) {
-        self.state.lock().promised.metadata_cap = bytes;
     }
 
     /// Takes at least `min` and at most `want` bytes, contiguous, within one chunk, for group
@@ -557,9 +553,18 @@ impl Space {
         self.options.metadata_unit
     }
 
-    fn promise(&self, data: u64, metadata: u64, class: Class) -> Result<()> {
+    fn promise(
+        &self,
+        data: u64,
+        metadata: u64,
+        class: Class,
+        cap: Option<&dyn Fn() -> u64>,
+    ) -> Result<()> {
         let mut state = self.state.lock();
-        let sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
+        let mut sum = state.promised.plus(data, metadata, class).ok_or(Error::NoSpace)?;
+        if let Some(cap) = cap {
+            sum.metadata_cap = self.arriving.then(cap);
+        }
         let room = state.room(&*self.chunks);
         let reserve = match class {
             Class::Normal => state.reserve(&room),
@@ -567,6 +572,9 @@ impl Space {
         };
         let harmless = class == Class::Delete && data == 0 && sum.metadata() <= room.metadata.free;
         if data + metadata > 0 && !harmless && !room.fits(&sum, reserve) {
+            // Not higher: (1) would not hold any more for what others have been promised.
+            let cap = &mut state.promised.metadata_cap;
+            *cap = sum.metadata_cap.min(*cap);
             return Err(Error::NoSpace);
         }
         state.promised = sum;

@@ -33,7 +33,10 @@
 //! `M` of normal operations is an overestimate when there are many: each promises itself a path of
 //! new nodes to every tree, and a group writes each node once. So it counts at most up to a cap,
 //! the bound of what all groups that are not published can write together; the engine knows the
-//! trees and sets it. What deletes and administration reserve counts on top, so that normal
+//! trees and sets it. It knows nothing of operations under way: what they add is dirty memory only
+//! when they are done. So the cap is higher by what each of them may add, its metadata and three
+//! times its data, from when it is let in until its promise is [kept](Reservation::keep) by its
+//! group. What deletes and administration reserve counts on top, so that normal
 //! operations leave room for it, but also at most up to the cap: or thousands of deletes in one
 //! group would leave that group's own commit no room for data.
 //!
@@ -46,6 +49,7 @@ use super::Space;
 use crate::error::Error;
 use crate::units::SECTOR_BYTES;
 use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Who reserves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -187,6 +191,37 @@ impl Promised {
     }
 }
 
+/// More than any pool has.
+const ABSURD_BYTES: u64 = 1 << 56;
+
+/// What an operation that was promised so much may add to what its group writes of metadata: its
+/// data becomes dirty memory, of which a byte counts three times.
+fn added(data: u64, metadata: u64) -> u64 {
+    data.saturating_mul(3).saturating_add(metadata)
+}
+
+/// What operations under way may add together. They come and go without the lock; see
+/// [`Arriving::then`].
+#[derive(Default)]
+pub(super) struct Arriving(AtomicU64);
+
+impl Arriving {
+    fn add(&self, data: u64, metadata: u64) {
+        self.0.fetch_add(added(data, metadata), Ordering::SeqCst);
+    }
+
+    /// It is dirty memory now, or will not come.
+    fn subtract(&self, data: u64, metadata: u64) {
+        self.0.fetch_sub(added(data, metadata), Ordering::SeqCst);
+    }
+
+    /// The cap: what is under way, and then what groups can write with what is dirty. In this
+    /// order, so that what becomes dirty in between counts twice and not never.
+    pub fn then(&self, cap: &dyn Fn() -> u64) -> u64 {
+        self.0.load(Ordering::SeqCst).saturating_add(cap())
+    }
+}
+
 /// A promise of space. What is held returns to the pool on drop.
 #[must_use = "dropping a reservation gives the space back"]
 pub struct Reservation {
@@ -194,6 +229,8 @@ pub struct Reservation {
     data: u64,
     metadata: u64,
     class: Class,
+    /// The operation is done; its group holds the promise.
+    is_kept: bool,
 }
 
 impl core::fmt::Debug for Reservation {
@@ -218,13 +255,21 @@ impl Reservation {
         self.class
     }
 
+    /// The operation has changed memory, which counts from now on. Does nothing when it was called
+    /// before.
+    pub fn keep(&mut self) {
+        if !core::mem::replace(&mut self.is_kept, true) {
+            self.space.arriving.subtract(self.data, self.metadata);
+        }
+    }
+
     /// Gives part of the promise back: it was spent, or turned out not to be needed.
     ///
     /// # Panics
     /// When there is less: the caller's estimate was wrong.
     pub fn shrink(&mut self, data: u64, metadata: u64) {
         self.take_out(data, metadata);
-        self.space.give_back(data, metadata, self.class);
+        self.give_back(data, metadata);
     }
 
     /// Makes two promises of one.
@@ -233,18 +278,42 @@ impl Reservation {
     /// When there is less: the caller's estimate was wrong.
     pub fn split(&mut self, data: u64, metadata: u64) -> Reservation {
         self.take_out(data, metadata);
-        Reservation { space: self.space.clone(), data, metadata, class: self.class }
+        let (space, class, is_kept) = (self.space.clone(), self.class, self.is_kept);
+        Reservation { space, data, metadata, class, is_kept }
     }
 
-    /// Makes one promise of two.
+    /// Makes two promises of one, the second of `data` bytes for another class: data counts alike
+    /// whoever was promised it.
+    ///
+    /// # Panics
+    /// When there is less: the caller's estimate was wrong.
+    pub fn split_data(&mut self, data: u64, class: Class) -> Reservation {
+        self.take_out(data, 0);
+        let (space, is_kept) = (self.space.clone(), self.is_kept);
+        Reservation { space, data, metadata: 0, class, is_kept }
+    }
+
+    /// Makes one promise of two: one that is kept if both are.
     ///
     /// # Panics
     /// When they are of different classes or pools.
     pub fn join(&mut self, mut other: Reservation) {
         assert!(self.class == other.class, "{:?} joined with {:?}", self.class, other.class);
         assert!(Arc::ptr_eq(&self.space, &other.space), "reservations of two pools joined");
+        if self.is_kept != other.is_kept {
+            let kept = if self.is_kept { &mut *self } else { &mut other };
+            kept.is_kept = false;
+            kept.space.arriving.add(kept.data, kept.metadata);
+        }
         self.data += core::mem::take(&mut other.data);
         self.metadata += core::mem::take(&mut other.metadata);
+    }
+
+    fn give_back(&self, data: u64, metadata: u64) {
+        self.space.give_back(data, metadata, self.class);
+        if !self.is_kept {
+            self.space.arriving.subtract(data, metadata);
+        }
     }
 
     fn take_out(&mut self, data: u64, metadata: u64) {
@@ -262,7 +331,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if self.data > 0 || self.metadata > 0 {
-            self.space.give_back(self.data, self.metadata, self.class);
+            self.give_back(self.data, self.metadata);
         }
     }
 }
@@ -279,10 +348,34 @@ impl Space {
         metadata: u64,
         class: Class,
     ) -> Result<Reservation, Error> {
+        self.reserve_within(data, metadata, class, None)
+    }
+
+    /// As [`Space::reserve`], with a new cap: what all groups that are not published can write of
+    /// metadata, but for what operations under way will add.
+    ///
+    /// # Errors
+    /// Those of [`Space::reserve`].
+    pub fn reserve_within(
+        self: &Arc<Self>,
+        data: u64,
+        metadata: u64,
+        class: Class,
+        cap: Option<&dyn Fn() -> u64>,
+    ) -> Result<Reservation, Error> {
         let data = data.checked_next_multiple_of(SECTOR_BYTES).ok_or(Error::NoSpace)?;
         let metadata =
             metadata.checked_next_multiple_of(self.metadata_unit()).ok_or(Error::NoSpace)?;
-        self.promise(data, metadata, class)?;
-        Ok(Reservation { space: self.clone(), data, metadata, class })
+        if data.max(metadata) >= ABSURD_BYTES {
+            return Err(Error::NoSpace);
+        }
+        // With the operation's own: a cap that rises when its bytes have become dirty memory would
+        // make more of promises that were let in under a lower one.
+        self.arriving.add(data, metadata);
+        if let Err(error) = self.promise(data, metadata, class, cap) {
+            self.arriving.subtract(data, metadata);
+            return Err(error);
+        }
+        Ok(Reservation { space: self.clone(), data, metadata, class, is_kept: false })
     }
 }

@@ -771,19 +771,55 @@ fn deletes_may_reserve_what_normal_operations_may_not() {
 #[test]
 fn metadata_of_each_class_counts_up_to_the_cap() {
     let world = World::new(MIB, 16 * MIB, 64);
-    world.space.set_metadata_cap(4 * NODE);
+    let cap = || 4 * NODE;
+    let reserve = |class| {
+        let mut one = world.space.reserve_within(0, NODE, class, Some(&cap)).unwrap();
+        one.keep();
+        one
+    };
     let mut many: Vec<Reservation> = Vec::new();
-    for _ in 0..10_000 {
-        many.push(world.space.reserve(0, NODE, Class::Normal).unwrap());
-    }
-    for _ in 0..10_000 {
-        many.push(world.space.reserve(0, NODE, Class::Delete).unwrap());
-    }
+    many.extend((0..10_000).map(|_| reserve(Class::Normal)));
+    many.extend((0..10_000).map(|_| reserve(Class::Delete)));
+    // Now none is under way.
+    drop(world.space.reserve_within(0, 0, Class::Normal, Some(&cap)));
     assert_eq!(world.space.usage().reserved_metadata, 8 * NODE);
     let delete = many.pop();
     drop(many);
     assert_eq!(world.space.usage().reserved_metadata, NODE);
     drop(delete);
+}
+
+#[test]
+fn what_operations_under_way_may_add_counts_whoever_reserves_after_them() {
+    let world = World::new(MIB, 64 * MIB, 64);
+    let cap = || 4 * NODE;
+    let reserve = |data, nodes| {
+        world.space.reserve_within(data, nodes * NODE, Class::Normal, Some(&cap)).unwrap()
+    };
+    // As whoever reserves next sees it.
+    let counted = || {
+        drop(reserve(0, 0));
+        world.space.usage().reserved_metadata
+    };
+    let mut large = reserve(MIB, 100);
+    let mut small = reserve(0, 1);
+    assert_eq!(counted(), 101 * NODE);
+    large.keep();
+    assert_eq!(counted(), 5 * NODE);
+    small.keep();
+    assert_eq!(counted(), 4 * NODE);
+    let part = large.split(MIB, 50);
+    small.join(part);
+    assert_eq!(counted(), 4 * NODE);
+    // What is joined with one under way is under way again.
+    let mut other = reserve(0, 1);
+    other.join(small);
+    assert_eq!(counted(), 102 * NODE);
+    drop((large, other));
+    let rest = reserve(0, 5);
+    assert_eq!(counted(), 5 * NODE);
+    drop(rest);
+    assert_eq!(counted(), 0);
 }
 
 #[test]

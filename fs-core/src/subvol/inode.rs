@@ -53,6 +53,15 @@ pub struct State {
     pub unlogged: bool,
 }
 
+/// What an inode that a group changed costs in memory beside its ranges, until the group is
+/// published: itself, what is set aside for the writer, the writer's edits, places in lists.
+pub const INODE_BYTES: u64 = (core::mem::size_of::<Inode>()
+    + core::mem::size_of::<Aside>()
+    + 2 * InodeItem::BYTES
+    + core::mem::size_of::<(crate::format::key::Key, crate::btree::Edit)>())
+    as u64
+    + 64;
+
 /// State of an inode that belongs to the group being written.
 pub struct Aside {
     /// The group.

@@ -14,8 +14,10 @@ use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
-/// Longest part of one group, in bytes.
-const GROUP_BYTES_MAX: usize = 24 << 20;
+/// Longest part of one group where memory is not short, in bytes.
+const GROUP_BYTES_MAX: u64 = 8 << 20;
+/// The share of the memory for changes that a group's part may take.
+const GROUP_SHARE: u64 = 16;
 
 #[derive(Default)]
 struct Part {
@@ -38,12 +40,8 @@ struct List {
 /// The intent list of a pool.
 pub struct Intents {
     list: Mutex<List>,
-}
-
-impl Default for Intents {
-    fn default() -> Intents {
-        Intents { list: Mutex::ranked(Rank::Short, List::default()) }
-    }
+    /// Longest part of one group, in bytes.
+    group_bytes_max: usize,
 }
 
 /// What the log lacks.
@@ -57,11 +55,19 @@ pub struct Pending {
 }
 
 impl Intents {
+    /// An empty list, where `dirty_bytes` is the memory for changes.
+    pub fn new(dirty_bytes: u64) -> Intents {
+        Intents {
+            list: Mutex::ranked(Rank::Short, List::default()),
+            group_bytes_max: (dirty_bytes / GROUP_SHARE).min(GROUP_BYTES_MAX) as usize,
+        }
+    }
+
     /// Appends records of group `txg`; `starts` are the offsets in `records` where they begin.
     pub fn append(&self, txg: Txg, records: &[u8], starts: &[usize]) {
         let mut list = self.list.lock();
         let part = &mut list.parts[slot(txg)];
-        if part.overflowed || part.bytes.len() + records.len() > GROUP_BYTES_MAX {
+        if part.overflowed || part.bytes.len() + records.len() > self.group_bytes_max {
             *part = Part { overflowed: true, ..Part::default() };
             return;
         }

@@ -49,7 +49,7 @@ use crate::error::{Errno, Error};
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
 use crate::format::pool::SubvolItem;
-use crate::subvol::inode::{Inode, State};
+use crate::subvol::inode::{Inode, State, INODE_BYTES};
 use crate::subvol::overlay::Overlay;
 pub use crate::subvol::store::View;
 use crate::subvol::store::{Result, Store};
@@ -106,8 +106,8 @@ impl Subvol {
         let tree = Tree { id: item.lineage(id), root };
         Ok(Subvol {
             id,
+            table: Table::new(store.inode_bytes),
             store,
-            table: Table::default(),
             overlays: core::array::from_fn(|_| Overlay::default()),
             overlay_bytes: [const { AtomicU64::new(0) }; SLOTS],
             dirty: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
@@ -188,6 +188,7 @@ impl Subvol {
 
     /// Puts an inode on the list of those group `txg` changed.
     pub fn list_dirty(&self, txg: Txg, inode: Arc<Inode>) {
+        self.store.dirty.adjust(0, INODE_BYTES);
         self.dirty[slot(txg)].lock().push(inode);
     }
 

@@ -43,9 +43,9 @@ impl Overlay {
 
     /// Records a change. Returns by how many bytes the overlay grew.
     pub fn set(&self, key: Key, change: Change) -> u64 {
-        let bytes = ENTRY_BYTES + change.as_ref().map_or(0, |v| v.len() as u64);
+        let bytes = entry_bytes(&change);
         match self.shard(key.object).write().insert(key, change) {
-            Some(old) => bytes.saturating_sub(ENTRY_BYTES + old.map_or(0, |v| v.len() as u64)),
+            Some(old) => bytes.saturating_sub(entry_bytes(&old)),
             None => bytes,
         }
     }
@@ -90,5 +90,11 @@ impl Overlay {
     }
 }
 
-/// What an entry costs in memory beside its value: key, tree node share, allocation headers.
-const ENTRY_BYTES: u64 = 96;
+/// What an entry costs in memory beside its value: key, tree node share, allocation headers, and
+/// the edit that the group's writer makes of it.
+const ENTRY_BYTES: u64 = 96 + core::mem::size_of::<(Key, Edit)>() as u64;
+
+/// What an entry costs in memory, in bytes. The writer's edit copies the value.
+fn entry_bytes(change: &Change) -> u64 {
+    ENTRY_BYTES + change.as_ref().map_or(0, |value| 2 * value.len() as u64)
+}

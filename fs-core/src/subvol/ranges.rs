@@ -11,7 +11,7 @@
 use crate::buf::Slice;
 use crate::format::extent::{Blob, Extent};
 use crate::format::space::Run;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
 /// What a range has become.
@@ -49,7 +49,7 @@ impl Piece {
     fn part(&self, from: u64, len: u64) -> Piece {
         let content = match &self.content {
             Content::Bytes { data, id } => {
-                Content::Bytes { data: data.part(from as usize, len as usize), id: *id }
+                Content::Bytes { data: data.compact_part(from as usize, len as usize), id: *id }
             }
             Content::Written(extent) => Content::Written(extent.part(from, len)),
             Content::Shared(extent) => Content::Shared(extent.part(from, len)),
@@ -64,11 +64,17 @@ impl Piece {
 #[derive(Debug, Default)]
 pub struct RangeMap {
     pieces: BTreeMap<u64, Piece>,
+    /// Where the pieces begin that the intent log lacks: `fsync` looks at these only.
+    fresh: BTreeSet<u64>,
     data_bytes: u64,
     next_id: u64,
     /// Bytes that the last early write left in memory.
     left_early: u64,
 }
+
+/// What a piece costs in memory beside its bytes: keys and value, a share of the maps' nodes, and
+/// of the checksums of what was written.
+const PIECE_BYTES: u64 = 2 * (2 * 8 + core::mem::size_of::<Piece>() as u64);
 
 /// Where an item's or piece's blob begins in the file: items of one blob with one anchor share one
 /// reference.
@@ -85,6 +91,11 @@ impl RangeMap {
     /// Bytes of the file held in memory.
     pub fn data_bytes(&self) -> u64 {
         self.data_bytes
+    }
+
+    /// Memory that the map takes, in bytes: those of the file, and what its pieces cost.
+    pub fn memory(&self) -> u64 {
+        self.data_bytes + self.pieces.len() as u64 * PIECE_BYTES
     }
 
     /// Bytes that came since the last early write. What that one left is scattered, and looking at
@@ -110,12 +121,35 @@ impl RangeMap {
 
     /// Whether the intent log lacks any piece.
     pub fn lacks(&self) -> bool {
-        self.pieces.values().any(|piece| !piece.logged)
+        !self.fresh.is_empty()
     }
 
-    /// Every piece, to mark what has been logged.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u64, &mut Piece)> {
-        self.pieces.iter_mut().map(|(at, piece)| (*at, piece))
+    /// The pieces that the intent log lacks, with their offsets, ascending.
+    pub fn fresh(&self) -> impl Iterator<Item = (u64, &Piece)> {
+        self.fresh.iter().map(|at| (*at, &self.pieces[at]))
+    }
+
+    /// The intent log is given every piece that it lacks, by way of `log`.
+    pub fn log_fresh(&mut self, mut log: impl FnMut(u64, &Piece)) {
+        for at in core::mem::take(&mut self.fresh) {
+            if let Some(piece) = self.pieces.get_mut(&at) {
+                piece.logged = true;
+                log(at, piece);
+            }
+        }
+    }
+
+    fn insert(&mut self, at: u64, piece: Piece) {
+        match piece.logged {
+            true => self.fresh.remove(&at),
+            false => self.fresh.insert(at),
+        };
+        self.pieces.insert(at, piece);
+    }
+
+    fn remove(&mut self, at: u64) -> Option<Piece> {
+        self.fresh.remove(&at);
+        self.pieces.remove(&at)
     }
 
     /// The pieces that overlap `start..end`, ascending; the first may begin before `start`.
@@ -138,7 +172,7 @@ impl RangeMap {
             assert_eq!(data.len() as u64, len, "bytes of another length than their range");
             self.data_bytes += len;
         }
-        self.pieces.insert(at, Piece { len, content, logged: false });
+        self.insert(at, Piece { len, content, logged: false });
     }
 
     /// Puts bytes under a new identity.
@@ -154,14 +188,14 @@ impl RangeMap {
         let hit: Vec<u64> = self.overlapping(at, end).map(|(start, _)| start).collect();
         let mut dead_blobs: BTreeMap<(crate::units::Logical, u64), Blob> = BTreeMap::new();
         for start in hit {
-            let piece = self.pieces.remove(&start).expect("listed just now");
+            let piece = self.remove(start).expect("listed just now");
             let piece_end = start + piece.len;
             let (from, to) = (at.max(start), end.min(piece_end));
             if start < from {
-                self.pieces.insert(start, piece.part(0, from - start));
+                self.insert(start, piece.part(0, from - start));
             }
             if to < piece_end {
-                self.pieces.insert(to, piece.part(to - start, piece_end - to));
+                self.insert(to, piece.part(to - start, piece_end - to));
             }
             match &piece.content {
                 Content::Bytes { .. } => self.data_bytes -= to - from,
@@ -218,8 +252,7 @@ impl RangeMap {
             self.cut(from, to - from, &mut none);
             debug_assert!(none.is_empty(), "bytes have no space to give back");
             let part = extent.part(from - at, to - from);
-            self.pieces
-                .insert(from, Piece { len: to - from, content: Content::Written(part), logged });
+            self.insert(from, Piece { len: to - from, content: Content::Written(part), logged });
             used_to = to;
             used = true;
         }
@@ -262,8 +295,8 @@ impl RangeMap {
         let Some(joined) = join_plain(x, y) else { return false };
         let piece =
             Piece { len: joined.len(), content: Content::Written(joined), logged: a.logged };
-        self.pieces.remove(&right);
-        self.pieces.insert(left, piece);
+        self.remove(right);
+        self.insert(left, piece);
         true
     }
 

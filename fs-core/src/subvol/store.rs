@@ -45,6 +45,9 @@ pub struct GroupDebts {
     pub shared: Vec<Run>,
 }
 
+/// The part of the cache that is for inodes; the rest is for tree nodes.
+const INODE_SHARE: usize = 8;
+
 /// What all subvolumes of a pool share.
 pub struct Store {
     /// Time, threads, codecs.
@@ -59,6 +62,8 @@ pub struct Store {
     pub groups: Groups,
     /// Memory held by changes.
     pub dirty: Dirty,
+    /// Bytes of clean inodes that a subvolume keeps in memory.
+    pub inode_bytes: usize,
     /// Changes in the order they happened, for the intent log.
     pub intents: Intents,
     /// Key of name hashes.
@@ -101,7 +106,7 @@ pub struct StoreParts {
     pub node_bytes: usize,
     /// Published root of the space tree.
     pub space_tree: Tree,
-    /// Bytes of nodes to keep in memory.
+    /// Bytes of nodes and inodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,
@@ -118,10 +123,11 @@ impl Store {
             platform: parts.platform,
             pool: parts.pool,
             space: parts.space,
-            cache: NodeCache::new(parts.cache_bytes),
+            cache: NodeCache::new(parts.cache_bytes - parts.cache_bytes / INODE_SHARE),
+            inode_bytes: parts.cache_bytes / INODE_SHARE,
             groups: Groups::new(parts.published),
             dirty: Dirty::new(parts.dirty_bytes),
-            intents: Intents::default(),
+            intents: Intents::new(parts.dirty_bytes),
             hash_secret: parts.hash_secret,
             node_bytes: parts.node_bytes,
             space_view: RwLock::ranked(
@@ -192,8 +198,10 @@ impl Store {
         core::mem::take(&mut *self.debts[slot(txg)].lock())
     }
 
-    /// Keeps an operation's reservation until the group it entered is published.
-    pub fn keep(&self, txg: Txg, reservation: Reservation) {
+    /// Keeps an operation's reservation until the group it entered is published. The operation has
+    /// made its changes, or makes them before it leaves the group.
+    pub fn keep(&self, txg: Txg, mut reservation: Reservation) {
+        reservation.keep();
         let mut kept = self.reserved[slot(txg)].lock();
         match kept.iter_mut().find(|all| all.class() == reservation.class()) {
             Some(all) => all.join(reservation),

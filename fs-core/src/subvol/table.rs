@@ -16,8 +16,10 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 const SHARDS: usize = 16;
-/// Inodes a shard holds before it looks for some to drop.
-const SHARD_INODES_MAX: usize = 2048;
+/// Inodes a shard holds at least before it looks for some to drop.
+const SHARD_INODES_MIN: usize = 64;
+/// What an inode in the table costs in memory: itself, its place in the map, allocation headers.
+const ENTRY_BYTES: usize = core::mem::size_of::<Inode>() + 64;
 
 #[derive(Default)]
 struct Shard {
@@ -31,17 +33,19 @@ struct Shard {
 pub struct Table {
     /// On the heap: an array of them would pass over the stack while it is made.
     shards: Box<[Mutex<Shard>]>,
-}
-
-impl Default for Table {
-    fn default() -> Table {
-        Table {
-            shards: (0..SHARDS).map(|_| Mutex::ranked(Rank::Short, Shard::default())).collect(),
-        }
-    }
+    /// Inodes a shard holds before it looks for some to drop.
+    shard_inodes_max: usize,
 }
 
 impl Table {
+    /// A table that holds about `bytes` of inodes which it could do without.
+    pub fn new(bytes: usize) -> Table {
+        Table {
+            shards: (0..SHARDS).map(|_| Mutex::ranked(Rank::Short, Shard::default())).collect(),
+            shard_inodes_max: (bytes / ENTRY_BYTES / SHARDS).max(SHARD_INODES_MIN),
+        }
+    }
+
     fn shard(&self, ino: Ino) -> &Mutex<Shard> {
         &self.shards[(ino.0 % SHARDS as u64) as usize]
     }
@@ -67,7 +71,8 @@ impl Table {
         if !current() {
             return None;
         }
-        let dropped = if shard.inodes.len() >= SHARD_INODES_MAX { shard.shrink() } else { None };
+        let is_full = shard.inodes.len() >= self.shard_inodes_max;
+        let dropped = if is_full { shard.shrink() } else { None };
         let inode = Arc::new(inode);
         shard.inodes.insert(inode.ino, inode.clone());
         drop(shard);

@@ -3,8 +3,9 @@
 use crate::buf::Buf;
 use crate::format::extent::{Blob, Extent};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
+use crate::subvol::intents::Intents;
 use crate::subvol::ranges::{Content, RangeMap};
-use crate::units::Logical;
+use crate::units::{Ino, Logical, TreeId, Txg};
 use std::vec::Vec;
 
 fn packed(addr: u64, logical: u32) -> Extent {
@@ -33,6 +34,27 @@ fn a_blob_cut_in_two_by_another_is_given_back_once() {
 }
 
 #[test]
+fn what_is_left_of_a_buffer_does_not_keep_all_of_it() {
+    let mut map = RangeMap::default();
+    let mut garbage = Vec::new();
+    let whole: Vec<u8> = (0..1 << 20).map(|n: u32| (n >> 12) as u8).collect();
+    map.put_bytes(0, Buf::copy_of(&whole).unwrap().into_slice(), &mut garbage);
+    for at in (0..1 << 20).step_by(16 * 4096) {
+        map.put(at + 4096, 15 * 4096, Content::Hole, &mut garbage);
+    }
+    let mut kept = 0;
+    for (at, piece) in map.iter() {
+        if let Content::Bytes { data, .. } = &piece.content {
+            assert_eq!(data[..], whole[at as usize..at as usize + data.len()]);
+            kept += data.held();
+        }
+    }
+    assert_eq!(map.data_bytes(), 16 * 4096);
+    assert!(kept <= 2 * 16 * 4096, "{kept} bytes are kept for {}", map.data_bytes());
+    assert!(map.memory() > map.data_bytes());
+}
+
+#[test]
 fn bytes_that_changed_while_they_were_written_stay() {
     let mut map = RangeMap::default();
     let mut garbage = Vec::new();
@@ -49,4 +71,15 @@ fn bytes_that_changed_while_they_were_written_stay() {
     assert_eq!(map.data_bytes(), 4096);
     assert_eq!(garbage.len(), 1);
     assert_eq!((garbage[0].addr.0, garbage[0].bytes), ((1 << 20) + 4096, 4096));
+}
+
+#[test]
+fn files_that_names_wait_for_are_forgotten_with_their_group_and_not_before() {
+    let intents = Intents::new(1 << 20);
+    let needed = |first, last| intents.take(Txg(first), Txg(last)).map(|pending| pending.needed);
+    intents.need(Txg(5), TreeId(1), Ino(70));
+    intents.need(Txg(6), TreeId(1), Ino(80));
+    intents.published(Txg(5));
+    assert_eq!(needed(6, 7), Some(std::vec![(TreeId(1), Ino(80))]));
+    assert_eq!(needed(6, 7), Some(Vec::new()));
 }

@@ -142,24 +142,33 @@ impl Groups {
     }
 }
 
-/// Bytes of memory that hold changes not yet written.
+/// Bytes of memory that hold changes not yet written, and of buffers that are needed to write them.
 pub struct Dirty {
     bytes: AtomicU64,
+    buffers: AtomicU64,
     soft: AtomicU64,
     hard: AtomicU64,
 }
 
 impl Dirty {
-    /// With a hard limit of `limit` bytes; the soft limit is half of it.
+    /// For at most `limit` bytes. The soft limit is half of it. The hard one leaves a quarter to
+    /// those who were let in at the same time, and to what they add beside a file's bytes.
     pub fn new(limit: u64) -> Dirty {
         Dirty {
             bytes: AtomicU64::new(0),
+            buffers: AtomicU64::new(0),
             soft: AtomicU64::new(limit / 2),
-            hard: AtomicU64::new(limit),
+            hard: AtomicU64::new(limit - limit / 4),
         }
     }
 
-    /// Bytes that are dirty now.
+    /// Counts a buffer of so many bytes until the guard is dropped.
+    pub fn buffer(&self, bytes: u64) -> Buffered<'_> {
+        self.buffers.fetch_add(bytes, Ordering::Relaxed);
+        Buffered { dirty: self, bytes }
+    }
+
+    /// Bytes of changes that are dirty now.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -177,16 +186,28 @@ impl Dirty {
 
     /// Whether a commit is wanted to make room.
     pub fn over_soft(&self) -> bool {
-        self.bytes() > self.soft.load(Ordering::Relaxed)
+        self.taken() > self.soft.load(Ordering::Relaxed)
     }
 
     /// Whether nobody may add more before something was written.
     pub fn over_hard(&self) -> bool {
-        self.bytes() > self.hard.load(Ordering::Relaxed)
+        self.taken() > self.hard.load(Ordering::Relaxed)
     }
 
-    /// The hard limit in bytes.
-    pub fn limit(&self) -> u64 {
-        self.hard.load(Ordering::Relaxed)
+    fn taken(&self) -> u64 {
+        self.bytes().saturating_add(self.buffers.load(Ordering::Relaxed))
+    }
+}
+
+/// A buffer that is counted while a group is written.
+#[must_use = "a buffer is counted for as long as this lives"]
+pub struct Buffered<'a> {
+    dirty: &'a Dirty,
+    bytes: u64,
+}
+
+impl Drop for Buffered<'_> {
+    fn drop(&mut self) {
+        self.dirty.buffers.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }

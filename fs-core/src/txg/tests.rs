@@ -13,6 +13,21 @@ fn an_operation_stays_in_the_group_it_entered() {
 }
 
 #[test]
+fn buffers_count_until_they_are_gone() {
+    let dirty = Dirty::new(100);
+    dirty.adjust(0, 40);
+    let buffer = dirty.buffer(20);
+    assert!(dirty.over_soft() && !dirty.over_hard());
+    let another = dirty.buffer(20);
+    assert!(dirty.over_hard());
+    drop(another);
+    assert!(!dirty.over_hard());
+    drop(buffer);
+    assert!(!dirty.over_soft());
+    assert_eq!(dirty.bytes(), 40);
+}
+
+#[test]
 fn closing_waits_for_every_operation() {
     let groups = std::sync::Arc::new(Groups::new(Txg(1)));
     let handle = groups.enter();

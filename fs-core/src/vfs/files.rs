@@ -222,15 +222,15 @@ impl Volume {
 
     /// Puts content in place of a range; the inode has been touched.
     fn put(&self, change: &mut Change<'_>, state: &mut State, at: u64, len: u64, content: Content) {
-        let before = state.ranges.data_bytes();
+        let before = state.ranges.memory();
         state.ranges.put(at, len, content, change.garbage());
-        self.engine.store.dirty.adjust(before, state.ranges.data_bytes());
+        self.engine.store.dirty.adjust(before, state.ranges.memory());
     }
 
     fn put_bytes(&self, change: &mut Change<'_>, state: &mut State, at: u64, data: Slice) {
-        let before = state.ranges.data_bytes();
+        let before = state.ranges.memory();
         state.ranges.put_bytes(at, data, change.garbage());
-        self.engine.store.dirty.adjust(before, state.ranges.data_bytes());
+        self.engine.store.dirty.adjust(before, state.ranges.memory());
     }
 
     pub(super) fn do_write(
@@ -357,7 +357,7 @@ impl Volume {
         };
         // Bytes that could not be written stay in memory. Without room the commit may yet find
         // some; after an error of a device nothing more is published.
-        if let Err(error @ Error::Device { .. }) = data::write_tasks(&self.engine.store, &tasks) {
+        if let Err(error @ Error::Device { .. }) = data::write_tasks(&self.engine.store, tasks) {
             self.engine.fail(txg, &error);
         }
         let mut state = inode.state.write();

@@ -10,9 +10,10 @@
 //! | `badinput` | what happens with images and devices that are broken, full or busy? |
 //! | `cycles` | may the next command follow an unmount at once? |
 //! | `kill` | is everything that was synced still there when the server is killed? |
+//! | `memory` | does the driver keep to the memory it is allowed? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last four also run on other
+//! Each ends with the image unmounted and checked. All but the last five also run on other
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
@@ -20,6 +21,7 @@ mod cycles;
 mod direct;
 mod fsx;
 mod kill;
+mod memory;
 mod pjdfstest;
 mod programs;
 mod python;
@@ -84,6 +86,7 @@ const OWN: &[(&str, Run)] = &[
     ("cycles", cycles::run),
     ("kill", kill::run),
     ("sigterm", kill::terminate),
+    ("memory", memory::run),
     ("user", user::run),
 ];
 
