@@ -8,26 +8,26 @@ use crate::vfs::*;
 use std::sync::Arc;
 use std::vec::Vec;
 
-const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
+pub(super) const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
-fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
+pub(super) fn new_pool(bytes: u64) -> (Arc<RamDevice>, TestPlatform) {
     let device = RamDevice::new(bytes);
     let test = TestPlatform::new(7);
     format(std::vec![device.device()], test.platform.clone(), &FormatOptions::default()).unwrap();
     (device, test)
 }
 
-fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
+pub(super) fn mount(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Volume> {
     let options = OpenOptions::default();
     Volume::open(std::vec![device.device()], test.platform.clone(), &options, AccessTime::Relative)
         .unwrap()
 }
 
-fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
+pub(super) fn create(fs: &Volume, dir: Ino, name: &[u8]) -> Ino {
     fs.mknod(dir, name, 0o100644, 0, &ROOT).unwrap().ino
 }
 
-fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
+pub(super) fn read_all(fs: &Volume, ino: Ino) -> Vec<u8> {
     let size = fs.getattr(ino).unwrap().size as usize;
     let mut out = std::vec![0; size];
     assert_eq!(fs.read(ino, 0, &mut out).unwrap(), size);
@@ -249,7 +249,7 @@ fn a_dot_finds_an_inode_of_any_type_for_as_long_as_it_exists() {
 }
 
 /// Bytes that no compressor makes smaller.
-fn noise(len: usize, seed: u64) -> Vec<u8> {
+pub(super) fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed | 1;
     let mut next = || {
         state ^= state << 13;
