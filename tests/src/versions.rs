@@ -68,7 +68,16 @@ struct Moment {
     heads: BTreeMap<u64, u64>,
     /// Snapshots.
     snapshots: BTreeMap<u64, Arc<Tree>>,
+    /// What users see of each: its name and its holds.
+    labels: BTreeMap<u64, Label>,
+    /// Bookmarks by id: of which subvolume, and their names.
+    bookmarks: BTreeMap<u64, (u64, Vec<u8>)>,
 }
+
+/// A name and holds.
+type Label = (Vec<u8>, Vec<Vec<u8>>);
+/// Names and holds by id, and bookmarks by id.
+type Labels = (BTreeMap<u64, Label>, BTreeMap<u64, (u64, Vec<u8>)>);
 
 /// A pool with its models.
 pub struct World {
@@ -87,6 +96,9 @@ pub struct World {
     /// Owner and state.
     snapshots: BTreeMap<u64, (u64, State)>,
     trees: BTreeMap<u64, Arc<Tree>>,
+    labels: BTreeMap<u64, Label>,
+    bookmarks: BTreeMap<u64, (u64, Vec<u8>)>,
+    default: u64,
     generator: Generator,
     rng: Rng,
     names: u64,
@@ -130,6 +142,9 @@ impl World {
             old: BTreeMap::new(),
             snapshots: BTreeMap::new(),
             trees: BTreeMap::new(),
+            labels: BTreeMap::from([(ROOT_SUBVOLUME, Label::default())]),
+            bookmarks: BTreeMap::new(),
+            default: ROOT_SUBVOLUME,
             names: 0,
             moments: Vec::new(),
             log: Vec::new(),
@@ -163,7 +178,12 @@ impl World {
 
     fn remember(&mut self) {
         let heads = self.heads.iter().map(|(id, head)| (*id, head.last)).collect();
-        self.moments.push(Moment { heads, snapshots: self.trees.clone() });
+        self.moments.push(Moment {
+            heads,
+            snapshots: self.trees.clone(),
+            labels: self.labels.clone(),
+            bookmarks: self.bookmarks.clone(),
+        });
         self.recording.mark(self.moments.len() as u64 - 1);
     }
 
@@ -219,7 +239,7 @@ impl World {
         let heads: Vec<u64> = self.heads.keys().copied().collect();
         let snapshots: Vec<u64> = self.snapshots.keys().copied().collect();
         let head = self.pick(&heads).expect("the root subvolume is always there");
-        match self.rng.below(20) {
+        match self.rng.below(25) {
             0..=7 => self.operate(head),
             8..=11 => self.snapshot(&[head]),
             12 => self.snapshot(&heads),
@@ -236,6 +256,16 @@ impl World {
                 None => Ok(()),
             },
             18 if head != ROOT_SUBVOLUME && self.rng.chance(1, 2) => self.delete_subvolume(head),
+            19 => self.rename(head, &snapshots),
+            20 => match self.pick(&snapshots) {
+                Some(snapshot) => self.hold(snapshot),
+                None => Ok(()),
+            },
+            21 => match self.pick(&snapshots) {
+                Some(snapshot) => self.bookmark(snapshot),
+                None => Ok(()),
+            },
+            22 => self.set_default(head),
             _ => {
                 self.log.push("time passes".into());
                 self.platform.clock.advance_ms(6000);
@@ -294,14 +324,15 @@ impl World {
             }
             let heads = BTreeMap::from([(id, head.last)]);
             let last = self.moments.last().expect("the first").clone();
-            let heads = last.heads.into_iter().chain(heads).collect();
-            self.moments.push(Moment { heads, snapshots: last.snapshots });
+            let heads = last.heads.clone().into_iter().chain(heads).collect();
+            self.moments.push(Moment { heads, ..last });
             self.recording.mark(self.moments.len() as u64 - 1);
         }
         Ok(())
     }
 
-    fn add_snapshot(&mut self, id: u64, owner: u64, state: State) {
+    fn add_snapshot(&mut self, id: u64, owner: u64, name: Vec<u8>, state: State) {
+        self.labels.insert(id, (name, Vec::new()));
         self.trees.insert(id, Arc::new(Tree::of_state(&state)));
         self.snapshots.insert(id, (owner, state));
     }
@@ -316,7 +347,8 @@ impl World {
         let made = self.engine.change_versions(ops).map_err(show)?;
         for (id, head) in made.into_iter().zip(heads) {
             let state = self.heads[head].model.state();
-            self.add_snapshot(id, *head, state);
+            let name = format!("s{}-{head}", self.moments.len()).into_bytes();
+            self.add_snapshot(id, *head, name, state);
         }
         self.all_durable()?;
         self.remember();
@@ -325,8 +357,9 @@ impl World {
 
     fn create(&mut self) -> Result<(), String> {
         let name = self.name();
-        let op = VersionOp::CreateSubvolume { name, mode: 0o755, uid: 0, gid: 0 };
+        let op = VersionOp::CreateSubvolume { name: name.clone(), mode: 0o755, uid: 0, gid: 0 };
         let id = self.change(op)?;
+        self.labels.insert(id, (name, Vec::new()));
         let model = Arc::new(Model::new(self.clock.clone()));
         let history = History::new(model.state());
         self.mount(id, model, history)?;
@@ -337,7 +370,8 @@ impl World {
 
     fn clone(&mut self, snapshot: u64) -> Result<(), String> {
         let name = self.name();
-        let id = self.change(VersionOp::Clone { snapshot, name })?;
+        let id = self.change(VersionOp::Clone { snapshot, name: name.clone() })?;
+        self.labels.insert(id, (name, Vec::new()));
         let state = self.snapshots[&snapshot].1.clone();
         let model = Arc::new(Model::from_state(state, self.clock.clone()));
         model.remount();
@@ -363,11 +397,11 @@ impl World {
         let (model, mut history) = (head.model.clone(), head.history);
         drop((head.expected, head.found, head.volume));
         let name = self.name();
-        let kept = self.change(VersionOp::Rollback { snapshot, keep: name })?;
+        let kept = self.change(VersionOp::Rollback { snapshot, keep: name.clone() })?;
         let was = model.state();
         model.set_state(self.snapshots[&snapshot].1.clone());
         model.remount();
-        self.add_snapshot(kept, owner, was);
+        self.add_snapshot(kept, owner, name, was);
         history.push(model.state(), Effect::All, BTreeMap::new());
         self.mount(owner, model, history)?;
         self.all_durable()?;
@@ -376,20 +410,113 @@ impl World {
     }
 
     fn delete_snapshot(&mut self, snapshot: u64) -> Result<(), String> {
+        if !self.labels[&snapshot].1.is_empty() {
+            let held = self.engine.change_versions(vec![VersionOp::Delete { id: snapshot }]);
+            if held.err().map(|error| error.errno()) != Some(Errno::Busy) {
+                return Err(format!("snapshot {snapshot} is held and was deleted"));
+            }
+            self.release_all(snapshot)?;
+        }
+        let measured = self.rng.chance(1, 3);
+        let mut unique = 0;
+        if measured {
+            self.engine.commit().and_then(|()| self.engine.destroy_all()).map_err(show)?;
+            unique = self.engine.with_versions(|versions| versions.unique_bytes(snapshot));
+        }
+        let before = self.engine.given_up_bytes();
         self.change(VersionOp::Delete { id: snapshot })?;
         self.snapshots.remove(&snapshot);
         self.trees.remove(&snapshot);
+        self.labels.remove(&snapshot);
+        if measured {
+            self.engine.destroy_all().map_err(show)?;
+            let freed = self.engine.given_up_bytes() - before;
+            if freed != unique {
+                return Err(format!("{freed} bytes came free and {unique} were announced"));
+            }
+        }
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    fn release_all(&mut self, snapshot: u64) -> Result<(), String> {
+        for tag in self.labels[&snapshot].1.clone() {
+            self.change(VersionOp::Release { snapshot, tag })?;
+        }
+        self.labels.get_mut(&snapshot).expect("it is there").1.clear();
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    fn rename(&mut self, head: u64, snapshots: &[u64]) -> Result<(), String> {
+        let snapshot = self.pick(snapshots);
+        let id = snapshot.filter(|_| self.rng.chance(1, 2)).unwrap_or(head);
+        if id == ROOT_SUBVOLUME {
+            return Ok(());
+        }
+        let name = self.name();
+        self.change(VersionOp::Rename { id, name: name.clone() })?;
+        self.labels.get_mut(&id).expect("it is there").0 = name;
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    fn hold(&mut self, snapshot: u64) -> Result<(), String> {
+        if !self.labels[&snapshot].1.is_empty() && self.rng.chance(1, 2) {
+            return self.release_all(snapshot);
+        }
+        if self.labels[&snapshot].1.len() == 16 {
+            return Ok(());
+        }
+        let tag = self.name();
+        self.change(VersionOp::Hold { snapshot, tag: tag.clone() })?;
+        self.labels.get_mut(&snapshot).expect("it is there").1.push(tag);
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    fn bookmark(&mut self, snapshot: u64) -> Result<(), String> {
+        let ids: Vec<u64> = self.bookmarks.keys().copied().collect();
+        match self.pick(&ids).filter(|_| self.rng.chance(1, 3)) {
+            Some(id) => {
+                self.change(VersionOp::DeleteBookmark { id })?;
+                self.bookmarks.remove(&id);
+            }
+            None => {
+                let name = self.name();
+                let id = self.change(VersionOp::Bookmark { snapshot, name: name.clone() })?;
+                self.bookmarks.insert(id, (self.snapshots[&snapshot].0, name));
+            }
+        }
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    fn set_default(&mut self, head: u64) -> Result<(), String> {
+        self.change(VersionOp::SetDefault { subvolume: head })?;
+        self.default = head;
         self.all_durable()?;
         self.remember();
         Ok(())
     }
 
     fn delete_subvolume(&mut self, id: u64) -> Result<(), String> {
+        if self.default == id {
+            self.set_default(ROOT_SUBVOLUME)?;
+        }
         let head = self.unmount(id);
         self.old.insert(id, head.history);
         drop((head.expected, head.found, head.volume));
         let owned = self.snapshots.iter().filter(|(_, (owner, _))| *owner == id);
         let mut ids: Vec<u64> = owned.map(|(snapshot, _)| *snapshot).collect();
+        for snapshot in &ids {
+            self.release_all(*snapshot)?;
+        }
         ids.push(id);
         let ops: Vec<VersionOp> = ids.iter().map(|id| VersionOp::Delete { id: *id }).collect();
         self.log.push(format!("{ops:?}"));
@@ -397,10 +524,23 @@ impl World {
         for id in ids {
             self.snapshots.remove(&id);
             self.trees.remove(&id);
+            self.labels.remove(&id);
         }
+        self.bookmarks.retain(|_, (owner, _)| *owner != id);
         self.all_durable()?;
         self.remember();
         Ok(())
+    }
+
+    fn labels_of(engine: &Engine) -> Labels {
+        engine.with_versions(|versions| {
+            let live = versions.iter().filter(|(_, version)| !version.item.is_deleted());
+            let bookmarks = versions.bookmarks();
+            (
+                live.map(|(id, v)| (id, (v.name.clone(), v.holds.clone()))).collect(),
+                bookmarks.map(|(id, b)| (id, (b.item.owner, b.name.clone()))).collect(),
+            )
+        })
     }
 
     fn tree_of(engine: &Arc<Engine>, id: u64) -> Result<Tree, String> {
@@ -420,6 +560,14 @@ impl World {
             if let Some(difference) = tree.difference(&World::tree_of(&self.engine, *id)?) {
                 return Err(format!("snapshot {id}: {difference}"));
             }
+        }
+        let found = World::labels_of(&self.engine);
+        if found != (self.labels.clone(), self.bookmarks.clone()) {
+            return Err(format!("names, holds and bookmarks are {found:?}"));
+        }
+        let default = self.engine.default_subvol().map_or(0, |subvol| subvol.id.0);
+        if default != self.default {
+            return Err(format!("{default} is the default subvolume, not {}", self.default));
         }
         self.check(&self.devices, "after a step")
     }
@@ -517,6 +665,11 @@ impl World {
             if after.snapshots.contains_key(id) && !there.contains(id) {
                 return Err(format!("snapshot {id} is lost"));
             }
+        }
+        let found = World::labels_of(&engine);
+        let either = [before, after].map(|moment| (&moment.labels, &moment.bookmarks));
+        if !either.contains(&(&found.0, &found.1)) {
+            return Err(format!("names, holds and bookmarks are {found:?}"));
         }
         for (id, last) in &before.heads {
             if !after.heads.contains_key(id) {

@@ -11,6 +11,8 @@ fn pool(seed: u64) -> Pool {
     if seed % 3 == 0 {
         pool.format.compression = CompressionKind::None;
     }
+    // So that what is deleted takes many groups.
+    pool.open.deletion_refs = [8192, 1, 7, 60][seed as usize / 2 % 4];
     pool
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Nodes never change, so a node that is older than a snapshot is part of that snapshot's tree too,
 //! with all below it. What is younger is the tree's own. The walk shows the own nodes, children
-//! before parents, and can be ended after any leaf; then it says at which key to go on. On the way
-//! there it loads only nodes that it has not shown yet: those shown may be gone by then.
+//! before parents, and can be ended at any item of a leaf; then it says at which key to go on. On
+//! the way there it loads only nodes that it has not shown yet: those shown may be gone by then.
 
 use super::{Node, NodeSource, Place, Tree};
 use crate::format::key::Key;
@@ -15,11 +15,18 @@ use alloc::vec::Vec;
 
 /// Receives the own nodes of a tree.
 pub trait FreshVisitor {
-    /// A leaf or interior node, after its children.
+    /// A leaf, to be looked at from item `from` on. Returns the item to end the walk at, or the
+    /// number of items.
     ///
     /// # Errors
     /// End the walk.
-    fn node(&mut self, ptr: &BlockPtr, node: &Arc<Node>) -> Result<()>;
+    fn leaf(&mut self, node: &Arc<Node>, from: usize) -> Result<usize>;
+
+    /// A leaf that was looked at to its end, or an interior node after its children.
+    ///
+    /// # Errors
+    /// End the walk.
+    fn node(&mut self, ptr: &BlockPtr) -> Result<()>;
 
     /// Asked after each leaf: whether to end here.
     fn is_enough(&self) -> bool;
@@ -46,8 +53,15 @@ impl Tree {
         path.push((root, place, first));
         while let Some((ptr, place, next)) = path.last_mut() {
             let is_leaf = place.node.level() == 0;
-            if is_leaf || *next == place.node.count() {
-                visitor.node(ptr, &place.node)?;
+            if is_leaf {
+                let end = visitor.leaf(&place.node, *next)?;
+                if end < place.node.count() {
+                    return Ok(Some(place.node.key(end)));
+                }
+                *next = end;
+            }
+            if *next >= place.node.count() {
+                visitor.node(ptr)?;
                 path.pop();
                 if is_leaf && visitor.is_enough() {
                     return finish(path, since, visitor);
@@ -60,6 +74,7 @@ impl Tree {
             if child.birth <= since {
                 continue;
             }
+            hint(source, &place.node, slot, since);
             let below = place.load_child(source, slot)?;
             let first = slot_from(&below, &from);
             path.push((child, below, first));
@@ -68,12 +83,28 @@ impl Tree {
     }
 }
 
-/// The child with which to begin: the one that may hold `from`.
+/// How many leaves are read together.
+const GROUP: usize = 16;
+
+/// Before the first of a group of leaves is loaded, tells that the others come next.
+fn hint(source: &dyn NodeSource, node: &Node, slot: usize, since: Txg) {
+    if node.level() != 1 || slot % GROUP != 0 {
+        return;
+    }
+    let children = (slot..node.count().min(slot + GROUP)).map(|slot| node.child(slot));
+    let own: Vec<BlockPtr> = children.filter(|child| child.birth > since).collect();
+    source.prefetch(node.tree(), &own);
+}
+
+/// Where to begin: the child that may hold `from`, or the item from there on.
 fn slot_from(place: &Place, from: &Key) -> usize {
-    if place.node.level() == 0 || *from < place.node.first_key() {
+    if place.node.count() == 0 || *from < place.node.first_key() {
         return 0;
     }
-    place.node.slot_of(from)
+    match place.node.level() {
+        0 => place.node.search(from).unwrap_or_else(|after| after),
+        _ => place.node.slot_of(from),
+    }
 }
 
 /// Ends a walk after a leaf: nodes that have no own children left are shown, and the key of the
@@ -88,7 +119,7 @@ fn finish(
         if let Some(slot) = rest.into_iter().find(|slot| place.node.child(*slot).birth > since) {
             return Ok(Some(place.node.key(slot)));
         }
-        visitor.node(&ptr, &place.node)?;
+        visitor.node(&ptr)?;
     }
     Ok(None)
 }

@@ -154,6 +154,8 @@ pub mod rules {
             "a dead list is not what a version dropped and its parent has" MOVE;
         VERSION_PARENT "E-VERSION-PARENT" Loss
             "a subvolume or snapshot goes on from one that is missing or another" MOVE;
+        VERSION "E-VERSION" Error
+            "a subvolume, snapshot or bookmark has a bad name, owner or group" MOVE;
         // Inodes.
         INODE_MISSING "E-INODE-MISSING" Loss "items belong to an inode that does not exist" FILE;
         INODE_FIELD "E-INODE-FIELD" Error "a field of an inode contradicts its type" FILE;

@@ -273,6 +273,12 @@ const DAMAGES: &[(&Rule, Damage)] = &[
         Before(|forge| (forge.item.parent, forge.item.snapshot_txg) = (999, 1)),
     ),
     (
+        &rules::VERSION,
+        Before(|forge| {
+            forge.pool_tree.insert(Key::new(SUBVOL.0, kind::NAME, 0), b"name".to_vec());
+        }),
+    ),
+    (
         &rules::INODE_MISSING,
         Before(|forge| {
             forge.subvol.remove(&Forge::key(5));

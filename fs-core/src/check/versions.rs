@@ -140,13 +140,11 @@ impl Family {
         self.versions.get(id).map(|version| &version.item)
     }
 
-    /// Whether nothing goes on from a deleted version.
+    /// Whether nothing goes on from a deleted version, and a part of its tree may be gone.
     fn is_end(&self, id: u64) -> bool {
-        self.item(id).is_some_and(SubvolItem::is_deleted) && self.versions.child_count(id) == 0
-    }
-
-    fn is_started(&self, id: u64) -> bool {
-        self.item(id).is_some_and(|item| item.flags & version::STARTED != 0)
+        let begun = version::DELETED | version::STARTED;
+        let is_begun = self.item(id).is_some_and(|item| item.flags & begun == begun);
+        is_begun && self.versions.child_count(id) == 0
     }
 
     /// Whether a version is deleted and all that only it had is in its successor's dead list.
@@ -154,16 +152,13 @@ impl Family {
         if !self.item(id).is_some_and(SubvolItem::is_deleted) {
             return false;
         }
-        match self.versions.children(id)[..] {
-            [child] => !(self.is_end(child) && self.is_started(child)),
-            _ => false,
-        }
+        self.versions.only_child(id).is_some_and(|child| !self.is_end(child))
     }
 
     /// The next version above that is not gone; zero when there is none.
     fn parent(&self, id: u64) -> u64 {
         let mut parent = self.item(id).map_or(0, |item| item.parent);
-        // Groups descend from parent to parent, so this ends.
+        // From parent to parent groups and ids descend, so this ends.
         while parent != 0 && self.is_gone(parent) {
             parent = self.item(parent).map_or(0, |item| item.parent);
         }
@@ -178,10 +173,8 @@ impl Family {
     /// of the successor.
     fn heir(&self, mut id: u64) -> u64 {
         while self.is_gone(id) {
-            match self.versions.children(id)[..] {
-                [child] => id = child,
-                _ => break,
-            }
+            let Some(child) = self.versions.only_child(id) else { break };
+            id = child;
         }
         id
     }
@@ -193,19 +186,15 @@ impl Family {
 /// [`crate::error::Error::Memory`] and the like.
 #[inline(never)]
 pub(super) fn check(checker: &mut Checker<'_>, family: &mut Family, found: &[Found]) -> Result<()> {
-    if let Err(error) = family.versions.check() {
+    if let Err(error) = family.versions.check(checker.superblock.next_subvol) {
         family.broken = true;
         checker.findings.add_error(&rules::VERSION_PARENT, Spot::NONE, error)?;
     }
+    check_rules(checker, family)?;
     for version in found {
         checker.stats.subvols += 1;
         let id = version.id.0;
-        let list = version.item.dead_list(id);
-        if family.owners.insert(list, id).is_some() {
-            let detail = format!("list {list} belongs to two");
-            checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::POOL, id), detail);
-            family.broken = true;
-        }
+        family.owners.insert(version.item.dead_list(id), id);
         if !family.broken && family.is_gone(id) {
             continue;
         }
@@ -220,6 +209,32 @@ pub(super) fn check(checker: &mut Checker<'_>, family: &mut Family, found: &[Fou
         family.met.insert(id, core::mem::take(&mut checker.met));
     }
     checker.incomplete |= family.broken;
+    Ok(())
+}
+
+/// Names, owners and groups of versions and bookmarks.
+#[inline(never)]
+fn check_rules(checker: &mut Checker<'_>, family: &Family) -> Result<()> {
+    let newest = checker.superblock.txg.0;
+    for (id, version) in family.versions.iter() {
+        let spot = Spot::object(TreeId::POOL, id);
+        if let Err(error) = family.versions.check_rules(id) {
+            checker.findings.add_error(&rules::VERSION, spot.clone(), error)?;
+        }
+        let item = &version.item;
+        if item.txg.max(item.birth).max(item.snapshot_txg) > newest {
+            checker.findings.add(&rules::VERSION, spot, "it is of a group to come");
+        }
+    }
+    for (id, bookmark) in family.versions.bookmarks() {
+        let spot = Spot::object(TreeId::POOL, id);
+        if let Err(error) = family.versions.check_bookmark(id) {
+            checker.findings.add_error(&rules::VERSION, spot.clone(), error)?;
+        }
+        if bookmark.item.txg > newest || bookmark.item.txg == 0 {
+            checker.findings.add(&rules::VERSION, spot, "it is of a group to come, or of none");
+        }
+    }
     Ok(())
 }
 
@@ -250,15 +265,16 @@ struct Left<'c, 'a, 't> {
 }
 
 impl FreshVisitor for Left<'_, '_, '_> {
-    fn node(&mut self, ptr: &BlockPtr, node: &Arc<Node>) -> Result<()> {
+    fn node(&mut self, ptr: &BlockPtr) -> Result<()> {
         let spot = Spot::block(self.tree.id, ptr.addr);
         let run = Run { addr: ptr.addr, bytes: ptr.allocated() };
         self.checker.mark_run(spot, run, ChunkKind::Metadata);
         self.checker.stats.nodes += 1;
-        if node.level() > 0 {
-            return Ok(());
-        }
-        for index in 0..node.count() {
+        Ok(())
+    }
+
+    fn leaf(&mut self, node: &Arc<Node>, from: usize) -> Result<usize> {
+        for index in from..node.count() {
             let key = node.key(index);
             if key.kind != kind::EXTENT {
                 continue;
@@ -275,7 +291,7 @@ impl FreshVisitor for Left<'_, '_, '_> {
                 extents::mark(self.checker, &spot, run)?;
             }
         }
-        Ok(())
+        Ok(node.count())
     }
 
     fn is_enough(&self) -> bool {
@@ -362,10 +378,15 @@ fn entry_met(
     };
     let heir = family.heir(owner);
     let since = family.since(heir);
-    let above = family.versions.parent_txg(family.item(owner).map_or(0, |item| item.parent));
+    let item = family.item(owner).copied().unwrap_or(SubvolItem::zeroed());
+    if entry.birth.0 > item.snapshot_txg {
+        let spot = Spot::object(TreeId::DEAD, list);
+        checker.findings.add(&rules::DEAD_LIST, spot, "an entry its parent cannot have");
+    }
+    let own_since = family.versions.dead_own_since(&item);
     let met = family.lists.entry(owner).or_default();
     met.entries += 1;
-    if entry.birth > above {
+    if entry.birth > own_since {
         met.own_bytes = met.own_bytes.saturating_add(entry.run.bytes);
     }
     if entry.birth <= since {
@@ -402,15 +423,17 @@ fn compare(checker: &mut Checker<'_>, family: &Family) {
             let detail = format!("{} entries instead of {}", item.dead_entries, list.entries);
             checker.findings.add(&rules::DEAD_LIST, spot.clone(), detail);
         }
-        let Some(met) = family.met.get(&id).filter(|_| !item.is_deleted()) else { continue };
+        if item.dead_own_bytes != list.own_bytes {
+            let (counted, met) = (item.dead_own_bytes, list.own_bytes);
+            let detail = format!("{counted} bytes only its parent has instead of {met}");
+            checker.findings.add(&rules::SUBVOL_SUMS, spot.clone(), detail);
+        }
+        let Some(met) = family.met.get(&id).filter(|_| !family.is_end(id)) else { continue };
         for (what, counted, met) in [
             ("of nodes", item.tree_bytes, met.tree_bytes),
             ("of its own", item.own_bytes, met.own_bytes),
-            ("only its parent has", item.dead_own_bytes, list.own_bytes),
         ] {
-            // Counts follow when a deletion is finished.
-            let is_settled = family.item(item.parent).is_none_or(|parent| !parent.is_deleted());
-            if counted != met && is_settled {
+            if counted != met {
                 let detail = format!("{counted} bytes {what} instead of {met}");
                 checker.findings.add(&rules::SUBVOL_SUMS, spot.clone(), detail);
             }

@@ -2,10 +2,11 @@
 
 use crate::btree::{Edit, Tree};
 use crate::engine::data;
-use crate::engine::dead;
+use crate::engine::dead::Lists;
 use crate::engine::destroy::GivenUp;
 use crate::engine::nodes::GroupSink;
 use crate::engine::references;
+use crate::engine::versions::Comings;
 use crate::engine::{Engine, Roots};
 use crate::error::Error;
 use crate::format::chunk::ChunkKind;
@@ -37,6 +38,8 @@ pub struct Committer {
     pub superblock: Box<Superblock>,
     /// Items of the pool tree to write with the next group.
     pub pool_edits: Vec<(Key, Edit)>,
+    /// What the group that is being written makes of subvolumes in memory.
+    pub(super) comings: Comings,
     /// Views that readers may still hold, oldest first.
     views: Vec<Weak<View>>,
 }
@@ -52,7 +55,13 @@ impl Committer {
             dead: tree(TreeId::DEAD, superblock.dead_root),
             residue: superblock.residue,
         };
-        Committer { roots, superblock, pool_edits: Vec::new(), views: Vec::new() }
+        Committer {
+            roots,
+            superblock,
+            pool_edits: Vec::new(),
+            comings: Comings::default(),
+            views: Vec::new(),
+        }
     }
 }
 
@@ -98,7 +107,9 @@ struct Parts {
     debts: GroupDebts,
     pool_edits: Vec<(Key, Edit)>,
     dead: Tree,
-    /// Nodes of subvolumes and snapshots that are free.
+    /// What deletions gave up.
+    given_up: GivenUp,
+    /// Nodes of subvolumes that are free.
     dead_nodes: Vec<Run>,
 }
 
@@ -114,16 +125,17 @@ struct SubvolChange {
 }
 
 impl SubvolChange {
-    /// Brings the counts of the item up to date; `above` is the group of the parent's parent.
-    fn count(&self, item: &mut SubvolItem, above: Txg) {
-        let sum = |refs: &mut dyn Iterator<Item = &DeadRef>| -> u64 {
-            refs.map(|entry| entry.run.bytes).sum()
+    /// Brings the counts of the item up to date. Entries of its dead list that were born after
+    /// `since` are summed up.
+    fn count(&self, item: &mut SubvolItem, since: Txg) {
+        let sum = |since: Txg| {
+            let young = self.dead.iter().filter(|entry| entry.birth > since);
+            young.fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
         };
-        let dead = sum(&mut self.dead.iter());
-        let dead_own = sum(&mut self.dead.iter().filter(|entry| entry.birth > above));
+        let (dead, dead_own) = (sum(Txg(0)), sum(since));
         item.tree_bytes = item.tree_bytes.saturating_add_signed(self.tree_bytes);
         // What went to the dead list was not its own.
-        let own = self.data.stored + self.tree_bytes + dead as i64;
+        let own = self.data.stored.saturating_add(self.tree_bytes).saturating_add_unsigned(dead);
         item.own_bytes = item.own_bytes.saturating_add_signed(own);
         item.dead_entries = item.dead_entries.saturating_add(self.dead.len() as u64);
         item.dead_own_bytes = item.dead_own_bytes.saturating_add(dead_own);
@@ -137,6 +149,9 @@ struct Written {
     residue: Residue,
     subvols: Vec<WrittenSubvol>,
     dead_nodes: Vec<Run>,
+    comings: Comings,
+    /// Subvolumes that the group brings.
+    fresh: Vec<Arc<Subvol>>,
     /// Where replay begins.
     log: Option<LogStart>,
 }
@@ -204,9 +219,9 @@ impl Engine {
         let sink = GroupSink::new(&self.store, txg);
         let mut debts = GroupDebts::default();
         let mut written = Vec::new();
-        let mut given_up = GivenUp::default();
-        let mut dead_edits = dead::Edits::new();
-        let old_dead = committer.roots.dead;
+        let mut dead_nodes = Vec::new();
+        let (old_dead, old_refs) = (committer.roots.dead, committer.roots.refs);
+        let mut lists = Lists::new(&sink, old_dead);
         let counts = committer.superblock.features[2] & features::VERSIONS != 0;
         for (subvol, dirty) in subvols {
             if dirty.is_empty() && subvol.overlay(txg).is_empty() {
@@ -214,20 +229,18 @@ impl Engine {
             }
             let (part, change) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
             let list = self.note_change(&part, &change, txg, counts)?;
-            dead::append(&sink, &old_dead, list, change.dead, &mut dead_edits)?;
-            given_up.nodes.extend(change.nodes);
+            lists.append(list, change.dead)?;
+            dead_nodes.extend(change.nodes);
             written.push(part);
         }
-        let tree = old_dead.apply(&sink, &dead::batch(dead_edits))?;
         self.carry_out(committer, &sink, txg)?;
-        let tree = self.destroy_some(&sink, tree, &mut given_up)?;
-        debts.garbage.append(&mut given_up.data);
-        let pool_edits = self.take_pool_edits(committer);
+        let (dead, given_up) = self.destroy_some(&sink, (&old_dead, &old_refs), &mut lists, txg)?;
+        let pool_edits = self.take_pool_edits(committer)?;
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
         debts.shared.append(&mut shared);
-        let parts = Parts { debts, pool_edits, dead: tree, dead_nodes: given_up.nodes };
+        let parts = Parts { debts, pool_edits, dead, given_up, dead_nodes };
         self.write_pool_trees(committer, &sink, txg, parts, written)
     }
 
@@ -243,8 +256,8 @@ impl Engine {
         let id = part.subvol.id.0;
         let mut item = part.subvol.item_for(txg, &part.tree, change.data);
         if counts {
-            let above = self.versions.read().parent_txg(item.parent);
-            change.count(&mut item, above);
+            let since = self.versions.read().dead_own_since(&item);
+            change.count(&mut item, since);
         }
         self.versions.write().change(id, |there| *there = item)?;
         Ok(item.dead_list(id))
@@ -252,17 +265,20 @@ impl Engine {
 
     /// What the group changes of the pool tree.
     #[inline(never)]
-    fn take_pool_edits(&self, committer: &mut Committer) -> Vec<(Key, Edit)> {
+    fn take_pool_edits(&self, committer: &mut Committer) -> Result<Vec<(Key, Edit)>> {
+        // A mistake here is better not published.
+        self.versions.read().check_touched()?;
         let mut pool_edits = core::mem::take(&mut committer.pool_edits);
         let mut edits = self.versions.write().take_edits();
         pool_edits.append(&mut edits.tree);
         pool_edits.sort_unstable_by_key(|(key, _)| *key);
         for (id, item) in edits.items {
-            if let Some(subvol) = self.subvol(TreeId(id)) {
+            let is_fresh = committer.comings.fresh.contains(&id);
+            if let Some(subvol) = self.subvol(TreeId(id)).filter(|_| !is_fresh) {
                 subvol.set_item_fields(item);
             }
         }
-        pool_edits
+        Ok(pool_edits)
     }
 
     /// Everything of the group that is still bytes in memory goes to the devices.
@@ -293,9 +309,12 @@ impl Engine {
         subvols: Vec<WrittenSubvol>,
     ) -> Result<Box<Written>> {
         let store = &*self.store;
+        let comings = core::mem::take(&mut committer.comings);
         let old = &committer.roots;
-        let Parts { debts, pool_edits, dead, mut dead_nodes } = parts;
-        let settled = references::settle(sink, &old.refs, debts.shared, debts.garbage)?;
+        let Parts { debts, pool_edits, dead, mut given_up, mut dead_nodes } = parts;
+        let GroupDebts { garbage, shared } = debts;
+        let data = core::mem::take(&mut given_up.data);
+        let settled = references::settle(sink, &old.refs, shared, garbage, data)?;
         let refs = old.refs.apply(sink, &settled.edits)?;
         for run in settled.dead {
             store.space.free(run, txg);
@@ -321,6 +340,10 @@ impl Engine {
         for run in &dead_nodes {
             store.space.free(*run, txg);
         }
+        // Last, so that what makes no sense of it is found out.
+        given_up.data = settled.dead_given_up;
+        self.free_given_up(&given_up, txg);
+        dead_nodes.append(&mut given_up.nodes);
 
         // The cut. What is taken and freed after it goes to the residue.
         let edits = to_edits(store.space.cut(txg, store)?);
@@ -331,7 +354,17 @@ impl Engine {
         }
         let (ptr, residue) = self.write_residue(sink, txg)?;
         let roots = Roots { pool, chunk, refs, dead, residue: Some(ptr) };
-        Ok(Box::new(Written { roots, space_tree, residue, subvols, dead_nodes, log }))
+        let fresh = self.fresh_subvolumes(&comings, txg)?;
+        Ok(Box::new(Written {
+            roots,
+            space_tree,
+            residue,
+            subvols,
+            dead_nodes,
+            comings,
+            fresh,
+            log,
+        }))
     }
 
     /// A bound of what writing the space tree takes after the cut.
@@ -426,6 +459,8 @@ impl Engine {
         for run in written.dead_nodes {
             store.cache.remove(run.addr);
         }
+        self.default_subvol.store(committer.superblock.default_subvol, Ordering::Relaxed);
+        self.swap_subvolumes(written.comings, written.fresh);
         store.intents.published(txg);
         self.log.published(txg);
         self.settle_promises();

@@ -123,6 +123,7 @@ pub fn format(
         cache_bytes: 8 << 20,
         dirty_bytes: 8 << 20,
         commit_seconds: 5,
+        deletion_refs: 1,
         read_only: false,
     })?;
     let subvol = engine.default_subvol().ok_or(Error::NoSuperblock)?;

@@ -53,7 +53,7 @@ use crate::sync::rank::{self, Rank};
 use crate::sync::{Mutex, RwLock};
 use crate::units::{Ino, TreeId, Txg};
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -95,8 +95,14 @@ pub struct Engine {
     default_subvol: AtomicU64,
     /// What waits to be carried out by the writer of a group.
     requests: Mutex<Vec<versions::Request>>,
-    /// Taking apart what was deleted met damage: not before the pool is opened again.
-    destroying_failed: AtomicBool,
+    /// What was deleted and is damaged: not before the pool is opened again.
+    stopped: Mutex<BTreeSet<u64>>,
+    /// Uptime before which nothing is taken apart, because there was no room.
+    destroy_after_ns: AtomicU64,
+    /// References given up or moved by one group.
+    deletion_refs: usize,
+    /// Bytes given up by deletions.
+    given_up: AtomicU64,
     committer: Mutex<commit::Committer>,
     log: log::Log,
     reclaim: Mutex<VecDeque<(TreeId, Ino)>>,
@@ -115,6 +121,8 @@ pub struct Engine {
     resilvering: AtomicBool,
     /// Counts rollbacks: each puts an older tree in a younger one's place.
     turns: AtomicU64,
+    /// Whether there are, or were, snapshots.
+    has_versions: AtomicBool,
 }
 
 /// Adds to what is held.
@@ -273,7 +281,11 @@ impl Engine {
     /// and new nodes for what it adds; an item takes at most three times its bytes in nodes that
     /// have just been split, and what is added is dirty memory.
     fn metadata_bound(&self) -> u64 {
-        let existing = self.metadata_used.load(Ordering::Relaxed);
+        let mut existing = self.metadata_used.load(Ordering::Relaxed);
+        if self.has_versions.load(Ordering::Relaxed) {
+            // What is dropped and goes to a dead list had an item, which took more.
+            existing = existing.saturating_mul(2);
+        }
         let added = self.store.dirty.bytes().saturating_mul(3);
         let roots = ROOT_NODES * self.store.node_bytes as u64;
         existing.saturating_mul(2).saturating_add(added).saturating_add(roots)

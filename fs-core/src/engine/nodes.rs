@@ -19,13 +19,16 @@ pub struct GroupSink<'a> {
     txg: Txg,
     freed: Mutex<Vec<(Run, Txg)>>,
     written_bytes: AtomicU64,
+    /// Nodes since the mark, if there is one.
+    marked: Mutex<Option<Vec<Logical>>>,
 }
 
 impl<'a> GroupSink<'a> {
     /// A sink for group `txg`.
     pub fn new(store: &'a Store, txg: Txg) -> GroupSink<'a> {
         let written_bytes = AtomicU64::new(0);
-        GroupSink { store, txg, freed: Mutex::new(Vec::new()), written_bytes }
+        let (freed, marked) = (Mutex::new(Vec::new()), Mutex::new(None));
+        GroupSink { store, txg, freed, written_bytes, marked }
     }
 
     /// Blocks that were replaced since the last call, with their births.
@@ -36,6 +39,28 @@ impl<'a> GroupSink<'a> {
     /// Bytes of nodes written since the last call.
     pub fn take_written_bytes(&self) -> u64 {
         self.written_bytes.swap(0, Ordering::Relaxed)
+    }
+
+    /// From now on takes note of what nodes get their places. What was replaced must have been
+    /// taken.
+    pub fn mark(&self) {
+        debug_assert!(self.freed.lock().is_empty(), "what was replaced was not taken");
+        *self.marked.lock() = Some(Vec::new());
+    }
+
+    /// What was written since the mark stays.
+    pub fn forget_mark(&self) {
+        *self.marked.lock() = None;
+    }
+
+    /// Nothing refers to the nodes that got their places since the mark, nor was any replaced.
+    pub fn give_back_marked(&self) {
+        self.freed.lock().clear();
+        let bytes = self.store.node_bytes as u64;
+        for addr in self.marked.lock().take().into_iter().flatten() {
+            self.store.cache.remove(addr);
+            self.store.space.free(Run { addr, bytes }, self.txg);
+        }
     }
 
     /// Writes a block that is not a tree node, such as the residue.
@@ -104,6 +129,9 @@ impl NodeSink for GroupSink<'_> {
                 let addr = Logical(run.addr.0 + whole * node);
                 self.store.space.free(Run { addr, bytes: rest }, self.txg);
             }
+        }
+        if let Some(marked) = self.marked.lock().as_mut() {
+            marked.extend_from_slice(&places);
         }
         Ok(places)
     }

@@ -8,9 +8,10 @@
 //! 6. Orphans: queued, removed in the background.
 
 use crate::btree::{NodeSource, Tree};
-use crate::engine::{commit::Committer, log::Log, Engine};
+use crate::engine::{commit::Committer, destroy::REFS_PER_GROUP, log::Log, Engine};
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{Chunk, DeviceItem};
+use crate::format::features;
 use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
@@ -25,7 +26,7 @@ use crate::subvol::Subvol;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{Ino, Logical, TreeId, Txg};
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -47,6 +48,8 @@ pub struct OpenOptions {
     pub dirty_bytes: u64,
     /// Longest time a change stays uncommitted, in seconds.
     pub commit_seconds: u64,
+    /// References that one group gives up or moves because something was deleted.
+    pub deletion_refs: usize,
     /// How new data is stored, in place of what the pool says: kind and level.
     pub compression: Option<(CompressionKind, i32)>,
 }
@@ -61,6 +64,7 @@ impl Default for OpenOptions {
             cache_bytes: 128 << 20,
             dirty_bytes: 256 << 20,
             commit_seconds: 5,
+            deletion_refs: REFS_PER_GROUP,
             compression: None,
         }
     }
@@ -101,6 +105,7 @@ pub fn open(
         cache_bytes: options.cache_bytes,
         dirty_bytes: options.dirty_bytes,
         commit_seconds: options.commit_seconds,
+        deletion_refs: options.deletion_refs,
         read_only: options.read_only,
     })?;
     engine.load_pool_tree(options)?;
@@ -131,6 +136,7 @@ pub(super) struct Parts {
     pub cache_bytes: usize,
     pub dirty_bytes: u64,
     pub commit_seconds: u64,
+    pub deletion_refs: usize,
     pub read_only: bool,
 }
 
@@ -143,14 +149,20 @@ pub(super) fn assemble(parts: Parts) -> Result<Arc<Engine>> {
     load_chunks(&store, &chunk_tree)?;
     store.pool.check_reach()?;
     load_space(&store, &space_tree, &superblock)?;
-    let engine = make_engine(superblock, store, parts.commit_seconds);
+    let limits = (parts.commit_seconds, parts.deletion_refs);
+    let engine = make_engine(superblock, store, limits);
     parts.subvols.iter().try_for_each(|(id, item)| engine.add_first(*id, item))?;
     Ok(engine)
 }
 
 /// Kept apart from `assemble`, as [`make_store`] is.
 #[inline(never)]
-fn make_engine(superblock: Box<Superblock>, store: Arc<Store>, commit_seconds: u64) -> Arc<Engine> {
+fn make_engine(
+    superblock: Box<Superblock>,
+    store: Arc<Store>,
+    (commit_seconds, deletion_refs): (u64, usize),
+) -> Arc<Engine> {
+    let has_versions = superblock.features[2] & features::VERSIONS != 0;
     let commit_ns = commit_seconds.max(1).saturating_mul(1_000_000_000);
     Arc::new(Engine {
         default_subvol: AtomicU64::new(superblock.default_subvol),
@@ -158,7 +170,10 @@ fn make_engine(superblock: Box<Superblock>, store: Arc<Store>, commit_seconds: u
         snapshots: RwLock::ranked(Rank::Subvols, BTreeMap::new()),
         versions: RwLock::ranked(Rank::Versions, Versions::default()),
         requests: Mutex::ranked(Rank::Short, Vec::new()),
-        destroying_failed: AtomicBool::new(false),
+        stopped: Mutex::ranked(Rank::Short, BTreeSet::new()),
+        destroy_after_ns: AtomicU64::new(0),
+        deletion_refs,
+        given_up: AtomicU64::new(0),
         committer: Mutex::ranked(Rank::Committer, Committer::new(superblock)),
         log: Log::new(store.pool.pool_id()),
         reclaim: Mutex::ranked(Rank::Short, VecDeque::new()),
@@ -167,6 +182,7 @@ fn make_engine(superblock: Box<Superblock>, store: Arc<Store>, commit_seconds: u
         commit_ns,
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        has_versions: AtomicBool::new(has_versions),
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         resilver: Mutex::ranked(Rank::Short, None),
         resilvering: AtomicBool::new(false),
@@ -277,7 +293,7 @@ impl Engine {
     #[inline(never)]
     fn add_first(&self, id: TreeId, item: &SubvolItem) -> Result<()> {
         let version = Version { item: *item, name: Vec::new(), holds: Vec::new() };
-        self.versions.write().insert(id.0, version);
+        self.versions.write().insert(id.0, version)?;
         let subvol = self.make_subvol(id, item, self.store.groups.published())?;
         self.subvols.write().insert(id, subvol);
         Ok(())
@@ -291,11 +307,11 @@ impl Engine {
 
     #[inline(never)]
     fn load_pool_tree(&self, options: &OpenOptions) -> Result<()> {
-        let (tree, txg) = {
+        let (tree, txg, next) = {
             let committer = self.committer.lock();
-            (committer.roots.pool, committer.superblock.txg)
+            (committer.roots.pool, committer.superblock.txg, committer.superblock.next_subvol)
         };
-        self.load_versions(&tree, options)?;
+        self.load_versions(&tree, next, options)?;
         let mut subvols = BTreeMap::new();
         for (id, version) in self.versions.read().iter() {
             if !version.item.is_snapshot() && !version.item.is_deleted() {
@@ -318,7 +334,7 @@ impl Engine {
 
     /// Reads the settings, and what subvolumes and snapshots there are.
     #[inline(never)]
-    fn load_versions(&self, tree: &Tree, options: &OpenOptions) -> Result<()> {
+    fn load_versions(&self, tree: &Tree, next: u64, options: &OpenOptions) -> Result<()> {
         let mut settings = self.store.settings();
         let mut versions = Versions::default();
         each_item(&*self.store, tree, |key, value| {
@@ -327,7 +343,7 @@ impl Engine {
             }
             Ok(())
         })?;
-        versions.check()?;
+        versions.check(next)?;
         if let Some((kind, level)) = options.compression {
             (settings.compression, settings.level) = (kind, level);
         }

@@ -16,12 +16,16 @@ use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::Content;
 use crate::subvol::store::Result;
 use crate::subvol::Subvol;
-use crate::units::{Ino, TreeId};
+use crate::units::{Ino, TreeId, SECTOR_BYTES};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 /// Extents removed from one file in one group.
-const EXTENTS_PER_GROUP: usize = 8192;
+const EXTENTS_PER_GROUP: u64 = 8192;
+/// And when there is hardly room to list them in the dead list.
+const EXTENTS_PER_GROUP_MIN: u64 = 4;
+/// So many are tried in any case.
+const EXTENTS_TRIED: u64 = 64;
 /// Files looked at by one [`Engine::reclaim_some`].
 const FILES_PER_STEP: usize = 4096;
 
@@ -95,13 +99,24 @@ impl Engine {
             Err(Error::Posix(_)) => return Ok(Progress::Done),
             Err(error) => return Err(error),
         };
-        let reservation =
-            self.reserve_committing(0, 8 * self.store.node_bytes as u64, Class::Delete)?;
+        let stored = inode.state.read().item.stored_bytes / SECTOR_BYTES;
+        let mut most = match subvol.has_parent() {
+            true => stored.clamp(EXTENTS_TRIED, EXTENTS_PER_GROUP),
+            false => EXTENTS_PER_GROUP,
+        };
+        let room = |extents: u64| 8 * self.store.node_bytes as u64 + subvol.dead_room(extents);
+        let reservation = match self.reserve_committing(0, room(most), Class::Delete) {
+            Err(Error::NoSpace) if subvol.has_parent() => {
+                most = EXTENTS_PER_GROUP_MIN;
+                self.reserve_committing(0, room(most), Class::Delete)?
+            }
+            other => other?,
+        };
         let mut state = inode.state.write();
         if state.item.nlink != 0 || state.gone || subvol.table.is_held(ino) {
             return Ok(Progress::Done);
         }
-        let cut = if state.item.is_file() { self.cut_offset(subvol, ino)? } else { 0 };
+        let cut = if state.item.is_file() { self.cut_offset(subvol, ino, most)? } else { 0 };
         if cut > 0 && state.is_dirty() {
             return Ok(Progress::More);
         }
@@ -119,12 +134,12 @@ impl Engine {
     }
 
     /// Where to cut a file so that not more than so many extents go; zero when that is all.
-    fn cut_offset(&self, subvol: &Subvol, ino: Ino) -> Result<u64> {
+    fn cut_offset(&self, subvol: &Subvol, ino: Ino, most: u64) -> Result<u64> {
         let view = subvol.view();
         let mut cursor: Cursor = view.tree.cursor();
         let end = Key::new(ino.0, kind::EXTENT, u64::MAX);
         let mut next = cursor.seek_last(&*subvol.store, &end)?;
-        for _ in 0..EXTENTS_PER_GROUP {
+        for _ in 0..most {
             match next {
                 Some((key, _)) if key.object == ino.0 && key.kind == kind::EXTENT => {}
                 _ => return Ok(0),

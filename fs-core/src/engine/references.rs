@@ -23,6 +23,8 @@ pub struct Settled {
     pub edits: Vec<(Key, Edit)>,
     /// Runs that nothing refers to any more.
     pub dead: Vec<Run>,
+    /// Runs that nothing refers to any more since `given_up` is taken into account.
+    pub dead_given_up: Vec<Run>,
 }
 
 /// Extra references by address: end of the run, and how many.
@@ -35,7 +37,7 @@ struct Counts<'a> {
     stored: BTreeMap<u64, (u64, u64)>,
 }
 
-/// Settles a group's references.
+/// Settles a group's references: `given_up` are lost like `lost`, by what is deleted.
 ///
 /// # Errors
 /// Errors of the device or the tree; [`Error::BadItem`] for items that overlap.
@@ -44,10 +46,12 @@ pub fn settle(
     tree: &Tree,
     mut gained: Vec<Run>,
     mut lost: Vec<Run>,
+    mut given_up: Vec<Run>,
 ) -> Result<Settled> {
     let mut counts = Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
     gained.sort_unstable();
     lost.sort_unstable();
+    given_up.sort_unstable();
     for run in gained {
         counts.add(run)?;
     }
@@ -55,7 +59,21 @@ pub fn settle(
     for run in lost {
         counts.take(run, &mut dead)?;
     }
-    Ok(Settled { edits: counts.edits(), dead })
+    let mut dead_given_up = Vec::new();
+    for run in given_up {
+        counts.take(run, &mut dead_given_up)?;
+    }
+    Ok(Settled { edits: counts.edits(), dead, dead_given_up })
+}
+
+/// How many items of the reference tree runs lie in.
+///
+/// # Errors
+/// As [`settle`].
+pub fn items_of(source: &dyn NodeSource, tree: &Tree, runs: &[Run]) -> Result<usize> {
+    let mut counts = Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
+    runs.iter().try_for_each(|run| counts.load(*run))?;
+    Ok(counts.items.len())
 }
 
 impl Counts<'_> {

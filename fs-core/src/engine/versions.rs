@@ -44,6 +44,9 @@
 //!
 //! Deleting is told in `destroy`.
 
+#[cfg(test)]
+mod tests;
+
 use crate::btree::{Edit, Tree, Walk};
 use crate::engine::commit::Committer;
 use crate::engine::nodes::GroupSink;
@@ -55,12 +58,14 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{
     check_name, version, BookmarkItem, SubvolItem, FIRST_INO, NAME_BYTES_MAX, ROOT_INO,
 };
-use crate::space::Class;
+use crate::format::space::Run;
+use crate::space::{Class, Reservation};
 use crate::subvol::store::Result;
 use crate::subvol::versions::{Bookmark, Version, Versions};
 use crate::subvol::Subvol;
 use crate::sync::Mutex;
 use crate::units::{TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::collections::BTreeSet;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
@@ -153,6 +158,17 @@ pub(super) struct Request {
     ops: Vec<VersionOp>,
     /// Identities for what is made.
     ids: Vec<[u8; 16]>,
+    /// Subvolumes that nobody uses any more.
+    shut: Vec<u64>,
+    /// Room for what files of new subvolumes were promised.
+    promise: Option<Reservation>,
+    done: Arc<Mutex<Option<Result<Vec<u64>>>>>,
+}
+
+/// A request whose outcome is awaited.
+pub(super) struct Asked {
+    after: Txg,
+    shut: Vec<Arc<Subvol>>,
     done: Arc<Mutex<Option<Result<Vec<u64>>>>>,
 }
 
@@ -161,18 +177,53 @@ const HOLDS_MAX: usize = 16;
 /// Nodes that an operation may write beyond those of the group anyway.
 const NODES_PER_OP: u64 = 4;
 
+/// What a request comes to, besides what it makes of the versions.
+struct Draft<'r> {
+    request: &'r Request,
+    txg: Txg,
+    now: i64,
+    /// The first id that it gives, and the next.
+    first: u64,
+    next: u64,
+    default_subvol: u64,
+    /// Subvolumes that begin, or begin anew, with their root directories if they have none yet.
+    fresh: Vec<(u64, Option<InodeItem>)>,
+    gone: Vec<u64>,
+}
+
+/// What becomes of subvolumes in memory when a group is published.
+#[derive(Default)]
+pub(super) struct Comings {
+    /// They are there, instead of any that was there.
+    pub fresh: BTreeSet<u64>,
+    /// They are not any more.
+    pub gone: BTreeSet<u64>,
+    /// Room for what their files were promised.
+    pub promises: Vec<Reservation>,
+}
+
 impl Engine {
     /// Carries operations out, all at one moment, and returns when they are durable: the ids of
-    /// what was made, zero for an operation that makes nothing. Each is judged by what there was
-    /// before all of them.
+    /// what was made, zero for an operation that makes nothing. Each is judged by what those before
+    /// it have done; but none may name what another of them makes.
     ///
     /// # Errors
     /// ENOENT, EEXIST, EBUSY for what is mounted, held or has something below it;
     /// [`Error::Argument`] for a name; [`Error::NoSpace`]; [`Error::Failed`]. Nothing is done then.
     pub fn change_versions(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>> {
+        let asked = self.ask(ops)?;
+        self.answer(asked)
+    }
+
+    /// Asks for operations to be carried out with the open group.
+    pub(super) fn ask(&self, ops: Vec<VersionOp>) -> Result<Asked> {
         self.store.writable()?;
-        let nodes = NODES_PER_OP * (ops.len() as u64 + 1);
+        let nodes = NODES_PER_OP * (ops.len() as u64 + 1) + self.renamed_by(&ops);
         let reservation = self.reserve(0, nodes * self.store.node_bytes as u64, Class::Admin)?;
+        let promise = match self.promised_by(&ops) {
+            0 => None,
+            promised => Some(self.reserve(promised, 0, Class::Normal)?),
+        };
         let shut = self.shut_for(&ops)?;
         let done = Arc::new(Mutex::new(None));
         let ids = ops.iter().map(|_| {
@@ -184,15 +235,55 @@ impl Engine {
         let after = {
             let handle = self.store.groups.enter();
             self.store.keep(handle.txg(), reservation);
-            let request = Request { after: handle.txg(), ops, ids, done: done.clone() };
+            let request = Request {
+                after: handle.txg(),
+                ops,
+                ids,
+                shut: shut.iter().map(|subvol| subvol.id.0).collect(),
+                promise,
+                done: done.clone(),
+            };
             self.requests.lock().push(request);
             handle.txg()
         };
+        Ok(Asked { after, shut, done })
+    }
+
+    /// Waits for what was asked for.
+    pub(super) fn answer(&self, asked: Asked) -> Result<Vec<u64>> {
+        let Asked { after, shut, done } = asked;
         let published = self.commit_upto(after);
         let outcome = done.lock().take();
-        shut.iter().for_each(|subvol| subvol.reopen());
+        if published.is_err() || !matches!(outcome, Some(Ok(_))) {
+            self.reopen(&shut);
+        }
         published?;
         outcome.unwrap_or(Err(Error::Failed))
+    }
+
+    /// Subvolumes that are renamed with others.
+    fn renamed_by(&self, ops: &[VersionOp]) -> u64 {
+        let versions = self.versions.read();
+        let nested = |op: &VersionOp| match op {
+            VersionOp::Rename { id, .. } => versions.nested(*id).len() as u64,
+            _ => 0,
+        };
+        ops.iter().map(nested).sum()
+    }
+
+    /// Bytes promised to files of what operations make, beyond what is promised already.
+    fn promised_by(&self, ops: &[VersionOp]) -> u64 {
+        let versions = self.versions.read();
+        let promised = |id| versions.get(id).map_or(0, |version| version.item.promised_bytes);
+        let more = |op: &VersionOp| match op {
+            VersionOp::Clone { snapshot, .. } => promised(*snapshot),
+            VersionOp::Rollback { snapshot, .. } => {
+                let owner = versions.get(*snapshot).map_or(0, |version| version.item.owner);
+                promised(*snapshot).saturating_sub(promised(owner))
+            }
+            _ => 0,
+        };
+        ops.iter().fold(0, |sum: u64, op| sum.saturating_add(more(op)))
     }
 
     /// Keeps everybody out of what is to be deleted or rolled back.
@@ -207,13 +298,25 @@ impl Engine {
                 _ => None,
             };
             let Some(subvol) = id.and_then(|id| self.subvol(TreeId(id))) else { continue };
+            if shut.iter().any(|other| other.id == subvol.id) {
+                continue;
+            }
             if !subvol.shut() {
-                shut.iter().for_each(|subvol| subvol.reopen());
+                self.reopen(&shut);
                 return Err(Errno::Busy.into());
             }
             shut.push(subvol);
         }
         Ok(shut)
+    }
+
+    /// Nothing comes of it: they can be used again. Who was told to wait comes back.
+    fn reopen(&self, shut: &[Arc<Subvol>]) {
+        for subvol in shut {
+            subvol.reopen();
+            // If that fails they stay until the pool is opened again.
+            let _ = self.queue_orphans_of(subvol);
+        }
     }
 
     /// Looks at the versions there are.
@@ -232,16 +335,19 @@ impl Engine {
         }
         // Under both, so that a deletion that begins sees it held or keeps it from being opened.
         let mut open = self.snapshots.write();
+        let published = self.store.groups.published();
         let item = {
             let versions = self.versions.read();
-            let version = versions.get(id).filter(|version| !version.item.is_deleted());
-            version.ok_or(Error::Posix(Errno::NoEnt))?.item
+            let is_there = |version: &&Version| {
+                let item = &version.item;
+                item.is_snapshot() && !item.is_deleted() && Txg(item.txg) <= published
+            };
+            versions.get(id).filter(is_there).ok_or(Error::Posix(Errno::NoEnt))?.item
         };
         if let Some(subvol) = open.get(&id).and_then(Weak::upgrade) {
             return Ok(subvol);
         }
-        let txg = self.store.groups.published().max(Txg(item.txg));
-        let subvol = Arc::new(Subvol::new(TreeId(id), item, txg, self.store.clone())?);
+        let subvol = Arc::new(Subvol::new(TreeId(id), item, published, self.store.clone())?);
         open.retain(|_, weak| weak.strong_count() > 0);
         open.insert(id, Arc::downgrade(&subvol));
         Ok(subvol)
@@ -268,173 +374,197 @@ impl Engine {
         sink: &GroupSink<'_>,
         txg: Txg,
     ) -> Result<()> {
-        let ready: Vec<Request> = {
+        let mut ready = Vec::new();
+        {
             let mut waiting = self.requests.lock();
-            let (ready, later) =
-                core::mem::take(&mut *waiting).into_iter().partition(|r| r.after <= txg);
+            let mut later = Vec::new();
+            for request in waiting.drain(..) {
+                match request.after <= txg {
+                    true => ready.push(request),
+                    false => later.push(request),
+                }
+            }
             *waiting = later;
-            ready
-        };
+        }
         for request in ready {
-            let judged = self.judge(&request.ops).and_then(|()| self.activate(committer));
-            let outcome = match judged {
-                Ok(()) => Ok(self.carry_out_one(committer, sink, txg, &request)?),
-                Err(error) => Err(error),
-            };
-            *request.done.lock() = Some(outcome);
+            let outcome = self.carry_out_request(committer, sink, txg, &request);
+            let Request { promise, done, .. } = request;
+            if outcome.is_ok() {
+                committer.comings.promises.extend(promise);
+            }
+            *done.lock() = Some(outcome);
         }
         Ok(())
     }
 
-    /// Whether all of the operations can be carried out.
-    fn judge(&self, ops: &[VersionOp]) -> Result<()> {
-        let versions = self.versions.read();
-        let mut going: BTreeSet<u64> = BTreeSet::new();
-        for op in ops {
-            if let VersionOp::Delete { id } = op {
-                going.insert(*id);
-            }
-        }
-        let mut names: BTreeSet<(u8, u64, &[u8])> = BTreeSet::new();
-        for op in ops {
-            let Some((sort, owner, name)) = self.judge_one(&versions, &going, op)? else {
-                continue;
-            };
-            let taken = match sort {
-                0 => versions.subvolume(name),
-                1 => versions.snapshot(owner, name),
-                _ => versions.bookmark_named(owner, name),
-            };
-            if taken.is_some() || !names.insert((sort, owner, name)) {
-                return Err(Errno::Exist.into());
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether an operation can be carried out; the name that must not exist yet: of a subvolume
-    /// (0), of a snapshot (1) or bookmark (2) of a subvolume.
-    fn judge_one<'o>(
-        &self,
-        versions: &Versions,
-        going: &BTreeSet<u64>,
-        op: &'o VersionOp,
-    ) -> Result<Option<(u8, u64, &'o [u8])>> {
-        let there = |id: u64| {
-            let version = versions.get(id).filter(|version| !version.item.is_deleted());
-            version.ok_or(Error::Posix(Errno::NoEnt))
-        };
-        let snapshot = |id| match there(id)? {
-            version if version.item.is_snapshot() => Ok(version),
-            _ => Err(Error::Argument { what: "this is a subvolume, not a snapshot" }),
-        };
-        let subvolume = |id| match there(id)? {
-            version if !version.item.is_snapshot() => Ok(version),
-            _ => Err(Error::Argument { what: "this is a snapshot, not a subvolume" }),
-        };
-        Ok(match op {
-            VersionOp::CreateSubvolume { name, .. } => {
-                check_subvolume_name(name)?;
-                Some((0, 0, name))
-            }
-            VersionOp::Snapshot { subvolume: id, name } => {
-                check_part(name)?;
-                subvolume(*id)?;
-                Some((1, *id, name))
-            }
-            VersionOp::Clone { snapshot: id, name } => {
-                check_subvolume_name(name)?;
-                snapshot(*id)?;
-                Some((0, 0, name))
-            }
-            VersionOp::Rollback { snapshot: id, keep } => {
-                check_part(keep)?;
-                let owner = snapshot(*id)?.item.owner;
-                subvolume(owner)?;
-                Some((1, owner, keep))
-            }
-            VersionOp::Rename { id, name } => {
-                let version = there(*id)?;
-                if version.item.is_snapshot() {
-                    check_part(name)?;
-                    return Ok(Some((1, version.item.owner, name)));
-                }
-                if version.name.is_empty() {
-                    return Err(Error::Argument { what: "the root subvolume cannot be renamed" });
-                }
-                check_subvolume_name(name)?;
-                let below = name.strip_prefix(version.name.as_slice());
-                if below.is_some_and(|rest| rest.first() == Some(&b'/')) {
-                    return Err(Error::Argument { what: "a subvolume cannot go below itself" });
-                }
-                for nested in versions.nested(*id) {
-                    let more = versions.need(nested)?.name.len() - version.name.len();
-                    if name.len() + more > NAME_BYTES_MAX {
-                        return Err(Errno::NameTooLong.into());
-                    }
-                }
-                Some((0, 0, name))
-            }
-            VersionOp::Delete { id } => {
-                let version = there(*id)?;
-                let is_needed = match version.item.is_snapshot() {
-                    true => !version.holds.is_empty(),
-                    false => {
-                        *id == self.default_subvol.load(Ordering::Relaxed)
-                            || *id == TreeId::FIRST_SUBVOL.0
-                            || versions.snapshots(*id).iter().any(|id| !going.contains(id))
-                            || versions.nested(*id).iter().any(|id| !going.contains(id))
-                    }
-                };
-                if is_needed {
-                    return Err(Errno::Busy.into());
-                }
-                None
-            }
-            VersionOp::Hold { snapshot: id, tag } => {
-                check_part(tag)?;
-                let version = snapshot(*id)?;
-                if version.holds.contains(tag) {
-                    return Err(Errno::Exist.into());
-                }
-                if version.holds.len() >= HOLDS_MAX {
-                    return Err(Error::Argument { what: "a snapshot has at most 16 holds" });
-                }
-                None
-            }
-            VersionOp::Release { snapshot: id, tag } => {
-                if !snapshot(*id)?.holds.contains(tag) {
-                    return Err(Errno::NoEnt.into());
-                }
-                None
-            }
-            VersionOp::Bookmark { snapshot: id, name } => {
-                check_part(name)?;
-                Some((2, snapshot(*id)?.item.owner, name))
-            }
-            VersionOp::DeleteBookmark { id } => {
-                versions.bookmark(*id).ok_or(Error::Posix(Errno::NoEnt))?;
-                None
-            }
-            VersionOp::SetDefault { subvolume: id } => {
-                subvolume(*id)?;
-                None
-            }
-        })
-    }
-
-    fn carry_out_one(
+    /// All of a request, or nothing.
+    fn carry_out_request(
         &self,
         committer: &mut Committer,
         sink: &GroupSink<'_>,
         txg: Txg,
         request: &Request,
     ) -> Result<Vec<u64>> {
-        let mut made = Vec::new();
+        self.activate(committer)?;
+        let mut draft = Draft {
+            request,
+            txg,
+            now: self.store.now().secs,
+            first: committer.superblock.next_subvol,
+            next: committer.superblock.next_subvol,
+            default_subvol: committer.superblock.default_subvol,
+            fresh: Vec::new(),
+            gone: Vec::new(),
+        };
+        self.versions.write().begin();
+        let mut roots = Vec::new();
+        let outcome = self.do_ops(&mut draft).and_then(|made| {
+            self.write_roots(&draft, sink, &mut roots)?;
+            self.versions.read().check_touched()?;
+            Ok(made)
+        });
+        if outcome.is_err() {
+            self.versions.write().undo();
+            roots.into_iter().for_each(|run| self.store.space.free(run, txg));
+            return outcome;
+        }
+        self.versions.write().keep();
+        committer.superblock.next_subvol = draft.next;
+        committer.superblock.default_subvol = draft.default_subvol;
+        let comings = &mut committer.comings;
+        for (id, _) in draft.fresh {
+            comings.fresh.insert(id);
+        }
+        for id in draft.gone {
+            comings.fresh.remove(&id);
+            comings.gone.insert(id);
+        }
+        outcome
+    }
+
+    fn do_ops(&self, draft: &mut Draft<'_>) -> Result<Vec<u64>> {
+        let request = draft.request;
+        let mut made = Vec::with_capacity(request.ops.len());
         for (op, identity) in request.ops.iter().zip(&request.ids) {
-            made.push(self.carry_out_op(committer, sink, txg, op, *identity)?);
+            made.push(self.do_op(draft, op, *identity)?);
         }
         Ok(made)
+    }
+
+    #[inline(never)]
+    fn do_op(&self, draft: &mut Draft<'_>, op: &VersionOp, identity: [u8; 16]) -> Result<u64> {
+        self.check_shut(draft, op)?;
+        let mut versions = self.versions.write();
+        let versions = &mut *versions;
+        match op {
+            VersionOp::CreateSubvolume { name, mode, uid, gid } => {
+                check_subvolume_name(name)?;
+                let id = draft.new_id();
+                let item = draft.first_item(identity);
+                add(versions, id, item, name)?;
+                let root = self.root_item(draft.txg, (*mode, *uid, *gid));
+                draft.fresh.push((id, Some(root)));
+                Ok(id)
+            }
+            VersionOp::Snapshot { subvolume: id, name } => {
+                draft.subvolume(versions, *id)?;
+                draft.snapshot(versions, *id, name, identity)
+            }
+            VersionOp::Clone { snapshot, name } => {
+                check_subvolume_name(name)?;
+                draft.clone(versions, *snapshot, name, identity)
+            }
+            VersionOp::Rollback { snapshot, keep } => {
+                let owner = draft.snapshot_of(versions, *snapshot)?.item.owner;
+                draft.roll_back(versions, (*snapshot, owner), keep, identity)
+            }
+            VersionOp::Rename { id, name } => draft.rename(versions, *id, name).map(|()| 0),
+            VersionOp::Delete { id } => draft.delete(versions, *id).map(|()| 0),
+            VersionOp::Hold { snapshot: id, tag } => {
+                check_part(tag)?;
+                let mut holds = draft.snapshot_of(versions, *id)?.holds.clone();
+                if holds.contains(tag) {
+                    return Err(Errno::Exist.into());
+                }
+                if holds.len() >= HOLDS_MAX {
+                    return Err(Error::Argument { what: "a snapshot has at most 16 holds" });
+                }
+                holds.push(tag.clone());
+                versions.set_holds(*id, holds).map(|()| 0)
+            }
+            VersionOp::Release { snapshot: id, tag } => {
+                let mut holds = draft.snapshot_of(versions, *id)?.holds.clone();
+                let at = holds.iter().position(|other| other == tag);
+                holds.remove(at.ok_or(Error::Posix(Errno::NoEnt))?);
+                versions.set_holds(*id, holds).map(|()| 0)
+            }
+            VersionOp::Bookmark { snapshot: id, name } => {
+                check_part(name)?;
+                let from = draft.snapshot_of(versions, *id)?.item;
+                let item = BookmarkItem {
+                    owner: from.owner,
+                    txg: from.txg,
+                    created: from.created,
+                    id: from.id,
+                    reserved: [0; 24],
+                };
+                let id = draft.new_id();
+                versions.insert_bookmark(id, Bookmark { item, name: name.clone() })?;
+                Ok(id)
+            }
+            VersionOp::DeleteBookmark { id } => {
+                let is_older = *id < draft.first;
+                let there = versions.bookmark(*id).filter(|_| is_older);
+                there.ok_or(Error::Posix(Errno::NoEnt))?;
+                versions.remove_bookmark(*id);
+                Ok(0)
+            }
+            VersionOp::SetDefault { subvolume: id } => {
+                draft.subvolume(versions, *id)?;
+                draft.default_subvol = *id;
+                Ok(0)
+            }
+        }
+    }
+
+    /// What is deleted or rolled back is not in use, nor can be before the group is published.
+    fn check_shut(&self, draft: &Draft<'_>, op: &VersionOp) -> Result<()> {
+        let id = match op {
+            VersionOp::Delete { id } => *id,
+            VersionOp::Rollback { snapshot, .. } => {
+                let versions = self.versions.read();
+                versions.get(*snapshot).map_or(0, |version| version.item.owner)
+            }
+            _ => return Ok(()),
+        };
+        if self.subvol(TreeId(id)).is_some() && !draft.request.shut.contains(&id) {
+            return Err(Errno::Busy.into());
+        }
+        Ok(())
+    }
+
+    /// Writes the trees of new subvolumes. Notes what they took in `runs`.
+    #[inline(never)]
+    fn write_roots(
+        &self,
+        draft: &Draft<'_>,
+        sink: &GroupSink<'_>,
+        runs: &mut Vec<Run>,
+    ) -> Result<()> {
+        for (id, root) in &draft.fresh {
+            let Some(root) = root else { continue };
+            let key = Key::new(ROOT_INO, kind::INODE, 0);
+            let edit = Edit::Put(root.to_bytes().to_vec());
+            sink.take_written_bytes();
+            let tree = Tree::empty(TreeId(*id)).apply(sink, &[(key, edit)])?;
+            let bytes = sink.take_written_bytes();
+            runs.extend(tree.root.map(|ptr| Run { addr: ptr.addr, bytes: ptr.allocated() }));
+            self.versions.write().change(*id, |item| {
+                (item.tree_bytes, item.own_bytes) = (bytes, bytes);
+                item.set_root(tree.root.as_ref());
+            })?;
+        }
+        Ok(())
     }
 
     /// The first request of a pool: from now on bytes are counted. It reads the interior nodes of
@@ -444,14 +574,15 @@ impl Engine {
             return Ok(());
         }
         for subvol in self.subvols() {
-            let mut item = self.versions.read().need(subvol.id.0)?.item;
+            let mut item = Box::new(self.versions.read().need(subvol.id.0)?.item);
             let root =
                 item.root(Txg(u64::MAX)).map_err(|bad| bad.in_item(TreeId::POOL, subvol.id.0))?;
             item.tree_bytes = self.tree_bytes(&Tree { id: item.lineage(subvol.id), root })?;
             item.own_bytes = item.referenced_bytes();
-            self.versions.write().change(subvol.id.0, |there| *there = item)?;
+            self.versions.write().change(subvol.id.0, |there| *there = *item)?;
         }
         committer.superblock.features[2] |= features::VERSIONS;
+        self.has_versions.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -468,141 +599,6 @@ impl Engine {
         Ok(nodes * node_bytes)
     }
 
-    fn carry_out_op(
-        &self,
-        committer: &mut Committer,
-        sink: &GroupSink<'_>,
-        txg: Txg,
-        op: &VersionOp,
-        identity: [u8; 16],
-    ) -> Result<u64> {
-        let now = self.store.now().secs;
-        match op {
-            VersionOp::CreateSubvolume { name, mode, uid, gid } => {
-                let id = new_id(committer);
-                let root = self.root_item(txg, (*mode, *uid, *gid));
-                let key = Key::new(ROOT_INO, kind::INODE, 0);
-                let edit = Edit::Put(root.to_bytes().to_vec());
-                sink.take_written_bytes();
-                let tree = Tree::empty(TreeId(id)).apply(sink, &[(key, edit)])?;
-                let bytes = sink.take_written_bytes();
-                let mut item = SubvolItem::zeroed();
-                (item.next_ino, item.inodes) = (FIRST_INO, 1);
-                (item.birth, item.created, item.id) = (txg.0, now, identity);
-                (item.tree_bytes, item.own_bytes) = (bytes, bytes);
-                item.set_root(tree.root.as_ref());
-                self.add_subvolume(id, item, name, txg)?;
-                Ok(id)
-            }
-            VersionOp::Snapshot { subvolume, name } => {
-                self.snapshot(committer, *subvolume, name, txg, identity)
-            }
-            VersionOp::Clone { snapshot, name } => {
-                let id = new_id(committer);
-                let from = self.versions.read().need(*snapshot)?.item;
-                let mut item = going_on_from(&from, *snapshot, id);
-                (item.birth, item.created, item.id) = (txg.0, now, identity);
-                item.origin = from.id;
-                self.add_subvolume(id, item, name, txg)?;
-                Ok(id)
-            }
-            VersionOp::Rollback { snapshot, keep } => {
-                let from = self.versions.read().need(*snapshot)?.item;
-                let owner = from.owner;
-                let kept = self.snapshot(committer, owner, keep, txg, identity)?;
-                let old = self.versions.read().need(owner)?.item;
-                let mut item = going_on_from(&from, *snapshot, kept);
-                (item.birth, item.created, item.id) = (old.birth, old.created, old.id);
-                item.origin = old.origin;
-                // A number is never used again, so that a file handle never names another file.
-                item.next_ino = item.next_ino.max(old.next_ino);
-                self.versions.write().change(owner, |there| *there = item)?;
-                self.turns.fetch_add(1, Ordering::AcqRel);
-                self.load_subvolume(TreeId(owner), item, txg)?;
-                Ok(kept)
-            }
-            VersionOp::Rename { id, name } => {
-                let mut versions = self.versions.write();
-                let version = versions.need(*id)?;
-                let (old, is_snapshot) = (version.name.clone(), version.item.is_snapshot());
-                let nested = if is_snapshot { Vec::new() } else { versions.nested(*id) };
-                for nested in nested {
-                    let mut full = name.clone();
-                    full.extend_from_slice(&versions.need(nested)?.name[old.len()..]);
-                    versions.rename(nested, &full)?;
-                }
-                versions.rename(*id, name)?;
-                Ok(0)
-            }
-            VersionOp::Delete { id } => {
-                self.versions.write().mark_deleted(*id)?;
-                self.subvols.write().remove(&TreeId(*id));
-                Ok(0)
-            }
-            VersionOp::Hold { snapshot, tag } => {
-                let mut holds = self.versions.read().need(*snapshot)?.holds.clone();
-                holds.push(tag.clone());
-                self.versions.write().set_holds(*snapshot, holds)?;
-                Ok(0)
-            }
-            VersionOp::Release { snapshot, tag } => {
-                let mut holds = self.versions.read().need(*snapshot)?.holds.clone();
-                holds.retain(|other| other != tag);
-                self.versions.write().set_holds(*snapshot, holds)?;
-                Ok(0)
-            }
-            VersionOp::Bookmark { snapshot, name } => {
-                let id = new_id(committer);
-                let from = self.versions.read().need(*snapshot)?.item;
-                let item = BookmarkItem {
-                    owner: from.owner,
-                    txg: from.txg,
-                    created: from.created,
-                    id: from.id,
-                    reserved: [0; 24],
-                };
-                self.versions.write().insert_bookmark(id, Bookmark { item, name: name.clone() });
-                Ok(id)
-            }
-            VersionOp::DeleteBookmark { id } => {
-                self.versions.write().remove_bookmark(*id);
-                Ok(0)
-            }
-            VersionOp::SetDefault { subvolume } => {
-                committer.superblock.default_subvol = *subvolume;
-                self.default_subvol.store(*subvolume, Ordering::Relaxed);
-                Ok(0)
-            }
-        }
-    }
-
-    /// The snapshot takes the subvolume's place between its parent and itself.
-    fn snapshot(
-        &self,
-        committer: &mut Committer,
-        subvolume: u64,
-        name: &[u8],
-        txg: Txg,
-        identity: [u8; 16],
-    ) -> Result<u64> {
-        let id = new_id(committer);
-        let mut versions = self.versions.write();
-        let head = versions.need(subvolume)?.item;
-        let mut item = head;
-        item.flags |= version::SNAPSHOT;
-        item.lineage = head.lineage(TreeId(subvolume)).0;
-        item.dead_list = head.dead_list(subvolume);
-        (item.owner, item.txg) = (subvolume, txg.0);
-        (item.created, item.id) = (self.store.now().secs, identity);
-        item.origin = head.id;
-        versions.insert(id, Version { item, name: name.to_vec(), holds: Vec::new() });
-        versions.change(subvolume, |head| {
-            (head.parent, head.snapshot_txg, head.dead_list) = (id, txg.0, id);
-            (head.own_bytes, head.dead_entries, head.dead_own_bytes) = (0, 0, 0);
-        })?;
-        Ok(id)
-    }
-
     fn root_item(&self, txg: Txg, (mode, uid, gid): (u32, u32, u32)) -> InodeItem {
         let now = self.store.now();
         let mut item = InodeItem::zeroed();
@@ -617,37 +613,209 @@ impl Engine {
         item
     }
 
-    fn add_subvolume(&self, id: u64, item: SubvolItem, name: &[u8], txg: Txg) -> Result<()> {
-        let version = Version { item, name: name.to_vec(), holds: Vec::new() };
-        self.versions.write().insert(id, version);
-        self.load_subvolume(TreeId(id), item, txg)
+    /// The subvolumes that a group brings, ready to be used when it is published.
+    #[inline(never)]
+    pub(super) fn fresh_subvolumes(&self, comings: &Comings, txg: Txg) -> Result<Vec<Arc<Subvol>>> {
+        let mut fresh = Vec::with_capacity(comings.fresh.len());
+        for id in &comings.fresh {
+            let item = Box::new(self.versions.read().need(*id)?.item);
+            fresh.push(Arc::new(Subvol::new(TreeId(*id), *item, txg, self.store.clone())?));
+        }
+        Ok(fresh)
     }
 
-    /// A subvolume in memory, instead of any that was there.
-    fn load_subvolume(&self, id: TreeId, item: SubvolItem, txg: Txg) -> Result<()> {
-        let subvol = Arc::new(Subvol::new(id, item, txg, self.store.clone())?);
-        self.subvols.write().insert(id, subvol.clone());
-        // If that fails they stay until the pool is opened again.
-        let _ = self.queue_orphans_of(&subvol);
-        Ok(())
+    /// The group is published: its subvolumes can be used, and those that it deleted cannot.
+    pub(super) fn swap_subvolumes(&self, comings: Comings, fresh: Vec<Arc<Subvol>>) {
+        {
+            let mut subvols = self.subvols.write();
+            for id in comings.gone {
+                subvols.remove(&TreeId(id));
+            }
+            for subvol in &fresh {
+                if subvols.insert(subvol.id, subvol.clone()).is_some() {
+                    // Rolled back.
+                    self.turns.fetch_add(1, Ordering::AcqRel);
+                }
+            }
+        }
+        let mut promised = self.promised.lock();
+        for promise in comings.promises {
+            let mut promise = promise.as_admin();
+            promise.keep();
+            super::hold(&mut promised, promise);
+        }
+        drop(promised);
+        for subvol in fresh {
+            // If that fails they stay until the pool is opened again.
+            let _ = self.queue_orphans_of(&subvol);
+        }
     }
+}
+
+impl Draft<'_> {
+    fn new_id(&mut self) -> u64 {
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// What is there and was there before the request.
+    fn there<'v>(&self, versions: &'v Versions, id: u64) -> Result<&'v Version> {
+        let version = versions.get(id).filter(|version| !version.item.is_deleted());
+        version.filter(|_| id < self.first).ok_or(Error::Posix(Errno::NoEnt))
+    }
+
+    fn snapshot_of<'v>(&self, versions: &'v Versions, id: u64) -> Result<&'v Version> {
+        match self.there(versions, id)? {
+            version if version.item.is_snapshot() => Ok(version),
+            _ => Err(Error::Argument { what: "this is a subvolume, not a snapshot" }),
+        }
+    }
+
+    fn subvolume<'v>(&self, versions: &'v Versions, id: u64) -> Result<&'v Version> {
+        match self.there(versions, id)? {
+            version if !version.item.is_snapshot() => Ok(version),
+            _ => Err(Error::Argument { what: "this is a snapshot, not a subvolume" }),
+        }
+    }
+
+    fn first_item(&self, identity: [u8; 16]) -> Box<SubvolItem> {
+        let mut item = Box::new(SubvolItem::zeroed());
+        (item.next_ino, item.inodes) = (FIRST_INO, 1);
+        (item.birth, item.created, item.id) = (self.txg.0, self.now, identity);
+        item
+    }
+
+    /// The snapshot takes the subvolume's place between its parent and itself.
+    #[inline(never)]
+    fn snapshot(
+        &mut self,
+        versions: &mut Versions,
+        subvolume: u64,
+        name: &[u8],
+        identity: [u8; 16],
+    ) -> Result<u64> {
+        check_part(name)?;
+        let id = self.new_id();
+        let head = Box::new(versions.need(subvolume)?.item);
+        let mut item = head.clone();
+        item.flags |= version::SNAPSHOT;
+        item.lineage = head.lineage(TreeId(subvolume)).0;
+        item.dead_list = head.dead_list(subvolume);
+        (item.owner, item.txg) = (subvolume, self.txg.0);
+        (item.created, item.id) = (self.now, identity);
+        item.origin = head.id;
+        let txg = self.txg.0;
+        versions.change(subvolume, |head| {
+            (head.parent, head.snapshot_txg, head.dead_list) = (id, txg, id);
+            (head.own_bytes, head.dead_entries) = (0, 0);
+            (head.dead_own_bytes, head.dead_own_from) = (0, 0);
+        })?;
+        add(versions, id, item, name)?;
+        Ok(id)
+    }
+
+    #[inline(never)]
+    fn clone(
+        &mut self,
+        versions: &mut Versions,
+        snapshot: u64,
+        name: &[u8],
+        identity: [u8; 16],
+    ) -> Result<u64> {
+        let id = self.new_id();
+        let from = &self.snapshot_of(versions, snapshot)?.item;
+        let mut item = going_on_from(from, snapshot, id);
+        (item.birth, item.created, item.id) = (self.txg.0, self.now, identity);
+        item.origin = from.id;
+        add(versions, id, item, name)?;
+        self.fresh.push((id, None));
+        Ok(id)
+    }
+
+    #[inline(never)]
+    fn roll_back(
+        &mut self,
+        versions: &mut Versions,
+        (snapshot, owner): (u64, u64),
+        keep: &[u8],
+        identity: [u8; 16],
+    ) -> Result<u64> {
+        self.subvolume(versions, owner)?;
+        let kept = self.snapshot(versions, owner, keep, identity)?;
+        let old = &versions.need(owner)?.item;
+        let mut item = going_on_from(&versions.need(snapshot)?.item, snapshot, kept);
+        (item.birth, item.created, item.id) = (old.birth, old.created, old.id);
+        item.origin = old.origin;
+        // A number is never used again, so that a file handle never names another file.
+        item.next_ino = item.next_ino.max(old.next_ino);
+        versions.change(owner, |there| *there = *item)?;
+        self.fresh.push((owner, None));
+        Ok(kept)
+    }
+
+    fn rename(&mut self, versions: &mut Versions, id: u64, name: &[u8]) -> Result<()> {
+        let version = self.there(versions, id)?;
+        if version.item.is_snapshot() {
+            check_part(name)?;
+            return versions.rename(id, name);
+        }
+        if version.name.is_empty() {
+            return Err(Error::Argument { what: "the root subvolume cannot be renamed" });
+        }
+        check_subvolume_name(name)?;
+        let old = version.name.clone();
+        let below = name.strip_prefix(old.as_slice());
+        if below.is_some_and(|rest| rest.first() == Some(&b'/')) {
+            return Err(Error::Argument { what: "a subvolume cannot go below itself" });
+        }
+        for nested in versions.nested(id) {
+            let mut full = name.to_vec();
+            full.extend_from_slice(&versions.need(nested)?.name[old.len()..]);
+            if full.len() > NAME_BYTES_MAX {
+                return Err(Errno::NameTooLong.into());
+            }
+            versions.rename(nested, &full)?;
+        }
+        versions.rename(id, name)
+    }
+
+    fn delete(&mut self, versions: &mut Versions, id: u64) -> Result<()> {
+        let version = self.there(versions, id)?;
+        if version.item.is_snapshot() {
+            return match version.holds.is_empty() {
+                true => versions.mark_deleted(id),
+                false => Err(Errno::Busy.into()),
+            };
+        }
+        if id == self.default_subvol
+            || id == TreeId::FIRST_SUBVOL.0
+            || !versions.snapshots(id).is_empty()
+            || !versions.nested(id).is_empty()
+        {
+            return Err(Errno::Busy.into());
+        }
+        for bookmark in versions.bookmarks_of(id) {
+            versions.remove_bookmark(bookmark);
+        }
+        self.gone.push(id);
+        versions.mark_deleted(id)
+    }
+}
+
+fn add(versions: &mut Versions, id: u64, item: Box<SubvolItem>, name: &[u8]) -> Result<()> {
+    versions.insert(id, Version { item: *item, name: name.to_vec(), holds: Vec::new() })
 }
 
 /// A subvolume that goes on from a snapshot, with an empty dead list of that id.
-fn going_on_from(from: &SubvolItem, snapshot: u64, dead_list: u64) -> SubvolItem {
-    let mut item = *from;
+fn going_on_from(from: &SubvolItem, snapshot: u64, dead_list: u64) -> Box<SubvolItem> {
+    let mut item = Box::new(*from);
     item.flags = 0;
     (item.owner, item.txg) = (0, 0);
     (item.parent, item.snapshot_txg) = (snapshot, from.txg);
-    (item.dead_list, item.dead_entries, item.dead_own_bytes) = (dead_list, 0, 0);
+    (item.dead_list, item.dead_entries) = (dead_list, 0);
+    (item.dead_own_bytes, item.dead_own_from) = (0, 0);
     item.own_bytes = 0;
     item
-}
-
-fn new_id(committer: &mut Committer) -> u64 {
-    let id = committer.superblock.next_subvol;
-    committer.superblock.next_subvol += 1;
-    id
 }
 
 fn check_subvolume_name(name: &[u8]) -> Result<()> {

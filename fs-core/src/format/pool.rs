@@ -67,8 +67,11 @@ disk_struct! {
         /// Where the deletion of a version without children goes on: a key, or all bytes 0xff when
         /// the tree is gone.
         0xf8 cursor: [u8; 24],
+        /// First birth that `dead_own_bytes` counts while that is being changed; 0 when it is the
+        /// one after the parent's parent.
+        0x110 dead_own_from: u64,
         /// Reserved for quotas and the content hash.
-        0x110 reserved: Skipped<240>,
+        0x118 reserved: Skipped<232>,
     }
 }
 
@@ -94,7 +97,7 @@ impl SubvolItem {
         rule(item.is_snapshot() == (item.owner != 0), "a snapshot without its subvolume")?;
         rule((item.parent == 0) == (item.snapshot_txg == 0), "a parent without its group")?;
         rule(
-            !item.is_snapshot() || item.snapshot_txg < item.txg,
+            !item.is_snapshot() || item.snapshot_txg <= item.txg,
             "a snapshot that is older than its parent",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;

@@ -395,6 +395,24 @@ impl Space {
         self.repeat(bitmaps, |state, _| state.try_used(run))
     }
 
+    /// As [`is_used`](Self::is_used), and in a chunk of that kind.
+    ///
+    /// # Errors
+    /// As those.
+    pub fn is_used_as(
+        &self,
+        run: Run,
+        kind: ChunkKind,
+        bitmaps: &dyn BitmapSource,
+    ) -> Result<bool> {
+        if !self.is_used(run, bitmaps)? {
+            return Ok(false);
+        }
+        let state = self.state.lock();
+        let chunk = state.chunk_of(&span(run));
+        Ok(chunk.is_some_and(|chunk| chunk.kind == kind))
+    }
+
     /// Log replay: group `txg` has these sectors.
     ///
     /// # Errors
@@ -411,6 +429,14 @@ impl Space {
     /// not in use, twice, in no chunk) fails the cut.
     pub fn free(&self, run: Run, txg: Txg) {
         self.state.lock().free(run, txg);
+    }
+
+    /// As [`free`](Self::free), for what may be wrong: then nothing is freed.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], [`Error::Unmapped`].
+    pub fn try_free(&self, run: Run, txg: Txg) -> Result<()> {
+        self.state.lock().note_freed(run, txg)
     }
 
     /// Sees to it that group `txg` can be handed out `bytes` of a kind, in blocks of the metadata

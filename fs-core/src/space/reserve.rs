@@ -293,6 +293,16 @@ impl Reservation {
         Reservation { space, data, metadata: 0, class, is_kept }
     }
 
+    /// The same promise of data, made by administration.
+    ///
+    /// # Panics
+    /// When it promises metadata, which is counted by who promised it.
+    pub fn as_admin(mut self) -> Reservation {
+        assert!(self.metadata == 0, "{self:?} changes its class");
+        self.class = Class::Admin;
+        self
+    }
+
     /// Makes one promise of two: one that is kept if both are.
     ///
     /// # Panics

@@ -538,7 +538,8 @@ impl State {
         }
     }
 
-    fn note_freed(&mut self, run: Run, txg: Txg) -> Result<()> {
+    /// Notes that a run is garbage, unless that cannot be.
+    pub fn note_freed(&mut self, run: Run, txg: Txg) -> Result<()> {
         let end = run.addr.checked_add(run.bytes);
         let aligned = run.addr.0 % SECTOR_BYTES == 0 && run.bytes % SECTOR_BYTES == 0;
         if end.is_none() || !aligned || run.bytes == 0 {

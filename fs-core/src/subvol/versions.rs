@@ -52,6 +52,12 @@ pub struct Edits {
     pub items: Vec<(u64, SubvolItem)>,
 }
 
+/// What there was before a change.
+enum Before {
+    Version(u64, Option<Box<Version>>),
+    Bookmark(u64, Option<Bookmark>),
+}
+
 /// The versions of a pool.
 #[derive(Default)]
 pub struct Versions {
@@ -61,10 +67,16 @@ pub struct Versions {
     names: BTreeMap<(Space, Vec<u8>), u64>,
     /// Parent and child.
     children: BTreeSet<(u64, u64)>,
+    /// Dead list and the version that has it.
+    lists: BTreeSet<(u64, u64)>,
     deleted: BTreeSet<u64>,
-    /// Items that changed since the edits were taken.
+    /// Those whose deletion has begun.
+    started: BTreeSet<u64>,
+    /// What changed since the edits were taken.
     touched: BTreeSet<u64>,
-    edits: BTreeMap<Key, Edit>,
+    touched_bookmarks: BTreeSet<u64>,
+    /// What to go back to, the newest last, while a step is under way.
+    before: Option<Vec<Before>>,
 }
 
 fn space_of(item: &SubvolItem) -> Space {
@@ -78,8 +90,20 @@ fn bad(object: u64) -> impl Fn(crate::format::BadBytes) -> Error {
     move |bad| bad.in_item(TreeId::POOL, object)
 }
 
+fn broken(id: u64, what: &'static str) -> Error {
+    Error::BadItem { what, tree: TreeId::POOL, object: id }
+}
+
 fn missing(id: u64) -> Error {
-    Error::BadItem { what: "version is missing", tree: TreeId::POOL, object: id }
+    broken(id, "version is missing")
+}
+
+/// What is stored twice under one name is damage; only a user is told that it exists.
+fn damage(id: u64) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Posix(Errno::Exist) => broken(id, "two versions or bookmarks have one name"),
+        error => error,
+    }
 }
 
 impl Versions {
@@ -93,52 +117,218 @@ impl Versions {
         match (key.kind, key.offset) {
             (kind::SUBVOL, 0) => {
                 let item = SubvolItem::decode(value).map_err(bad(id))?;
-                self.insert(id, Version { item, name: Vec::new(), holds: Vec::new() });
+                self.insert(id, Version { item, name: Vec::new(), holds: Vec::new() })?;
             }
             (kind::NAME, 0) => {
                 check_name(value).map_err(bad(id))?;
-                let version = self.all.get_mut(&id).ok_or(missing(id))?;
-                version.name = value.to_vec();
-                let at = (space_of(&version.item), value.to_vec());
-                if !version.item.is_deleted() && self.names.insert(at, id).is_some() {
-                    let what = "two versions have one name";
-                    return Err(Error::BadItem { what, tree: TreeId::POOL, object: id });
+                let mut version = self.get(id).ok_or(missing(id))?.clone();
+                if !version.item.is_deleted() {
+                    version.name = value.to_vec();
                 }
+                self.replace(id, Some(Box::new(version))).map_err(damage(id))?;
             }
             (kind::HOLDS, 0) => {
-                let version = self.all.get_mut(&id).ok_or(missing(id))?;
+                let mut version = self.get(id).ok_or(missing(id))?.clone();
                 version.holds = decode_tags(value).map_err(bad(id))?;
+                self.replace(id, Some(Box::new(version)))?;
             }
             (kind::BOOKMARK, 0) => {
                 let (item, name) = BookmarkItem::decode(value).map_err(bad(id))?;
-                self.insert_bookmark(id, Bookmark { item, name: name.to_vec() });
+                let bookmark = Bookmark { item, name: name.to_vec() };
+                self.insert_bookmark(id, bookmark).map_err(damage(id))?;
             }
             _ => return Ok(false),
         }
         self.touched.clear();
-        self.edits.clear();
+        self.touched_bookmarks.clear();
         Ok(true)
     }
 
-    /// After all items were taken in: every parent is a snapshot that is older, and there.
+    /// After all items were taken in: what everything else relies on holds. `next` is the next id.
     ///
     /// # Errors
     /// [`Error::BadItem`].
-    pub fn check(&self) -> Result<()> {
-        for (id, version) in &self.all {
-            let item = &version.item;
-            let fits = item.parent == 0
-                || self.all.get(&item.parent).is_some_and(|parent| {
-                    parent.item.is_snapshot()
-                        && parent.item.txg == item.snapshot_txg
-                        && parent.item.lineage(TreeId(item.parent)) == item.lineage(TreeId(*id))
-                });
-            if !fits {
-                let what = "a version's parent is missing or another";
-                return Err(Error::BadItem { what, tree: TreeId::POOL, object: *id });
-            }
+    pub fn check(&self, next: u64) -> Result<()> {
+        let ids = self.all.keys().next_back().max(self.bookmarks.keys().next_back());
+        let lists = self.lists.iter().next_back().map(|(list, _)| list);
+        if let Some(id) = ids.max(lists).filter(|id| **id >= next) {
+            return Err(broken(*id, "an id that is yet to be given"));
+        }
+        self.all.keys().try_for_each(|id| self.check_one(*id))
+    }
+
+    /// What changed since the edits were taken is as it must be, and what it says can be read back.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`].
+    pub fn check_touched(&self) -> Result<()> {
+        for id in &self.touched {
+            let Some(version) = self.get(*id) else {
+                if self.child_count(*id) > 0 {
+                    return Err(broken(*id, "a version from which others go on is gone"));
+                }
+                continue;
+            };
+            SubvolItem::decode(&version.item.to_bytes()).map_err(bad(*id))?;
+            self.check_one(*id)?;
+            self.check_rules(*id)?;
+        }
+        for id in &self.touched_bookmarks {
+            self.check_bookmark(*id)?;
         }
         Ok(())
+    }
+
+    /// What walks along versions relies on: a parent is a snapshot that is there and comes before,
+    /// so no walk goes round in a circle; and no two have one dead list.
+    fn check_one(&self, id: u64) -> Result<()> {
+        let item = &self.need(id)?.item;
+        let fits = |parent: &Version| {
+            parent.item.is_snapshot()
+                && parent.item.txg == item.snapshot_txg
+                && parent.item.lineage(TreeId(item.parent)) == item.lineage(TreeId(id))
+                && (!item.is_snapshot() || item.parent < id)
+        };
+        if item.parent != 0 && !self.get(item.parent).is_some_and(fits) {
+            return Err(broken(id, "a version's parent is missing or another"));
+        }
+        let list = item.dead_list(id);
+        if self.lists.range((list, 0)..=(list, u64::MAX)).count() != 1 {
+            return Err(broken(id, "two versions have one dead list"));
+        }
+        Ok(())
+    }
+
+    /// What users rely on: names, and that whom a snapshot is of is there.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`].
+    pub fn check_rules(&self, id: u64) -> Result<()> {
+        let version = self.need(id)?;
+        let item = &version.item;
+        if item.is_deleted() {
+            return match version.name.is_empty() && version.holds.is_empty() {
+                true => Ok(()),
+                false => Err(broken(id, "what is deleted has a name or a hold")),
+            };
+        }
+        if item.flags & version::STARTED != 0 {
+            return Err(broken(id, "deletion of what is not deleted has begun"));
+        }
+        if version.name.is_empty() != (id == TreeId::FIRST_SUBVOL.0) {
+            return Err(broken(id, "a version without a name, or the root with one"));
+        }
+        if !item.is_snapshot() {
+            return match version.holds.is_empty() {
+                true => Ok(()),
+                false => Err(broken(id, "a subvolume with a hold")),
+            };
+        }
+        if version.name.contains(&b'/') {
+            return Err(broken(id, "name of a snapshot with a /"));
+        }
+        match self.is_subvolume(item.owner) {
+            true => Ok(()),
+            false => Err(broken(id, "the subvolume of a snapshot is missing")),
+        }
+    }
+
+    /// What users rely on of a bookmark.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`].
+    pub fn check_bookmark(&self, id: u64) -> Result<()> {
+        let Some(bookmark) = self.bookmarks.get(&id) else { return Ok(()) };
+        if bookmark.name.contains(&b'/') {
+            return Err(broken(id, "name of a bookmark with a /"));
+        }
+        match self.is_subvolume(bookmark.item.owner) {
+            true => Ok(()),
+            false => Err(broken(id, "the subvolume of a bookmark is missing")),
+        }
+    }
+
+    fn is_subvolume(&self, id: u64) -> bool {
+        let item = self.get(id).map(|version| &version.item);
+        item.is_some_and(|item| !item.is_snapshot() && !item.is_deleted())
+    }
+
+    /// Begins a step that can be taken back.
+    pub fn begin(&mut self) {
+        self.before = Some(Vec::new());
+    }
+
+    /// The step is done.
+    pub fn keep(&mut self) {
+        self.before = None;
+    }
+
+    /// Takes back what was done since [`Versions::begin`].
+    pub fn undo(&mut self) {
+        for before in self.before.take().into_iter().flatten().rev() {
+            match before {
+                Before::Version(id, version) => {
+                    self.unlist(id);
+                    self.list(id, version);
+                }
+                Before::Bookmark(id, bookmark) => {
+                    self.unlist_bookmark(id);
+                    self.list_bookmark(id, bookmark);
+                }
+            }
+        }
+    }
+
+    /// Puts a version in the place of what has that id. The only way anything changes.
+    ///
+    /// # Errors
+    /// EEXIST when another has the name; nothing is changed then.
+    fn replace(&mut self, id: u64, version: Option<Box<Version>>) -> Result<()> {
+        if let Some(version) = version.as_ref().filter(|version| !version.name.is_empty()) {
+            let at = (space_of(&version.item), version.name.clone());
+            if self.names.get(&at).is_some_and(|other| *other != id) {
+                return Err(Errno::Exist.into());
+            }
+        }
+        let old = self.unlist(id);
+        self.list(id, version);
+        self.touched.insert(id);
+        if let Some(before) = &mut self.before {
+            before.push(Before::Version(id, old));
+        }
+        Ok(())
+    }
+
+    fn unlist(&mut self, id: u64) -> Option<Box<Version>> {
+        let version = self.all.remove(&id)?;
+        let item = &version.item;
+        self.children.remove(&(item.parent, id));
+        self.lists.remove(&(item.dead_list(id), id));
+        self.deleted.remove(&id);
+        self.started.remove(&id);
+        if !version.name.is_empty() {
+            self.names.remove(&(space_of(item), version.name.clone()));
+        }
+        Some(version)
+    }
+
+    fn list(&mut self, id: u64, version: Option<Box<Version>>) {
+        let Some(version) = version else { return };
+        let item = &version.item;
+        if item.parent != 0 {
+            self.children.insert((item.parent, id));
+        }
+        self.lists.insert((item.dead_list(id), id));
+        if item.is_deleted() {
+            self.deleted.insert(id);
+        }
+        if item.flags & version::STARTED != 0 {
+            self.started.insert(id);
+        }
+        if !version.name.is_empty() {
+            self.names.insert((space_of(item), version.name.clone()), id);
+        }
+        self.all.insert(id, version);
     }
 
     /// A version.
@@ -173,7 +363,7 @@ impl Versions {
     pub fn subvolume(&self, name: &[u8]) -> Option<u64> {
         if name.is_empty() {
             let root = TreeId::FIRST_SUBVOL.0;
-            return self.all.get(&root).filter(|root| !root.item.is_deleted()).map(|_| root);
+            return self.is_subvolume(root).then_some(root);
         }
         self.names.get(&(Space::Subvolume, name.to_vec())).copied()
     }
@@ -188,20 +378,26 @@ impl Versions {
         self.names.get(&(Space::Bookmark(subvolume), name.to_vec())).copied()
     }
 
+    fn all_in(&self, space: Space) -> impl Iterator<Item = u64> + '_ {
+        let named = self.names.range((space, Vec::new())..);
+        named.take_while(move |((other, _), _)| *other == space).map(|(_, id)| *id)
+    }
+
     /// The snapshots of a subvolume that are not deleted, the oldest first.
     pub fn snapshots(&self, subvolume: u64) -> Vec<u64> {
-        let from = (Space::Snapshot(subvolume), Vec::new());
-        let named = self.names.range(from..).take_while(
-            |((space, _), _)| matches!(space, Space::Snapshot(owner) if *owner == subvolume),
-        );
-        let mut ids: Vec<u64> = named.map(|(_, id)| *id).collect();
-        ids.sort_unstable_by_key(|id| (self.all[id].item.txg, *id));
+        let mut ids: Vec<u64> = self.all_in(Space::Snapshot(subvolume)).collect();
+        ids.sort_unstable_by_key(|id| (self.get(*id).map(|version| version.item.txg), *id));
         ids
+    }
+
+    /// The bookmarks of a subvolume.
+    pub fn bookmarks_of(&self, subvolume: u64) -> Vec<u64> {
+        self.all_in(Space::Bookmark(subvolume)).collect()
     }
 
     /// Subvolumes whose names begin with that of `id` and `/`.
     pub fn nested(&self, id: u64) -> Vec<u64> {
-        let Some(version) = self.all.get(&id) else { return Vec::new() };
+        let Some(version) = self.get(id) else { return Vec::new() };
         let mut prefix = version.name.clone();
         if !prefix.is_empty() {
             prefix.push(b'/');
@@ -214,13 +410,19 @@ impl Versions {
     }
 
     /// The versions that go on from a snapshot.
-    pub fn children(&self, id: u64) -> Vec<u64> {
-        self.children.range((id, 0)..=(id, u64::MAX)).map(|(_, child)| *child).collect()
+    pub fn children(&self, id: u64) -> impl Iterator<Item = u64> + '_ {
+        self.children.range((id, 0)..=(id, u64::MAX)).map(|(_, child)| *child)
     }
 
     /// How many go on from a snapshot.
     pub fn child_count(&self, id: u64) -> usize {
-        self.children.range((id, 0)..=(id, u64::MAX)).count()
+        self.children(id).count()
+    }
+
+    /// The only version that goes on from a snapshot, if it is the only one.
+    pub fn only_child(&self, id: u64) -> Option<u64> {
+        let mut children = self.children(id);
+        children.next().filter(|_| children.next().is_none())
     }
 
     /// Versions that are deleted and not gone yet.
@@ -228,35 +430,56 @@ impl Versions {
         &self.deleted
     }
 
-    /// Bytes that would come free if a version alone were deleted.
+    /// Those of them whose deletion has begun.
+    pub fn started(&self) -> &BTreeSet<u64> {
+        &self.started
+    }
+
+    /// Bytes that would come free if a version alone were deleted: those that no other has, data
+    /// once for each reference.
     pub fn unique_bytes(&self, id: u64) -> u64 {
-        let mut children = self.children.range((id, 0)..=(id, u64::MAX));
-        let Some(version) = self.all.get(&id) else { return 0 };
+        let Some(version) = self.get(id) else { return 0 };
+        let mut children = self.children(id);
         match (children.next(), children.next()) {
-            (None, _) => version.item.own_bytes,
-            (Some((_, child)), None) => {
-                self.all.get(child).map_or(0, |child| child.item.dead_own_bytes)
-            }
+            (None, _) => version.item.own_bytes.saturating_add(self.hidden_bytes(id)),
+            (Some(child), None) => self.get(child).map_or(0, |child| child.item.dead_own_bytes),
             // What is deleted stays as long as two go on from it.
             _ => 0,
         }
     }
 
+    /// Bytes that a deleted snapshot holds until a version without successors goes that goes on
+    /// from it.
+    fn hidden_bytes(&self, id: u64) -> u64 {
+        let parent = self.get(id).map_or(0, |version| version.item.parent);
+        if !self.deleted.contains(&parent) {
+            return 0;
+        }
+        let mut others = self.children(parent).filter(|other| *other != id);
+        match (others.next(), others.next()) {
+            (Some(other), None) => self.get(other).map_or(0, |other| other.item.dead_own_bytes),
+            _ => 0,
+        }
+    }
+
+    /// The group after which entries of a version's dead list were born that its `dead_own_bytes`
+    /// sums up.
+    pub fn dead_own_since(&self, item: &SubvolItem) -> Txg {
+        match item.dead_own_from {
+            0 => self.parent_txg(item.parent),
+            from => Txg(from - 1),
+        }
+    }
+
     /// Adds a version.
-    pub fn insert(&mut self, id: u64, version: Version) {
-        self.touched.insert(id);
-        if version.item.parent != 0 {
-            self.children.insert((version.item.parent, id));
+    ///
+    /// # Errors
+    /// EEXIST when there is one of that id or name.
+    pub fn insert(&mut self, id: u64, version: Version) -> Result<()> {
+        if self.all.contains_key(&id) {
+            return Err(Errno::Exist.into());
         }
-        if version.item.is_deleted() {
-            self.deleted.insert(id);
-        } else if !version.name.is_empty() {
-            self.names.insert((space_of(&version.item), version.name.clone()), id);
-        }
-        if !version.name.is_empty() {
-            self.edits.insert(Key::new(id, kind::NAME, 0), Edit::Put(version.name.clone()));
-        }
-        self.all.insert(id, Box::new(version));
+        self.replace(id, Some(Box::new(version)))
     }
 
     /// Changes the item of a version; name and holds stay.
@@ -264,103 +487,117 @@ impl Versions {
     /// # Errors
     /// [`Error::BadItem`] when there is none.
     pub fn change(&mut self, id: u64, change: impl FnOnce(&mut SubvolItem)) -> Result<()> {
-        let version = self.all.get_mut(&id).ok_or(missing(id))?;
-        let before = version.item.parent;
+        let mut version = Box::new(self.need(id)?.clone());
         change(&mut version.item);
-        let after = version.item.parent;
-        self.touched.insert(id);
-        if before != after {
-            self.children.remove(&(before, id));
-            if after != 0 {
-                self.children.insert((after, id));
-            }
-        }
-        Ok(())
+        self.replace(id, Some(version))
     }
 
     /// Gives a version another name.
     ///
     /// # Errors
-    /// ENOENT when there is none.
+    /// EEXIST when another has it.
     pub fn rename(&mut self, id: u64, name: &[u8]) -> Result<()> {
-        let version = self.all.get_mut(&id).ok_or(Error::Posix(Errno::NoEnt))?;
-        let old = core::mem::replace(&mut version.name, name.to_vec());
-        let space = space_of(&version.item);
-        self.names.remove(&(space, old));
-        self.names.insert((space, name.to_vec()), id);
-        self.edits.insert(Key::new(id, kind::NAME, 0), Edit::Put(name.to_vec()));
-        Ok(())
+        let mut version = Box::new(self.need(id)?.clone());
+        version.name = name.to_vec();
+        self.replace(id, Some(version))
     }
 
     /// Sets the tags that hold a snapshot.
     ///
     /// # Errors
-    /// ENOENT when there is none.
+    /// [`Error::BadItem`] when there is none.
     pub fn set_holds(&mut self, id: u64, holds: Vec<Vec<u8>>) -> Result<()> {
-        let version = self.all.get_mut(&id).ok_or(Error::Posix(Errno::NoEnt))?;
-        let edit = match holds.is_empty() {
-            true => Edit::Delete,
-            false => Edit::Put(encode_tags(&holds)),
-        };
+        let mut version = Box::new(self.need(id)?.clone());
         version.holds = holds;
-        self.edits.insert(Key::new(id, kind::HOLDS, 0), edit);
-        Ok(())
+        self.replace(id, Some(version))
     }
 
     /// Marks a version deleted: its name is free, and it is taken apart in the background.
     ///
     /// # Errors
-    /// ENOENT when there is none.
+    /// [`Error::BadItem`] when there is none.
     pub fn mark_deleted(&mut self, id: u64) -> Result<()> {
-        let version = self.all.get_mut(&id).ok_or(Error::Posix(Errno::NoEnt))?;
+        let mut version = Box::new(self.need(id)?.clone());
         version.item.flags |= version::DELETED;
-        let name = core::mem::take(&mut version.name);
-        self.names.remove(&(space_of(&version.item), name));
-        self.deleted.insert(id);
-        self.touched.insert(id);
-        self.edits.insert(Key::new(id, kind::NAME, 0), Edit::Delete);
-        Ok(())
+        version.name.clear();
+        self.replace(id, Some(version))
     }
 
     /// Nothing is left of a deleted version.
-    pub fn remove(&mut self, id: u64) {
-        let Some(version) = self.all.remove(&id) else { return };
-        self.children.remove(&(version.item.parent, id));
-        self.deleted.remove(&id);
-        self.touched.remove(&id);
-        for kind in [kind::SUBVOL, kind::NAME, kind::HOLDS] {
-            self.edits.insert(Key::new(id, kind, 0), Edit::Delete);
-        }
+    ///
+    /// # Errors
+    /// None.
+    pub fn remove(&mut self, id: u64) -> Result<()> {
+        self.replace(id, None)
     }
 
     /// Adds a bookmark.
-    pub fn insert_bookmark(&mut self, id: u64, bookmark: Bookmark) {
+    ///
+    /// # Errors
+    /// EEXIST when the subvolume has one of that name.
+    pub fn insert_bookmark(&mut self, id: u64, bookmark: Bookmark) -> Result<()> {
         let at = (Space::Bookmark(bookmark.item.owner), bookmark.name.clone());
-        self.names.insert(at, id);
-        let mut value = bookmark.item.to_bytes().to_vec();
-        value.extend_from_slice(&bookmark.name);
-        self.edits.insert(Key::new(id, kind::BOOKMARK, 0), Edit::Put(value));
-        self.bookmarks.insert(id, bookmark);
+        if self.names.contains_key(&at) || self.bookmarks.contains_key(&id) {
+            return Err(Errno::Exist.into());
+        }
+        self.replace_bookmark(id, Some(bookmark));
+        Ok(())
     }
 
     /// Removes a bookmark.
     pub fn remove_bookmark(&mut self, id: u64) {
-        let Some(bookmark) = self.bookmarks.remove(&id) else { return };
-        self.names.remove(&(Space::Bookmark(bookmark.item.owner), bookmark.name));
-        self.edits.insert(Key::new(id, kind::BOOKMARK, 0), Edit::Delete);
+        self.replace_bookmark(id, None);
     }
 
-    /// What changed since this was last called.
-    pub fn take_edits(&mut self) -> Edits {
-        let mut edits = core::mem::take(&mut self.edits);
-        let mut items = Vec::new();
-        for id in core::mem::take(&mut self.touched) {
-            let Some(version) = self.all.get(&id) else { continue };
-            let value = version.item.to_bytes().to_vec();
-            edits.insert(Key::new(id, kind::SUBVOL, 0), Edit::Put(value));
-            items.push((id, version.item));
+    fn replace_bookmark(&mut self, id: u64, bookmark: Option<Bookmark>) {
+        let old = self.unlist_bookmark(id);
+        self.list_bookmark(id, bookmark);
+        self.touched_bookmarks.insert(id);
+        if let Some(before) = &mut self.before {
+            before.push(Before::Bookmark(id, old));
         }
-        Edits { tree: edits.into_iter().collect(), items }
+    }
+
+    fn unlist_bookmark(&mut self, id: u64) -> Option<Bookmark> {
+        let bookmark = self.bookmarks.remove(&id)?;
+        self.names.remove(&(Space::Bookmark(bookmark.item.owner), bookmark.name.clone()));
+        Some(bookmark)
+    }
+
+    fn list_bookmark(&mut self, id: u64, bookmark: Option<Bookmark>) {
+        let Some(bookmark) = bookmark else { return };
+        self.names.insert((Space::Bookmark(bookmark.item.owner), bookmark.name.clone()), id);
+        self.bookmarks.insert(id, bookmark);
+    }
+
+    /// What changed since this was last called. Edits that change nothing may be among them.
+    pub fn take_edits(&mut self) -> Edits {
+        let (mut tree, mut items) = (Vec::new(), Vec::new());
+        let put = |value: Vec<u8>| match value.is_empty() {
+            true => Edit::Delete,
+            false => Edit::Put(value),
+        };
+        for id in core::mem::take(&mut self.touched) {
+            let (mut item, mut name, mut holds) = (Vec::new(), Vec::new(), Vec::new());
+            if let Some(version) = self.get(id) {
+                item = version.item.to_bytes().to_vec();
+                (name, holds) = (version.name.clone(), encode_tags(&version.holds));
+                items.push((id, version.item));
+            }
+            tree.push((Key::new(id, kind::SUBVOL, 0), put(item)));
+            tree.push((Key::new(id, kind::NAME, 0), put(name)));
+            tree.push((Key::new(id, kind::HOLDS, 0), put(holds)));
+        }
+        for id in core::mem::take(&mut self.touched_bookmarks) {
+            let mut value = Vec::new();
+            if let Some(bookmark) = self.bookmarks.get(&id) {
+                value = bookmark.item.to_bytes().to_vec();
+                value.extend_from_slice(&bookmark.name);
+            }
+            tree.push((Key::new(id, kind::BOOKMARK, 0), put(value)));
+        }
+        tree.sort_unstable_by_key(|(key, _)| *key);
+        Edits { tree, items }
     }
 
     /// Group of which a version's parent is the state; zero without a parent.

@@ -381,7 +381,8 @@ impl Volume {
             // Growing may move a small file out of the tree, cutting leaves a part of a sector.
             let cut = if keep > 0 { SECTOR_BYTES } else { 0 };
             let room = if class == Class::Normal { SECTOR_BYTES } else { cut };
-            let reservation = self.reserve(room, 4, class)?;
+            let dropped = 4 + self.subvol.extents_behind(&inode, size)?;
+            let reservation = self.reserve_dropping(room, 4, dropped, class)?;
             let state = inode.state.write();
             if class == Class::Normal || size <= state.item.size {
                 break (reservation, state);
@@ -495,8 +496,9 @@ impl Volume {
         let (start, stop) = (align_down(offset, SECTOR_BYTES), sector_round(end));
         let room = if promised { stop - start } else { 0 };
         let class = if promised { Class::Normal } else { Class::Delete };
-        let reservation = self.reserve(room + 2 * SECTOR_BYTES, 6, class)?;
         let inode = self.inode(ino)?;
+        let dropped = 6 + self.subvol.extents_behind(&inode, start)?;
+        let reservation = self.reserve_dropping(room + 2 * SECTOR_BYTES, 6, dropped, class)?;
         let mut state = inode.state.write();
         check_writable(&state)?;
         let size = state.item.size;
@@ -550,7 +552,9 @@ impl Volume {
         };
         let (reservation, mut state) = loop {
             let expected = count(&inode.state.read())?;
-            let metadata = 16 * self.engine.store.node_bytes as u64 + expected * MOVED_ITEM_BYTES;
+            let metadata = 16 * self.engine.store.node_bytes as u64
+                + expected * MOVED_ITEM_BYTES
+                + self.subvol.dead_room(expected);
             self.writable()?;
             let reservation = self.engine.reserve(2 * SECTOR_BYTES, metadata, Class::Normal)?;
             let state = inode.state.write();

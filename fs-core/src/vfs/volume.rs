@@ -18,7 +18,7 @@ use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::{InUse, Subvol};
 use crate::sync::{Mutex, Rank, WriteGuard};
-use crate::units::Ino;
+use crate::units::{Ino, SECTOR_BYTES};
 use crate::vfs::{
     Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
     WriteFlags, XattrMode,
@@ -149,8 +149,21 @@ impl Volume {
 
     /// Room for an operation that changes about so many items.
     pub(super) fn reserve(&self, data: u64, items: u64, class: Class) -> Result<Reservation> {
+        // What is written may take the place of what a snapshot has, sector by sector.
+        self.reserve_dropping(data, items, data / SECTOR_BYTES + items, class)
+    }
+
+    /// As [`Volume::reserve`], for an operation that drops so many references.
+    pub(super) fn reserve_dropping(
+        &self,
+        data: u64,
+        items: u64,
+        dropped: u64,
+        class: Class,
+    ) -> Result<Reservation> {
         self.writable()?;
-        let metadata = items * self.engine.store.node_bytes as u64;
+        let nodes = items * self.engine.store.node_bytes as u64;
+        let metadata = nodes.saturating_add(self.subvol.dead_room(dropped));
         self.engine.reserve(data, metadata, class)
     }
 

@@ -1,0 +1,429 @@
+//! Requests about versions: how they are judged, what they leave when they fail, and deletions
+//! that meet full or damaged pools. Stories with models are in the crate of tests.
+
+use crate::check::{check, CheckOptions, Quiet};
+use crate::engine::tests::{create, mount, new_pool, noise, read_all};
+use crate::engine::versions::VersionOp;
+use crate::engine::{open, Engine, OpenOptions};
+use crate::error::{Errno, Error, Incident};
+use crate::format::key::{kind, Key};
+use crate::format::pool::{version, SubvolItem};
+use crate::subvol::versions::{Version, Versions};
+use crate::testing::{RamDevice, TestPlatform};
+use crate::units::{Ino, TreeId};
+use crate::vfs::*;
+use std::string::String;
+use std::sync::Arc;
+use std::vec;
+use std::vec::Vec;
+
+const HOME: u64 = TreeId::FIRST_SUBVOL.0;
+
+fn snapshot(name: &str) -> VersionOp {
+    VersionOp::Snapshot { subvolume: HOME, name: name.into() }
+}
+
+fn subvolume(name: &str) -> VersionOp {
+    VersionOp::CreateSubvolume { name: name.into(), mode: 0o755, uid: 0, gid: 0 }
+}
+
+fn rename(id: u64, name: &str) -> VersionOp {
+    VersionOp::Rename { id, name: name.into() }
+}
+
+fn engine(device: &Arc<RamDevice>, test: &TestPlatform) -> Arc<Engine> {
+    open(vec![device.device()], test.platform.clone(), &OpenOptions::default()).unwrap()
+}
+
+fn volume(engine: &Arc<Engine>, id: u64) -> Arc<Volume> {
+    Volume::of_version(engine.clone(), id, AccessTime::Never).unwrap()
+}
+
+fn one(engine: &Engine, op: VersionOp) -> u64 {
+    engine.change_versions(vec![op]).unwrap()[0]
+}
+
+fn refused(engine: &Engine, ops: Vec<VersionOp>) -> Errno {
+    let before: Vec<Version> =
+        engine.with_versions(|all| all.iter().map(|(_, v)| v.clone()).collect());
+    let default = engine.published().1.default_subvol;
+    let error = engine.change_versions(ops).unwrap_err();
+    let after: Vec<Version> =
+        engine.with_versions(|all| all.iter().map(|(_, v)| v.clone()).collect());
+    assert_eq!(before, after, "a request that was refused changed something");
+    assert_eq!(engine.published().1.default_subvol, default);
+    error.errno()
+}
+
+fn findings(device: &Arc<RamDevice>, test: &TestPlatform) -> Vec<String> {
+    let options = CheckOptions::default();
+    let report = check(vec![device.device()], test.platform.clone(), &options, &Quiet).unwrap();
+    report.findings.iter().map(|finding| std::format!("{finding}")).collect()
+}
+
+fn is_sound(device: &Arc<RamDevice>, test: &TestPlatform) {
+    assert_eq!(findings(device, test), Vec::<String>::new());
+}
+
+/// Writes noise to a file until there is no room for more.
+fn fill(fs: &Volume, name: &[u8]) -> Ino {
+    let file = create(fs, fs.root(), name);
+    let mut at = 0;
+    for bytes in [1 << 16, 1 << 12] {
+        let data = noise(bytes, at + 1);
+        while fs.write(file, at, &data, WriteFlags::default()).is_ok() {
+            at += bytes as u64;
+        }
+    }
+    file
+}
+
+#[test]
+fn snapshots_of_one_group_show_one_state_and_can_be_deleted_in_any_order() {
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let (device, test) = new_pool(64 << 20);
+        let fs = mount(&device, &test);
+        let file = create(&fs, fs.root(), b"file");
+        fs.write(file, 0, &noise(1 << 20, 1), WriteFlags::default()).unwrap();
+        let engine = fs.engine().clone();
+        let asked =
+            [engine.ask(vec![snapshot("a"), snapshot("b")]), engine.ask(vec![snapshot("c")])];
+        let made: Vec<u64> =
+            asked.into_iter().flat_map(|asked| engine.answer(asked.unwrap()).unwrap()).collect();
+        let groups: Vec<u64> = engine
+            .with_versions(|all| made.iter().map(|id| all.get(*id).unwrap().item.txg).collect());
+        assert!(groups.iter().all(|txg| *txg == groups[0]), "they are of {groups:?}");
+        fs.write(file, 0, &noise(1 << 19, 2), WriteFlags::default()).unwrap();
+        fs.close().unwrap();
+        drop((fs, engine));
+        is_sound(&device, &test);
+
+        let engine = self::engine(&device, &test);
+        for id in &made {
+            let fs = volume(&engine, *id);
+            let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+            assert_eq!(read_all(&fs, file), noise(1 << 20, 1));
+        }
+        for index in order {
+            one(&engine, VersionOp::Delete { id: made[index] });
+            engine.destroy_all().unwrap();
+            is_sound(&device, &test);
+        }
+        assert_eq!(engine.with_versions(|all| all.iter().count()), 1);
+        engine.close().unwrap();
+    }
+}
+
+#[test]
+fn an_operation_is_judged_by_what_those_before_it_have_done() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let kept = one(&engine, snapshot("kept"));
+    let work = one(&engine, subvolume("work"));
+    let below = one(&engine, subvolume("work/below"));
+    let hold = |snapshot| VersionOp::Hold { snapshot, tag: b"tag".to_vec() };
+    let delete = |id| VersionOp::Delete { id };
+    let cases: Vec<(Errno, Vec<VersionOp>)> = vec![
+        (Errno::Busy, vec![VersionOp::SetDefault { subvolume: below }, delete(below)]),
+        (Errno::Busy, vec![hold(kept), delete(kept)]),
+        (Errno::NoEnt, vec![delete(kept), rename(kept, "other")]),
+        (Errno::NoEnt, vec![delete(kept), delete(kept)]),
+        (Errno::Exist, vec![hold(kept), hold(kept)]),
+        (Errno::Exist, vec![snapshot("kept")]),
+        (Errno::Exist, vec![snapshot("new"), snapshot("new")]),
+        (Errno::Exist, vec![snapshot("new"), rename(kept, "new")]),
+        (Errno::Exist, vec![subvolume("new"), rename(work, "new")]),
+        // The name of a subvolume that goes with it.
+        (Errno::Exist, vec![subvolume("new/below"), rename(work, "new")]),
+        (Errno::Busy, vec![delete(work)]),
+        (Errno::Busy, vec![delete(work), delete(below)]),
+        // What a request makes has no id yet.
+        (Errno::NoEnt, vec![snapshot("new"), delete(below + 1)]),
+    ];
+    for (errno, ops) in cases {
+        assert_eq!(refused(&engine, ops.clone()), errno, "{ops:?}");
+    }
+    engine.change_versions(vec![delete(below), delete(work), subvolume("work")]).unwrap();
+    engine.destroy_all().unwrap();
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn requests_of_one_group_are_judged_one_after_the_other() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let first = one(&engine, snapshot("first"));
+    let asked = [
+        vec![subvolume("same")],
+        vec![subvolume("same")],
+        vec![VersionOp::Delete { id: first }],
+        vec![rename(first, "other")],
+        vec![snapshot("first")],
+    ]
+    .map(|ops| engine.ask(ops).unwrap());
+    let got = asked.map(|asked| engine.answer(asked).map_err(|error| error.errno()));
+    let new = first + 1;
+    assert_eq!(
+        got,
+        [Ok(vec![new]), Err(Errno::Exist), Ok(vec![0]), Err(Errno::NoEnt), Ok(vec![new + 1])]
+    );
+    engine.destroy_all().unwrap();
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn what_a_group_makes_cannot_be_used_unless_the_group_is_published() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let first = one(&engine, snapshot("first"));
+    let ops = vec![
+        subvolume("new"),
+        VersionOp::Clone { snapshot: first, name: b"clone".to_vec() },
+        snapshot("second"),
+    ];
+    let asked = engine.ask(ops).unwrap();
+    device.faults(|faults| faults.fail_flush = true);
+    assert_eq!(engine.answer(asked), Err(Error::Failed));
+    device.faults(|faults| faults.fail_flush = false);
+    for id in first + 1..first + 4 {
+        let opened = engine.open_version(id).err();
+        assert_eq!(opened, Some(Error::Posix(Errno::NoEnt)), "{id} can be used");
+    }
+    // What was there can still be read.
+    volume(&engine, HOME);
+    volume(&engine, first);
+}
+
+#[test]
+fn what_was_deleted_or_rolled_back_is_never_used_again() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let work = one(&engine, subvolume("work"));
+    let first = one(&engine, VersionOp::Snapshot { subvolume: work, name: b"first".to_vec() });
+    let before = engine.subvol(TreeId(work)).unwrap();
+    one(&engine, VersionOp::Rollback { snapshot: first, keep: b"kept".to_vec() });
+    assert_eq!(before.begin_use().err(), Some(Error::Posix(Errno::Busy)));
+    let after = engine.subvol(TreeId(work)).unwrap();
+    assert!(!Arc::ptr_eq(&before, &after));
+    assert!(after.begin_use().is_ok());
+    // Not deleted, because it has snapshots: it can be used.
+    assert_eq!(refused(&engine, vec![VersionOp::Delete { id: work }]), Errno::Busy);
+    assert!(after.begin_use().is_ok());
+    let snapshots = engine.with_versions(|all| all.snapshots(work));
+    let ids = snapshots.into_iter().chain([work]);
+    engine.change_versions(ids.map(|id| VersionOp::Delete { id }).collect()).unwrap();
+    assert_eq!(after.begin_use().err(), Some(Error::Posix(Errno::Busy)));
+    assert!(engine.subvol(TreeId(work)).is_none());
+}
+
+#[test]
+fn a_clone_needs_room_for_what_its_files_were_promised() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    let room = fs.statfs().unwrap().available_bytes;
+    let promised = room / 3;
+    fs.fallocate(file, Fallocate::Allocate { keep_size: false }, 0, promised).unwrap();
+    let engine = fs.engine().clone();
+    let first = one(&engine, snapshot("first"));
+    let clone = |name: &str| VersionOp::Clone { snapshot: first, name: name.into() };
+    let before = fs.statfs().unwrap().available_bytes;
+    let id = one(&engine, clone("a"));
+    let after = fs.statfs().unwrap().available_bytes;
+    assert!(before - after >= promised, "{before} bytes available before, {after} after");
+    assert_eq!(refused(&engine, vec![clone("b")]), Errno::NoSpc);
+    // Both can be written in full, whatever fills the rest.
+    fill(&fs, b"rest");
+    for fs in [volume(&engine, id), fs.clone()] {
+        let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+        let data = noise(1 << 16, 5);
+        for at in (0..promised - (1 << 16)).step_by(1 << 16) {
+            fs.write(file, at, &data, WriteFlags::default()).unwrap();
+        }
+    }
+    engine.commit().unwrap();
+}
+
+#[test]
+fn a_snapshot_is_deleted_on_a_full_pool_and_makes_room() {
+    for (refs, shares) in [(8192, false), (8192, true), (5, true)] {
+        let (device, test) = new_pool(32 << 20);
+        let options = OpenOptions { deletion_refs: refs, ..OpenOptions::default() };
+        let engine = open(vec![device.device()], test.platform.clone(), &options).unwrap();
+        let fs = volume(&engine, HOME);
+        let file = create(&fs, fs.root(), b"file");
+        // Many extents of many births, some with further references.
+        for round in 0..16u64 {
+            for at in 0..60 {
+                let at = (at * 16 + round) * 8192;
+                fs.write(file, at, &noise(4096, at + 1), WriteFlags::default()).unwrap();
+            }
+            fs.sync().unwrap();
+        }
+        if shares {
+            let other = create(&fs, fs.root(), b"other");
+            let size = fs.getattr(file).unwrap().size;
+            for at in (0..size).step_by(3 * 8192) {
+                let len = 8192.min(size - at);
+                fs.copy_range(file, at, other, at, len).unwrap();
+            }
+        }
+        let first = one(&engine, snapshot("first"));
+        let second = one(&engine, snapshot("second"));
+        fs.unlink(fs.root(), b"file").unwrap();
+        fs.forget(file, 1);
+        fs.sync().unwrap();
+        let rest = fill(&fs, b"rest");
+        fs.sync().unwrap();
+        for id in [second, first] {
+            one(&engine, VersionOp::Delete { id });
+        }
+        engine.destroy_all().unwrap();
+        assert_eq!(engine.with_versions(|all| all.iter().count()), 1);
+        engine.store.writable().unwrap();
+        let size = fs.getattr(rest).unwrap().size;
+        for at in (0..2 << 20).step_by(4096) {
+            fs.write(rest, size + at, &noise(4096, at + 9), WriteFlags::default()).unwrap();
+        }
+        engine.close().unwrap();
+        is_sound(&device, &test);
+    }
+}
+
+#[test]
+fn what_a_snapshot_has_is_cut_off_on_a_full_pool_or_refused_but_never_fails_the_commit() {
+    let (device, test) = new_pool(32 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    for round in 0..24u64 {
+        for at in 0..80 {
+            let at = (at * 24 + round) * 8192;
+            fs.write(file, at, &noise(4096, at + 1), WriteFlags::default()).unwrap();
+        }
+        fs.sync().unwrap();
+    }
+    one(fs.engine(), snapshot("first"));
+    fill(&fs, b"rest");
+    fs.sync().unwrap();
+    let set = SetAttr { size: Some(0), ..SetAttr::default() };
+    if let Err(error) = fs.setattr(file, &set, &crate::engine::tests::ROOT) {
+        assert_eq!(error.errno(), Errno::NoSpc);
+    }
+    fs.sync().unwrap();
+    fs.engine().store.writable().unwrap();
+    fs.close().unwrap();
+    drop(fs);
+    is_sound(&device, &test);
+}
+
+/// Makes every copy of a node unreadable.
+fn spoil(engine: &Engine, device: &Arc<RamDevice>, item: &SubvolItem) {
+    let root = item.root(engine.store.groups.published()).unwrap().unwrap();
+    for copy in engine.store.pool.map(root.addr, root.allocated()).unwrap() {
+        device.flip(copy[0].1 .0 + 100);
+    }
+    engine.drop_caches();
+}
+
+#[test]
+fn damage_of_what_is_deleted_ends_its_deletion_and_nothing_else() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let fs = volume(&engine, HOME);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, &noise(1 << 20, 1), WriteFlags::default()).unwrap();
+    let first = one(&engine, snapshot("first"));
+    let [bad, good] = ["bad", "good"].map(|name| {
+        let id = one(&engine, VersionOp::Clone { snapshot: first, name: name.into() });
+        let fs = volume(&engine, id);
+        let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+        fs.write(file, 0, &noise(1 << 19, 2), WriteFlags::default()).unwrap();
+        fs.sync().unwrap();
+        id
+    });
+    let item = engine.with_versions(|all| all.get(bad).unwrap().item);
+    spoil(&engine, &device, &item);
+    engine.change_versions(vec![VersionOp::Delete { id: bad }]).unwrap();
+    one(&engine, VersionOp::Delete { id: good });
+    test.incidents.take();
+    for mounts in 0..2 {
+        let engine = match mounts {
+            0 => engine.clone(),
+            _ => self::engine(&device, &test),
+        };
+        engine.destroy_all().unwrap();
+        let fs = volume(&engine, HOME);
+        let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+        fs.write(file, 0, &noise(1 << 16, 3), WriteFlags::default()).unwrap();
+        fs.sync().unwrap();
+        assert_eq!(engine.stopped_deletions(), [bad]);
+        let left = engine.with_versions(|all| all.iter().map(|(id, _)| id).collect::<Vec<_>>());
+        assert_eq!(left, [HOME, first, bad]);
+        if mounts == 1 {
+            let count = |incident: &Incident| match incident {
+                Incident::DeletionStopped { tree, .. } => usize::from(tree.0 == bad),
+                _ => 0,
+            };
+            assert_eq!(test.incidents.take().iter().map(count).sum::<usize>(), 1);
+        }
+        drop(fs);
+        engine.close().unwrap();
+    }
+}
+
+#[test]
+fn a_crafted_deletion_that_cannot_end_is_left_alone() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let first = one(&engine, snapshot("first"));
+    one(&engine, VersionOp::Clone { snapshot: first, name: b"clone".to_vec() });
+    one(&engine, VersionOp::Delete { id: first });
+    {
+        let mut versions = engine.versions.write();
+        versions.change(first, |item| item.flags |= version::STARTED).unwrap();
+    }
+    engine.destroy_all().unwrap();
+    let txg = engine.store.groups.open();
+    engine.tick();
+    engine.tick();
+    assert!(engine.store.groups.open().0 <= txg.0 + 1, "it commits for nothing");
+}
+
+#[test]
+fn versions_that_cannot_be_are_refused() {
+    let mut item = SubvolItem::zeroed();
+    item.next_ino = 2;
+    let mut snapshot = item;
+    (snapshot.flags, snapshot.owner, snapshot.txg) = (version::SNAPSHOT, HOME, 9);
+    snapshot.lineage = HOME;
+    let mut head = item;
+    (head.parent, head.snapshot_txg, head.dead_list) = (300, 9, 300);
+    snapshot.dead_list = HOME;
+    type Craft = fn(&mut SubvolItem, &mut SubvolItem);
+    let crafts: [(bool, Craft); 6] = [
+        (true, |_, _| {}),
+        (false, |head, _| head.dead_list = HOME),
+        (false, |head, _| head.parent = 301),
+        (false, |head, _| head.snapshot_txg = 8),
+        (false, |head, _| head.lineage = 5),
+        (false, |_, snapshot| (snapshot.parent, snapshot.snapshot_txg) = (300, 9)),
+    ];
+    for (index, (is_sound, craft)) in crafts.into_iter().enumerate() {
+        let (mut head, mut snapshot) = (head, snapshot);
+        craft(&mut head, &mut snapshot);
+        let mut versions = Versions::default();
+        for (id, item) in [(HOME, head), (300, snapshot)] {
+            versions.load(Key::new(id, kind::SUBVOL, 0), &item.to_bytes()).unwrap();
+        }
+        assert_eq!(versions.check(301).is_ok(), is_sound, "{index}");
+        assert!(versions.check(300).is_err(), "the next id is taken");
+    }
+    let mut versions = Versions::default();
+    for id in [HOME, 300] {
+        versions.load(Key::new(id, kind::SUBVOL, 0), &item.to_bytes()).unwrap();
+    }
+    versions.load(Key::new(HOME, kind::NAME, 0), b"same").unwrap();
+    assert!(versions.load(Key::new(300, kind::NAME, 0), b"same").is_err());
+}
