@@ -823,6 +823,28 @@ fn what_operations_under_way_may_add_counts_whoever_reserves_after_them() {
 }
 
 #[test]
+fn a_reservation_that_is_refused_leaves_what_others_were_promised_as_it_was() {
+    let world = World::new(MIB, 16 * MIB, 64);
+    let reserve = |data, nodes, cap: u64| {
+        let space = &world.space;
+        space.reserve_within(data, nodes * NODE, Class::Normal, Some(&|| cap))
+    };
+    let mut held: Vec<Reservation> = Vec::new();
+    for _ in 0..2000 {
+        let mut one = reserve(0, 1, 4 * NODE).unwrap();
+        one.keep();
+        held.push(one);
+    }
+    drop(reserve(0, 0, 4 * NODE));
+    assert_eq!(world.space.usage().reserved_metadata, 4 * NODE);
+    // Under the cap that comes with it the others alone would have no room.
+    assert!(matches!(reserve(MIB, 1, 1 << 40), Err(Error::NoSpace)));
+    assert_eq!(world.space.usage().reserved_metadata, 4 * NODE);
+    drop(reserve(MIB, 1, 4 * NODE).unwrap());
+    drop(held);
+}
+
+#[test]
 fn a_split_and_rejoined_reservation_promises_the_same() {
     let world = World::new(MIB, 16 * MIB, 64);
     let mut promise = world.space.reserve(MIB, 2 * NODE, Class::Normal).unwrap();
