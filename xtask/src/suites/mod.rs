@@ -5,6 +5,7 @@
 //! | `pjdfstest` | does each call do what POSIX says? |
 //! | `fsx` | does a file hold what was written, whatever the calls? |
 //! | `direct` | the same when O_DIRECT, mmap and ordinary calls meet on one file |
+//! | `full` | does whoever writes learn that there is no room? |
 //! | `programs` | do programs that people use work? |
 //! | `python` | do Python's own tests of the filesystem fail where they do not elsewhere? |
 //! | `badinput` | what happens with images and devices that are broken, full or busy? |
@@ -20,6 +21,7 @@ mod badinput;
 mod cycles;
 mod direct;
 mod fsx;
+mod full;
 mod kill;
 mod memory;
 mod pjdfstest;
@@ -71,6 +73,7 @@ const GENERAL: &[(&str, Run)] = &[
     ("pjdfstest-readonly", pjdfstest::run_read_only),
     ("fsx", fsx::run),
     ("direct", direct::run),
+    ("full", full::run),
     ("programs-build", programs::build),
     ("programs-git", programs::git),
     ("programs-sqlite", programs::sqlite),

@@ -1,0 +1,163 @@
+//! A full filesystem: whoever writes learns of it, and what was acknowledged is there.
+//!
+//! A driver behind the kernel's page cache accepts more than there is room for. Here programs do
+//! what they do on a small image until it is full: each has to end with "no space left", whatever
+//! tells it (a write, a sync or a close), and what succeeded is compared after mounting again.
+
+use super::Suite;
+use crate::random::{Aligned, Random};
+use crate::run::Cmd;
+use crate::steps::Outcome;
+use crate::volume::{Backing, Volume};
+use anyhow::{bail, ensure, Context, Result};
+use rustix::fs::{fallocate, FallocateFlags, OFlags};
+use rustix::io::Errno;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+const POOL_BYTES: u64 = 64 << 20;
+const PIECE: usize = 1 << 20;
+
+/// Fills a filesystem in each way.
+///
+/// # Errors
+/// When something is lost that nobody was told of.
+pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
+    let mut volume = Volume::create(suite.subject, Backing::Loop, POOL_BYTES)?;
+    volume.mount()?;
+    let source = volume.image().with_file_name("source");
+    fs::write(&source, noise(1, 2 * POOL_BYTES as usize))?;
+    for command in COMMANDS {
+        program(volume.dir(), &source, command).with_context(|| command.join(" "))?;
+    }
+    copies(&mut volume, &source).context("copies of small files")?;
+    for (what, flag) in [("O_DIRECT", OFlags::DIRECT), ("O_DSYNC", OFlags::DSYNC)] {
+        acknowledged(&mut volume, Some(flag)).context(what)?;
+    }
+    acknowledged(&mut volume, None).context("fsync after each write")?;
+    promised(&mut volume).context("fallocate")?;
+    volume.finish()?;
+    Ok(Outcome::Passed(format!("{} programs, 5 ways to be sure", COMMANDS.len())))
+}
+
+/// What people copy with: `SOURCE` is twice as long as there is room, `FILE` on the filesystem.
+const COMMANDS: [&[&str]; 6] = [
+    &["cp", "SOURCE", "FILE"],
+    &["dd", "if=SOURCE", "of=FILE", "bs=64k"],
+    &["dd", "if=SOURCE", "of=FILE", "bs=64k", "conv=fsync"],
+    &["dd", "if=SOURCE", "of=FILE", "bs=64k", "oflag=direct"],
+    &["sh", "-c", "exec cat SOURCE > FILE"],
+    &["tar", "-cf", "FILE", "SOURCE"],
+];
+
+fn program(dir: &Path, source: &Path, command: &[&str]) -> Result<()> {
+    let target = dir.join("file");
+    let (source, name) = (source.display().to_string(), target.display().to_string());
+    let words: Vec<String> =
+        command.iter().map(|word| word.replace("SOURCE", &source).replace("FILE", &name)).collect();
+    let out = Cmd::new(&words[0]).args(&words[1..]).output()?;
+    let said = out.stderr;
+    ensure!(out.code != Some(0), "it says that everything fitted");
+    ensure!(said.contains("No space left on device"), "it says: {said}");
+    fs::remove_file(&target)?;
+    Ok(())
+}
+
+/// Files that `cp` says it has copied have their content, the last before the first refusal too.
+fn copies(volume: &mut Volume<'_>, source: &Path) -> Result<()> {
+    let small = source.with_file_name("small");
+    let content = noise(2, 300_000);
+    fs::write(&small, &content)?;
+    let mut copied: Vec<PathBuf> = Vec::new();
+    let mut refused = 0;
+    while refused < 20 {
+        let target = volume.dir().join(format!("copy-{}", copied.len() + refused));
+        let out = Cmd::new("cp").args([&small, &target]).output()?;
+        match out.code == Some(0) {
+            true => copied.push(target),
+            false => refused += 1,
+        }
+        ensure!(copied.len() as u64 * 300_000 < POOL_BYTES, "more fitted than there is room for");
+    }
+    volume.remount()?;
+    for path in &copied {
+        ensure!(fs::read(path)? == content, "{} differs", path.display());
+    }
+    empty(volume.dir())
+}
+
+/// Writes until there is no room, making each piece durable; what was acknowledged is there.
+fn acknowledged(volume: &mut Volume<'_>, flag: Option<OFlags>) -> Result<()> {
+    let path = volume.dir().join("file");
+    let flags = i32::try_from(flag.unwrap_or(OFlags::empty()).bits()).context("flags fit")?;
+    let file = OpenOptions::new().write(true).create_new(true).custom_flags(flags).open(&path)?;
+    let mut piece = Aligned::new(PIECE)?;
+    let mut random = Random(3);
+    let mut expected = Vec::new();
+    let error = loop {
+        random.fill(piece.bytes());
+        let written = file.write_all_at(piece.bytes(), expected.len() as u64);
+        let synced = written.and_then(|()| if flag.is_none() { file.sync_data() } else { Ok(()) });
+        match synced {
+            Ok(()) => expected.extend_from_slice(piece.bytes()),
+            Err(error) => break error,
+        }
+        ensure!((expected.len() as u64) < POOL_BYTES, "more fitted than there is room for");
+    };
+    no_space(&error)?;
+    ensure!(expected.len() as u64 > POOL_BYTES / 2, "only {} bytes fitted", expected.len());
+    drop(file);
+    volume.remount()?;
+    let found = fs::read(&path)?;
+    ensure!(found.get(..expected.len()) == Some(&expected[..]), "what was acknowledged is lost");
+    empty(volume.dir())
+}
+
+/// Room that was promised is there when the rest is full.
+fn promised(volume: &mut Volume<'_>) -> Result<()> {
+    let path = volume.dir().join("promised");
+    let mut file = File::create_new(&path)?;
+    let content = noise(4, 10 * PIECE);
+    fallocate(&file, FallocateFlags::empty(), 0, content.len() as u64)?;
+    let other = File::create_new(volume.dir().join("file"))?;
+    let fill = noise(5, PIECE);
+    let error = loop {
+        let filled = (&other).write_all(&fill).and_then(|()| other.sync_data());
+        if let Err(error) = filled {
+            break error;
+        }
+    };
+    no_space(&error)?;
+    file.write_all(&content)?;
+    file.sync_data()?;
+    drop((file, other));
+    volume.remount()?;
+    ensure!(fs::read(&path)? == content, "the file differs");
+    empty(volume.dir())
+}
+
+fn no_space(error: &io::Error) -> Result<()> {
+    if error.raw_os_error() != Some(Errno::NOSPC.raw_os_error()) {
+        bail!("it ended with: {error}");
+    }
+    Ok(())
+}
+
+/// Removes what a full filesystem holds, which always succeeds.
+fn empty(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            fs::remove_file(entry.path()).with_context(|| entry.path().display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    Random(seed).fill(&mut bytes);
+    bytes
+}
