@@ -431,6 +431,28 @@ fn whoever_needs_room_gets_that_of_a_file_of_many_extents_that_was_removed() {
     }
 }
 
+#[test]
+fn small_writes_in_a_row_need_few_commits_on_a_pool_that_is_nearly_full() {
+    let (device, test) = new_pool(16 << 20);
+    let fs = mount(&device, &test);
+    let (filler, log) = (create(&fs, fs.root(), b"filler"), create(&fs, fs.root(), b"log"));
+    fs.write(log, 0, &noise(8192, 1), WriteFlags::default()).unwrap();
+    let piece = noise(4096, 2);
+    let mut at = 0;
+    while fs.write(filler, at, &piece, WriteFlags::default()).is_ok() {
+        at += 4096;
+    }
+    let set = SetAttr { size: Some(at - 40_000), ..SetAttr::default() };
+    fs.setattr(filler, &set, &ROOT).unwrap();
+    fs.sync().unwrap();
+    let before = published(&fs).0;
+    for n in 0..4000 {
+        fs.write(log, 8192 + 2 * n, b"ab", WriteFlags::default()).unwrap();
+    }
+    let commits = published(&fs).0 - before;
+    assert!(commits < 20, "{commits} commits for 4000 writes to two sectors");
+}
+
 /// Promises everything that is left to somebody else.
 fn take_all_room(fs: &Volume) -> Vec<Reservation> {
     let space = &fs.engine().store.space;

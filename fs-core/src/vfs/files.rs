@@ -246,7 +246,7 @@ impl Volume {
         let room = sector_round(bytes.len() as u64) + 2 * SECTOR_BYTES;
         let items = 3 + room.div_ceil(4 << 20);
         let inode = self.inode(ino)?;
-        let reservation = match self.reserve(room, items, Class::Normal) {
+        let mut reservation = match self.reserve(room, items, Class::Normal) {
             Err(Error::NoSpace) => self.promised_room(&inode, offset, bytes.len() as u64, items)?,
             other => other?,
         };
@@ -273,6 +273,7 @@ impl Volume {
         }
         item.size = item.size.max(end);
         self.stamp(&mut item);
+        let is_first = state.txg != change.txg();
         let is_new_mode = item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
         if is_new_mode {
             change.log_inode(&inode, &mut state, item);
@@ -280,10 +281,14 @@ impl Volume {
             change.touch(&inode, &mut state);
             state.item = item;
         }
+        let before = state.ranges.data_bytes();
         if let Some(sector) = first {
             self.put_bytes(&mut change, &mut state, 0, sector.into_slice());
         }
         self.put_bytes(&mut change, &mut state, start, buf.into_slice());
+        let more = state.ranges.data_bytes().saturating_sub(before);
+        let adds_items = is_first || is_new_mode || more > 0;
+        give_back_surplus(&inode, &mut reservation, more, adds_items);
         self.engine.keep(change.txg(), reservation);
         change.finish();
         let came = state.ranges.bytes_since_early();
@@ -790,6 +795,21 @@ impl Volume {
         }
         Ok(done)
     }
+}
+
+/// Gives back what a write reserved and does not need: data beyond the `more` bytes by which it
+/// made those in memory more, because for those that it replaced room is reserved; and metadata,
+/// unless it adds to what the group has to store of the inode. On a nearly full pool small writes
+/// in a row would else need a commit every few of them. The caller holds the lock of the inode's
+/// state.
+fn give_back_surplus(inode: &Inode, reservation: &mut Reservation, more: u64, adds_items: bool) {
+    // Who is writing the replaced bytes to their place has spent what was reserved for them.
+    if inode.flushing.try_lock().is_none() {
+        return;
+    }
+    let data = reservation.data().saturating_sub(more);
+    let metadata = if adds_items { 0 } else { reservation.metadata() };
+    reservation.shrink(data, metadata);
 }
 
 /// A buffer of whole sectors that holds `bytes` at their place, zeros around them.
