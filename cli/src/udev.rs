@@ -1,7 +1,7 @@
 //! `cairn udev`: what udev is told of a device, so that `/dev/disk/by-uuid` and `by-label` name it.
 //!
-//! mount(8), fsck(8) and systemd look for `UUID=` and `LABEL=` there before they ask libblkid, which
-//! does not know the format. The properties are those that udev's own `blkid` sets.
+//! mount(8), fsck(8) and systemd look for `UUID=` and `LABEL=` there before they ask libblkid,
+//! which does not know the format. The properties are those that udev's own `blkid` sets.
 
 use crate::{Done, Failure};
 use cairn_host::parse::format_uuid;
