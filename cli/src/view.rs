@@ -36,7 +36,7 @@ impl View {
         let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
         let options = PoolOptions { read_only: true, max_txg: None, degraded: true };
         let (pool, superblock) = Pool::open(devices, host_platform(), &options)?;
-        let view = View { pool, superblock, nodes: Mutex::default() };
+        let view = View { pool: *pool, superblock, nodes: Mutex::default() };
         view.load_chunks()?;
         Ok(view)
     }

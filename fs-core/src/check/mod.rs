@@ -172,16 +172,36 @@ pub fn check(
     options: &CheckOptions,
     progress: &dyn CheckProgress,
 ) -> Result<CheckReport> {
+    let (pool, superblock) = open(devices, platform, options)?;
+    examine(&pool, &superblock, options, progress)
+}
+
+/// The pool to check. Apart from checking it, so that each has more of a kernel's stack.
+#[inline(never)]
+fn open(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &CheckOptions,
+) -> Result<(Box<Pool>, Box<Superblock>)> {
     let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg, degraded: true };
-    let (pool, superblock) = Pool::open(devices, platform, &pool_options)?;
+    Pool::open(devices, platform, &pool_options)
+}
+
+#[inline(never)]
+fn examine(
+    pool: &Pool,
+    superblock: &Superblock,
+    options: &CheckOptions,
+    progress: &dyn CheckProgress,
+) -> Result<CheckReport> {
     let mut findings = Findings::default();
-    labels::check(&pool, &superblock, &mut findings);
-    let blocks = Blocks::new(&pool);
-    let chunks = chunks::load(&blocks, &superblock, &mut findings)?;
+    labels::check(pool, superblock, &mut findings);
+    let blocks = Blocks::new(pool);
+    let chunks = chunks::load(&blocks, superblock, &mut findings)?;
     let mut checker = Box::new(Checker {
-        pool: &pool,
+        pool,
         blocks: &blocks,
-        superblock: &superblock,
+        superblock,
         options,
         progress,
         findings,
@@ -195,8 +215,8 @@ pub fn check(
         done_bytes: 0,
     });
     checker.run()?;
-    paths::add(&blocks, &superblock, checker.findings.kept_mut())?;
-    places::add(&pool, checker.findings.kept_mut())?;
+    paths::add(&blocks, superblock, checker.findings.kept_mut())?;
+    places::add(pool, checker.findings.kept_mut())?;
     Ok(checker.finish())
 }
 

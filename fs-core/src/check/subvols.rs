@@ -8,6 +8,7 @@ use crate::format::pool::{property, SubvolItem};
 use crate::platform::Result;
 use crate::subvol::versions::Versions;
 use crate::units::{TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 
@@ -16,7 +17,16 @@ use alloc::vec::Vec;
 /// # Errors
 /// [`crate::error::Error::Memory`] and the like.
 #[inline(never)]
-pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
+pub(super) fn check(checker: &mut Checker<'_>) -> Result<Box<Family>> {
+    let (found, mut family) = load(checker)?;
+    versions::check(checker, &mut family, &found)?;
+    Ok(family)
+}
+
+/// What the pool tree says of subvolumes and versions. Apart from walking their trees, so that both
+/// have more of a kernel's stack.
+#[inline(never)]
+fn load(checker: &mut Checker<'_>) -> Result<(Vec<Found>, Box<Family>)> {
     let mut found: Vec<Found> = Vec::new();
     let mut all = Versions::default();
     let pool = tree(TreeId::POOL, checker.superblock.pool_root);
@@ -32,9 +42,7 @@ pub(super) fn check(checker: &mut Checker<'_>) -> Result<Family> {
         let spot = Spot::object(TreeId::POOL, default.0);
         checker.findings.add(&rules::SUBVOL_DEFAULT, spot, "");
     }
-    let mut family = Family::new(all);
-    versions::check(checker, &mut family, &found)?;
-    Ok(family)
+    Ok((found, Box::new(Family::new(all))))
 }
 
 #[inline(never)]

@@ -192,24 +192,40 @@ pub(super) fn check(checker: &mut Checker<'_>, family: &mut Family, found: &[Fou
     }
     check_rules(checker, family)?;
     for version in found {
-        checker.stats.subvols += 1;
         let id = version.id.0;
-        family.owners.insert(version.item.dead_list(id), id);
-        if !family.broken && family.is_gone(id) {
+        if !begin(checker, family, version) {
             continue;
         }
-        let own_since = Txg(version.item.snapshot_txg);
-        let since = if family.broken { own_since } else { family.since(id) };
-        checker.met = Met { since, own_since, ..Met::default() };
         if !family.broken && family.is_end(id) {
             walk_end(checker, version)?;
         } else {
             files::check(checker, version)?;
         }
-        family.met.insert(id, core::mem::take(&mut checker.met));
+        finish(checker, family, id);
     }
     checker.incomplete |= family.broken;
     Ok(())
+}
+
+/// Before the tree of a version is walked; false when there is none to walk. Apart from the walk,
+/// which needs a kernel's stack for itself.
+#[inline(never)]
+fn begin(checker: &mut Checker<'_>, family: &mut Family, version: &Found) -> bool {
+    checker.stats.subvols += 1;
+    let id = version.id.0;
+    family.owners.insert(version.item.dead_list(id), id);
+    if !family.broken && family.is_gone(id) {
+        return false;
+    }
+    let own_since = Txg(version.item.snapshot_txg);
+    let since = if family.broken { own_since } else { family.since(id) };
+    checker.met = Met { since, own_since, ..Met::default() };
+    true
+}
+
+#[inline(never)]
+fn finish(checker: &mut Checker<'_>, family: &mut Family, id: u64) {
+    family.met.insert(id, core::mem::take(&mut checker.met));
 }
 
 /// Names, owners and groups of versions and bookmarks.
@@ -239,6 +255,7 @@ fn check_rules(checker: &mut Checker<'_>, family: &Family) -> Result<()> {
 }
 
 /// What is left of a deleted version from which none goes on.
+#[inline(never)]
 fn walk_end(checker: &mut Checker<'_>, found: &Found) -> Result<()> {
     if found.item.cursor == [0xff; 24] {
         return Ok(());

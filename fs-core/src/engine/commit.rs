@@ -215,33 +215,45 @@ impl Engine {
             })
             .collect();
         self.write_data(&subvols, txg)?;
+        let sink = Box::new(GroupSink::new(&self.store, txg));
+        let (parts, written) = self.write_subvols(committer, &sink, txg, subvols)?;
+        self.write_pool_trees(committer, &sink, txg, parts, written)
+    }
 
-        let sink = GroupSink::new(&self.store, txg);
+    /// Writes the trees of subvolumes, and what was asked for versions. Apart from what comes after
+    /// it, so that both have more of a kernel's stack.
+    #[inline(never)]
+    fn write_subvols(
+        &self,
+        committer: &mut Committer,
+        sink: &GroupSink<'_>,
+        txg: Txg,
+        subvols: Vec<(Arc<Subvol>, Vec<Arc<Inode>>)>,
+    ) -> Result<(Box<Parts>, Vec<WrittenSubvol>)> {
         let mut debts = GroupDebts::default();
         let mut written = Vec::new();
         let mut dead_nodes = Vec::new();
         let (old_dead, old_refs) = (committer.roots.dead, committer.roots.refs);
-        let mut lists = Lists::new(&sink, old_dead);
+        let mut lists = Lists::new(sink, old_dead);
         let counts = committer.superblock.features[2] & features::VERSIONS != 0;
         for (subvol, dirty) in subvols {
             if dirty.is_empty() && subvol.overlay(txg).is_empty() {
                 continue;
             }
-            let (part, change) = write_subvol(&sink, subvol, dirty, txg, &mut debts)?;
+            let (part, change) = write_subvol(sink, subvol, dirty, txg, &mut debts)?;
             let list = self.note_change(&part, &change, txg, counts)?;
             lists.append(list, change.dead)?;
             dead_nodes.extend(change.nodes);
             written.push(part);
         }
-        self.carry_out(committer, &sink, txg)?;
-        let (dead, given_up) = self.destroy_some(&sink, (&old_dead, &old_refs), &mut lists, txg)?;
+        self.carry_out(committer, sink, txg)?;
+        let (dead, given_up) = self.destroy_some(sink, (&old_dead, &old_refs), &mut lists, txg)?;
         let pool_edits = self.take_pool_edits(committer)?;
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
         debts.shared.append(&mut shared);
-        let parts = Parts { debts, pool_edits, dead, given_up, dead_nodes };
-        self.write_pool_trees(committer, &sink, txg, parts, written)
+        Ok((Box::new(Parts { debts, pool_edits, dead, given_up, dead_nodes }), written))
     }
 
     /// Brings the item of a written subvolume up to date. Returns the id of its dead list.
@@ -305,20 +317,15 @@ impl Engine {
         committer: &mut Committer,
         sink: &GroupSink<'_>,
         txg: Txg,
-        parts: Parts,
+        parts: Box<Parts>,
         subvols: Vec<WrittenSubvol>,
     ) -> Result<Box<Written>> {
         let store = &*self.store;
         let comings = core::mem::take(&mut committer.comings);
         let old = &committer.roots;
-        let Parts { debts, pool_edits, dead, mut given_up, mut dead_nodes } = parts;
-        let GroupDebts { garbage, shared } = debts;
+        let Parts { debts, pool_edits, dead, mut given_up, mut dead_nodes } = *parts;
         let data = core::mem::take(&mut given_up.data);
-        let settled = references::settle(sink, &old.refs, shared, garbage, data)?;
-        let refs = old.refs.apply(sink, &settled.edits)?;
-        for run in settled.dead {
-            store.space.free(run, txg);
-        }
+        let (refs, dead_given_up) = self.settle_references(sink, &old.refs, debts, data, txg)?;
         let pool = old.pool.apply(sink, &pool_edits)?;
         if let Some(residue) = &old.residue {
             store.space.free(residue_run(residue, store.node_bytes), txg);
@@ -341,7 +348,7 @@ impl Engine {
             store.space.free(*run, txg);
         }
         // Last, so that what makes no sense of it is found out.
-        given_up.data = settled.dead_given_up;
+        given_up.data = dead_given_up;
         self.free_given_up(&given_up, txg);
         dead_nodes.append(&mut given_up.nodes);
 
@@ -365,6 +372,26 @@ impl Engine {
             fresh,
             log,
         }))
+    }
+
+    /// Brings the reference tree up to date and frees what nothing refers to any more. Returns the
+    /// tree, and what is free since deletions gave up `given_up`.
+    #[inline(never)]
+    fn settle_references(
+        &self,
+        sink: &GroupSink<'_>,
+        refs: &Tree,
+        debts: GroupDebts,
+        given_up: Vec<Run>,
+        txg: Txg,
+    ) -> Result<(Tree, Vec<Run>)> {
+        let GroupDebts { garbage, shared } = debts;
+        let settled = references::settle(sink, refs, shared, garbage, given_up)?;
+        let refs = refs.apply(sink, &settled.edits)?;
+        for run in settled.dead {
+            self.store.space.free(run, txg);
+        }
+        Ok((refs, settled.dead_given_up))
     }
 
     /// A bound of what writing the space tree takes after the cut.

@@ -91,6 +91,33 @@ pub fn format(
     platform: Platform,
     options: &FormatOptions,
 ) -> Result<FormatSummary> {
+    let (pool, engine) = prepare(devices, platform, options)?;
+    {
+        let mut committer = engine.committer.lock();
+        engine.commit_group(&mut committer, true)?;
+    }
+    if let Some(failed) = pool.members().iter().find(|member| !member.is_complete()) {
+        // It could do without, but nobody wants a new pool like that.
+        return Err(failed.error(Physical(0), DeviceError::Gone));
+    }
+    let device_bytes = pool.members().iter().map(|m| m.identity().bytes).sum();
+    Ok(FormatSummary {
+        pool_id: pool.pool_id(),
+        device_bytes,
+        available_bytes: engine.room().available,
+        chunk_bytes: pool.chunk_bytes(),
+        node_bytes: options.node_bytes,
+    })
+}
+
+/// The new pool, with all that its first group has to write. Apart from [`format`], so that the
+/// commit has more of a kernel's stack.
+#[inline(never)]
+fn prepare(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &FormatOptions,
+) -> Result<(Arc<Pool>, Arc<super::Engine>)> {
     let name = name_field(options.name.as_bytes())?;
     let pool = Pool::create(
         devices,
@@ -128,23 +155,8 @@ pub fn format(
     })?;
     let subvol = engine.default_subvol().ok_or(Error::NoSuperblock)?;
     make_root(&subvol, options);
-    {
-        let mut committer = engine.committer.lock();
-        committer.pool_edits = settings_items(&settings);
-        engine.commit_group(&mut committer, true)?;
-    }
-    if let Some(failed) = pool.members().iter().find(|member| !member.is_complete()) {
-        // It could do without, but nobody wants a new pool like that.
-        return Err(failed.error(Physical(0), DeviceError::Gone));
-    }
-    let device_bytes = pool.members().iter().map(|m| m.identity().bytes).sum();
-    Ok(FormatSummary {
-        pool_id: pool.pool_id(),
-        device_bytes,
-        available_bytes: engine.room().available,
-        chunk_bytes: pool.chunk_bytes(),
-        node_bytes: options.node_bytes,
-    })
+    engine.committer.lock().pool_edits = settings_items(&settings);
+    Ok((pool, engine))
 }
 
 // Not inlined: the item is large.

@@ -85,29 +85,7 @@ pub fn open(
     if options.max_txg.is_some() && !options.read_only {
         return Err(Error::Argument { what: "an older group can only be opened read-only" });
     }
-    let OpenOptions { read_only, max_txg, degraded, .. } = *options;
-    let pool_options = PoolOptions { read_only, max_txg, degraded };
-    let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
-    let unknown = superblock.unknown_ro_compat();
-    if unknown != 0 && !options.read_only {
-        return Err(Error::Features { class: FeatureClass::RoCompat, unknown });
-    }
-    let engine = assemble(Parts {
-        platform,
-        pool: Arc::new(pool),
-        superblock: superblock.clone(),
-        subvols: Vec::new(),
-        settings: DataSettings {
-            compression: CompressionKind::None,
-            level: 0,
-            checksum: ChecksumKind::Crc32c,
-        },
-        cache_bytes: options.cache_bytes,
-        dirty_bytes: options.dirty_bytes,
-        commit_seconds: options.commit_seconds,
-        deletion_refs: options.deletion_refs,
-        read_only: options.read_only,
-    })?;
+    let (engine, superblock) = found(devices, platform, options)?;
     engine.load_pool_tree(options)?;
     // Nothing is written before all is known to be readable.
     engine.store.pool.begin(&superblock)?;
@@ -124,6 +102,50 @@ pub fn open(
         start_ticking(&engine);
     }
     Ok(engine)
+}
+
+/// The engine of a pool, and the superblock that it is opened by; no tree was read. Apart from
+/// [`open`], so that what comes after has more of a kernel's stack.
+#[inline(never)]
+fn found(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &OpenOptions,
+) -> Result<(Arc<Engine>, Box<Superblock>)> {
+    let OpenOptions { read_only, max_txg, degraded, .. } = *options;
+    let pool_options = PoolOptions { read_only, max_txg, degraded };
+    let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
+    let unknown = superblock.unknown_ro_compat();
+    if unknown != 0 && !options.read_only {
+        return Err(Error::Features { class: FeatureClass::RoCompat, unknown });
+    }
+    let engine = put_together(pool, superblock.clone(), platform, options)?;
+    Ok((engine, superblock))
+}
+
+#[inline(never)]
+fn put_together(
+    pool: Box<Pool>,
+    superblock: Box<Superblock>,
+    platform: Platform,
+    options: &OpenOptions,
+) -> Result<Arc<Engine>> {
+    assemble(Parts {
+        platform,
+        pool: Arc::from(pool),
+        superblock,
+        subvols: Vec::new(),
+        settings: DataSettings {
+            compression: CompressionKind::None,
+            level: 0,
+            checksum: ChecksumKind::Crc32c,
+        },
+        cache_bytes: options.cache_bytes,
+        dirty_bytes: options.dirty_bytes,
+        commit_seconds: options.commit_seconds,
+        deletion_refs: options.deletion_refs,
+        read_only: options.read_only,
+    })
 }
 
 /// What an engine is put together from.

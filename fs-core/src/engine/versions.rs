@@ -347,10 +347,16 @@ impl Engine {
         if let Some(subvol) = open.get(&id).and_then(Weak::upgrade) {
             return Ok(subvol);
         }
-        let subvol = Arc::new(Subvol::new(TreeId(id), item, published, self.store.clone())?);
+        let subvol = self.load_version(id, &item, published)?;
         open.retain(|_, weak| weak.strong_count() > 0);
         open.insert(id, Arc::downgrade(&subvol));
         Ok(subvol)
+    }
+
+    /// Apart from its caller, so that both fit on a kernel's stack.
+    #[inline(never)]
+    fn load_version(&self, id: u64, item: &SubvolItem, published: Txg) -> Result<Arc<Subvol>> {
+        Ok(Arc::new(Subvol::new(TreeId(id), *item, published, self.store.clone())?))
     }
 
     /// The snapshots that somebody looks into.
@@ -619,7 +625,7 @@ impl Engine {
         let mut fresh = Vec::with_capacity(comings.fresh.len());
         for id in &comings.fresh {
             let item = Box::new(self.versions.read().need(*id)?.item);
-            fresh.push(Arc::new(Subvol::new(TreeId(*id), *item, txg, self.store.clone())?));
+            fresh.push(self.load_version(*id, &item, txg)?);
         }
         Ok(fresh)
     }

@@ -259,8 +259,18 @@ impl Pool {
         devices: Vec<DeviceRef>,
         platform: Platform,
         options: &PoolOptions,
-    ) -> Result<(Pool, Box<Superblock>)> {
+    ) -> Result<(Box<Pool>, Box<Superblock>)> {
         let probed = probe_all(devices, options.read_only)?;
+        Pool::of_probed(probed, platform, options)
+    }
+
+    // Not inlined, so that looking at the labels has more of a kernel's stack.
+    #[inline(never)]
+    fn of_probed(
+        probed: Probed,
+        platform: Platform,
+        options: &PoolOptions,
+    ) -> Result<(Box<Pool>, Box<Superblock>)> {
         let Roll { newest, ring, only_behind } = standing::call_roll(&probed.members)?;
         let members = standing::fill_gaps(probed.members, &newest)?;
         if only_behind && !(options.read_only && options.degraded) {
@@ -278,7 +288,7 @@ impl Pool {
             pool.platform.report.incident(&Incident::DeviceUnusable { name, error });
         }
         *pool.damaged.lock() = probed.damaged;
-        Ok((*pool, boxed(superblock)))
+        Ok((pool, boxed(superblock)))
     }
 
     /// The pool that `superblock` describes, with its system chunks.

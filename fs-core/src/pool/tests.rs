@@ -41,7 +41,7 @@ impl Fixture {
         Fixture::with(16 * MIB, FormatOptions { data_profile: Profile::Dup, ..Default::default() })
     }
 
-    fn open(&self, options: PoolOptions) -> Result<(Pool, Superblock)> {
+    fn open(&self, options: PoolOptions) -> Result<(Box<Pool>, Superblock)> {
         Pool::open(vec![self.ram.device()], self.env.platform.clone(), &options)
             .map(|(pool, superblock)| (pool, *superblock))
     }
@@ -51,7 +51,7 @@ impl Fixture {
         let chunks = self.pool.chunks();
         assert!(chunks.iter().all(|chunk| chunk.logical < superblock.next_chunk));
         pool.add_chunks(chunks).unwrap();
-        Fixture { pool, ..self }
+        Fixture { pool: *pool, ..self }
     }
 
     /// A superblock of what the pool is now.
@@ -1100,7 +1100,7 @@ fn try_write(fixture: &Fixture, chunk: &Chunk) -> Result<()> {
     fixture.pool.write(vec![RunWrite { addr: chunk.logical, bufs }])
 }
 
-fn open_all(rams: &[Arc<RamDevice>], options: PoolOptions) -> Result<(Pool, Box<Superblock>)> {
+fn open_all(rams: &[Arc<RamDevice>], options: PoolOptions) -> Result<(Box<Pool>, Box<Superblock>)> {
     let env = TestPlatform::new(9);
     Pool::open(rams.iter().map(|ram| ram.device()).collect(), env.platform.clone(), &options)
 }

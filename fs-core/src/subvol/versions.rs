@@ -572,7 +572,8 @@ impl Versions {
 
     /// What changed since this was last called. Edits that change nothing may be among them.
     pub fn take_edits(&mut self) -> Edits {
-        let (mut tree, mut items) = (Vec::new(), Vec::new());
+        // A map, because sorting items as large takes more stack than a kernel has.
+        let (mut sorted, mut items) = (BTreeMap::new(), Vec::new());
         let put = |value: Vec<u8>| match value.is_empty() {
             true => Edit::Delete,
             false => Edit::Put(value),
@@ -584,9 +585,9 @@ impl Versions {
                 (name, holds) = (version.name.clone(), encode_tags(&version.holds));
                 items.push((id, version.item));
             }
-            tree.push((Key::new(id, kind::SUBVOL, 0), put(item)));
-            tree.push((Key::new(id, kind::NAME, 0), put(name)));
-            tree.push((Key::new(id, kind::HOLDS, 0), put(holds)));
+            sorted.insert(Key::new(id, kind::SUBVOL, 0), put(item));
+            sorted.insert(Key::new(id, kind::NAME, 0), put(name));
+            sorted.insert(Key::new(id, kind::HOLDS, 0), put(holds));
         }
         for id in core::mem::take(&mut self.touched_bookmarks) {
             let mut value = Vec::new();
@@ -594,9 +595,12 @@ impl Versions {
                 value = bookmark.item.to_bytes().to_vec();
                 value.extend_from_slice(&bookmark.name);
             }
-            tree.push((Key::new(id, kind::BOOKMARK, 0), put(value)));
+            sorted.insert(Key::new(id, kind::BOOKMARK, 0), put(value));
         }
-        tree.sort_unstable_by_key(|(key, _)| *key);
+        let mut tree = Vec::with_capacity(sorted.len());
+        for edit in sorted {
+            tree.push(edit);
+        }
         Edits { tree, items }
     }
 
