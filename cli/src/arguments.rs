@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Info(OfPool),
     /// Show where the space of a pool is
     Df(Df),
+    /// Show whether pools are well: the state and the errors of each device
+    Status(Status),
     /// Make everything that is complete now durable
     Sync(Sync),
     /// Discard free space: tell the devices of mounted pools what they need not keep
@@ -57,6 +59,20 @@ pub(crate) struct OfPool {
     /// Mount point, device or image file; all devices of a pool with several
     #[arg(value_name = "POOL", required = true)]
     pub(crate) pool: Vec<PathBuf>,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+/// Exits with 3 when a pool is not well.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Status {
+    /// Mount point, device or image file [default: all mounted pools]
+    #[arg(value_name = "POOL")]
+    pub(crate) pool: Vec<PathBuf>,
+    /// Show only pools that are not well
+    #[arg(short = 'x', long)]
+    pub(crate) unwell: bool,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,

@@ -89,7 +89,7 @@ fn of_view(view: &View) -> CoreResult<SpaceInfo> {
     space.device_bytes = view.pool.members().iter().map(|member| member.identity().bytes).sum();
     for chunk in view.pool.chunks() {
         usage_of(&mut space, chunk.kind).total += chunk.length;
-        space.device_allocated += chunk.length * chunk.stripes.len() as u64;
+        space.device_allocated += chunk.stripe_bytes() * chunk.stripes.len() as u64;
     }
     view.each_item(&view.tree(TreeId::SPACE)?, Key::MIN, |key, value| {
         if key.kind == kind::SPACE_SUMMARY {

@@ -4,7 +4,7 @@ use crate::arguments::OfPool;
 use crate::target::{ask, ask_failed, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
-use cairn_host::admin::{AdminError, DeviceInfo, PoolInfo, Reply, Request};
+use cairn_host::admin::{AdminError, DeviceInfo, DeviceState, PoolInfo, Reply, Request};
 use cairn_host::parse::{format_size, format_uuid};
 use cairn_host::{probe, stored, FileDevice};
 use fs_core::format::key::{kind, Key};
@@ -15,17 +15,22 @@ use fs_core::platform::Device;
 use fs_core::units::TreeId;
 use std::sync::Arc;
 
-pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
-    let (info, done) = match Target::find(&arguments.pool)? {
+/// What a pool says of itself, mounted or not.
+pub(crate) fn of_target(target: Target) -> Result<(PoolInfo, Done), Failure> {
+    match target {
         Target::Mounted(mount) => match ask(&mount, Request::Info) {
-            Ok(Reply::Info(info)) => (info, Done::Whole),
-            Ok(_) => return Err(Failure::new("the daemon answered another question")),
+            Ok(Reply::Info(info)) => Ok((info, Done::Whole)),
+            Ok(_) => Err(Failure::new("the daemon answered another question")),
             // The kernel module has no daemon; what it published last is on the device.
-            Err(AdminError::NoDaemon) => of_devices(&open_to_look(&[mount.source])?)?,
-            Err(error) => return Err(ask_failed(&mount, &error)),
+            Err(AdminError::NoDaemon) => of_devices(&open_to_look(&[mount.source])?),
+            Err(error) => Err(ask_failed(&mount, &error)),
         },
-        Target::Devices(paths) => of_devices(&open_to_look(&paths)?)?,
-    };
+        Target::Devices(paths) => of_devices(&open_to_look(&paths)?),
+    }
+}
+
+pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
+    let (info, done) = of_target(Target::find(&arguments.pool)?)?;
     if arguments.json {
         output::json(&info);
     } else {
@@ -81,15 +86,31 @@ fn fill_from_superblock(info: &mut PoolInfo, superblock: &Superblock) {
 
 fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Result<()> {
     let chunks = view.pool.chunks();
+    for member in view.pool.members() {
+        if info.devices.iter().all(|device| device.index != member.index()) {
+            let identity = member.identity();
+            info.devices.push(DeviceInfo {
+                index: member.index(),
+                name: member.name().to_string(),
+                id: format_uuid(&identity.device_id),
+                bytes: identity.bytes,
+                ..DeviceInfo::default()
+            });
+        }
+    }
+    info.devices.sort_by_key(|device| device.index);
     for device in &mut info.devices {
         let of_device = |stripe: &&fs_core::format::chunk::Stripe| stripe.device == device.index;
         let allocated = chunks
             .iter()
-            .map(|chunk| chunk.length * chunk.stripes.iter().filter(of_device).count() as u64)
+            .map(|chunk| {
+                chunk.stripe_bytes() * chunk.stripes.iter().filter(of_device).count() as u64
+            })
             .sum();
         device.allocated = Some(allocated);
-        let member = view.pool.members().iter().find(|member| member.index() == device.index);
-        if let Some(errors) = member.map(|member| member.errors()) {
+        if let Some(member) = view.pool.members().get(usize::from(device.index)) {
+            let errors = member.errors();
+            device.state = DeviceState::of(member.standing());
             device.read_errors = errors.read;
             device.write_errors = errors.write;
             device.checksum_errors = errors.checksum;
@@ -142,6 +163,9 @@ fn table(info: &PoolInfo) -> String {
     row("Compression", &info.compression);
     for device in &info.devices {
         let mut value = format!("{}, {}", device.name, format_size(device.bytes));
+        if device.state != DeviceState::Online {
+            value.push_str(&format!(", {}", device.state.name()));
+        }
         if let Some(allocated) = device.allocated {
             value.push_str(&format!(", {} allocated", format_size(allocated)));
         }

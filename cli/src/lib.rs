@@ -9,6 +9,7 @@
 //! | 0 | done |
 //! | 1 | failed |
 //! | 2 | wrong arguments |
+//! | 3 | done, and something needs attention |
 //! | 4 | part of the answer could not be had |
 
 mod arguments;
@@ -19,6 +20,7 @@ mod info;
 mod inspect;
 mod output;
 mod property;
+mod status;
 mod sync;
 mod target;
 mod trim;
@@ -61,6 +63,8 @@ enum Done {
     Whole,
     /// With something missing; what, was said on standard error.
     Partly,
+    /// With all, and something needs attention.
+    Attention,
 }
 
 /// Runs the command with the arguments of the process.
@@ -72,6 +76,7 @@ pub fn main() -> ExitCode {
     }
     match run(Arguments::parse_from(given).command) {
         Ok(Done::Whole) => ExitCode::SUCCESS,
+        Ok(Done::Attention) => ExitCode::from(3),
         Ok(Done::Partly) => ExitCode::from(4),
         Err(failure) => {
             eprintln!("cairn: {failure}");
@@ -84,6 +89,7 @@ fn run(command: Command) -> Result<Done, Failure> {
     match command {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
+        Command::Status(arguments) => status::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),

@@ -4,7 +4,7 @@ use crate::view::View;
 use crate::Failure;
 use cairn_host::admin::{self, AdminError, Reply, Request};
 use cairn_host::mounts::{self, Mount};
-use cairn_host::{open_devices, Access, FileDevice, OpenError, OpenOptions, Wait};
+use cairn_host::{members, open_devices, Access, FileDevice, OpenError, OpenOptions, Wait};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +33,10 @@ impl Target {
                 return Ok(Target::Mounted(mount));
             }
         }
-        Ok(Target::Devices(paths.to_vec()))
+        // The mount shows one device of a pool; another may have been given.
+        let others = members::complete(paths).into_iter().skip(paths.len());
+        let mount = others.filter_map(|path| mounts::mount_of_device(&path)).find(Mount::is_cairn);
+        Ok(mount.map_or_else(|| Target::Devices(paths.to_vec()), Target::Mounted))
     }
 }
 
@@ -61,9 +64,10 @@ pub(crate) fn ask_failed(mount: &Mount, error: &AdminError) -> Failure {
     Failure::new(format_args!("{}: {error}", mount.mount_point.display()))
 }
 
-/// Opens devices to look at them. Those of a mounted pool are opened too, with a warning: what they
-/// hold may change while it is read.
+/// Opens devices to look at them, with those of the same pool that can be found. Those of a mounted
+/// pool are opened too, with a warning: what they hold may change while it is read.
 pub(crate) fn open_to_look(paths: &[PathBuf]) -> Result<Vec<Arc<FileDevice>>, Failure> {
+    let paths = &members::complete(paths)[..];
     let wait = Wait { bound: PATIENCE, announce: &|message| eprintln!("cairn: {message}") };
     match open_devices(paths, OpenOptions::new(Access::ReadOnly), &wait) {
         Err(OpenError::Mounted { path, mount_point }) => {

@@ -321,3 +321,24 @@ fn properties_come_before_paths_and_one_path_is_needed() {
     run(&words).stderr(contains("/proc/version"));
     run(&["compression=zstd", "./checksum=blake3"]).stderr(contains("./checksum=blake3"));
 }
+
+#[test]
+fn the_status_of_a_mirror_tells_which_device_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|name| dir.path().join(name));
+    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "-L", "tank", "--profile", "mirror"];
+    arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
+    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    // The other device is found beside the one that is given.
+    cairn().arg("status").arg(&paths[0]).assert().code(0).stdout(contains("state: online"));
+    cairn().args(["status", "-x"]).arg(&paths[0]).assert().code(0).stdout("");
+    let output = cairn().args(["info", "--json"]).arg(&paths[1]).output().unwrap();
+    let info: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(info["devices"].as_array().unwrap().len(), 2);
+    fs::rename(&paths[1], dir.path().join("elsewhere")).unwrap();
+    fs::create_dir(dir.path().join("away")).unwrap();
+    fs::rename(dir.path().join("elsewhere"), dir.path().join("away/b")).unwrap();
+    let said = contains("state: degraded").and(contains("device 1 (missing)"));
+    cairn().args(["status", "-x"]).arg(&paths[0]).assert().code(3).stdout(said);
+    cairn().arg("df").arg(&paths[0]).assert().code(0);
+}

@@ -1,6 +1,8 @@
 //! What the daemon tells `cairn info` and `cairn df`: the answers of `cairn_host::admin`.
 
-use cairn_host::admin::{DeviceInfo, Handler, PoolInfo, Reply, Request, SpaceInfo, Usage};
+use cairn_host::admin::{
+    DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, SpaceInfo, Usage,
+};
 use cairn_host::parse::format_uuid;
 use fs_core::engine::Engine;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
@@ -54,7 +56,7 @@ fn device_infos(engine: &Engine) -> Vec<DeviceInfo> {
             .iter()
             .map(|chunk| {
                 let here = chunk.stripes.iter().filter(|stripe| stripe.device == index).count();
-                chunk.length.saturating_mul(here as u64)
+                chunk.stripe_bytes().saturating_mul(here as u64)
             })
             .sum()
     };
@@ -65,6 +67,7 @@ fn device_infos(engine: &Engine) -> Vec<DeviceInfo> {
             DeviceInfo {
                 index: member.index(),
                 name: member.name().to_string(),
+                state: DeviceState::of(member.standing()),
                 id: format_uuid(&identity.device_id),
                 bytes: identity.bytes,
                 allocated: Some(allocated(member.index())),
@@ -86,7 +89,7 @@ fn space_info(engine: &Engine) -> SpaceInfo {
         device_allocated: pool
             .chunks()
             .iter()
-            .map(|chunk| chunk.length.saturating_mul(chunk.stripes.len() as u64))
+            .map(|chunk| chunk.stripe_bytes().saturating_mul(chunk.stripes.len() as u64))
             .sum(),
         unallocated: space.unallocated_bytes,
         data: of_kind(&space.data),

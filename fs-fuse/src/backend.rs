@@ -4,13 +4,13 @@ use crate::admin;
 use crate::device::Threads;
 use crate::options::{Compression, Options};
 use cairn_host::admin::Handler;
-use cairn_host::{Access, LogReport, LogTarget, OpenOptions, Wait};
+use cairn_host::{members, Access, LogReport, LogTarget, OpenOptions, Wait};
 use fs_core::engine;
 use fs_core::error::Error;
 use fs_core::format::ptr::CompressionKind;
 use fs_core::platform::{DeviceRef, Platform};
 use fs_core::vfs::{AccessTime, Filesystem, Volume};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A volume as the driver holds it.
@@ -58,7 +58,10 @@ impl Mounted for Volume {
 /// One sentence that names the device.
 pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened, String> {
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let devices = cairn_host::open_devices(&[source], OpenOptions::new(access), &Wait::usual())
+    let mut paths = vec![source.to_path_buf()];
+    paths.extend(options.devices.iter().map(PathBuf::from));
+    let paths = members::complete(&paths);
+    let devices = cairn_host::open_devices(&paths, OpenOptions::new(access), &Wait::usual())
         .map_err(|error| error.to_string())?;
     let target = if background { LogTarget::System } else { LogTarget::Stderr };
     let platform = Platform {
@@ -67,8 +70,15 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     };
     let members = devices.iter().map(|device| Arc::clone(device) as DeviceRef).collect();
     let volume = Volume::open(members, platform, &engine_options(options), access_time(options))
-        .map_err(|error| format!("{}: {error}", source.display()))?;
-    let release_claim = move || devices.iter().for_each(|device| device.release_claim());
+        .map_err(|error| {
+            let hint = match error {
+                Error::MissingDevices { needed: false, .. } => " (mount option degraded)",
+                _ => "",
+            };
+            format!("{}: {error}{hint}", source.display())
+        })?;
+    // The kernel claims the one that the mount shows; the others stay claimed.
+    let release_claim = move || devices.iter().take(1).for_each(|device| device.release_claim());
     let admin = Some(admin::handler(Arc::clone(&volume)));
     Ok(Opened { volume, release_claim: Box::new(release_claim), admin })
 }
@@ -84,6 +94,7 @@ fn engine_options(options: &Options) -> engine::OpenOptions {
     let requests = Threads::new(options.threads, dirty, options.transport).memory();
     engine::OpenOptions {
         read_only: options.read_only,
+        degraded: options.degraded,
         cache_bytes: options
             .cache_bytes
             .map_or(defaults.cache_bytes, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),

@@ -45,9 +45,11 @@ mod exit {
 }
 
 const USAGE: &str = "\
-Usage: mount.cairn SOURCE DIRECTORY [options]
+Usage: mount.cairn SOURCE... DIRECTORY [options]
 
 Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
+The other devices of a pool with several are found by themselves: among the block
+devices, and beside an image file. Or all are given.
 
   -o OPTIONS         mount options, separated by commas (cairn-mount(5))
   -f, --foreground   stay in the foreground and log to standard error
@@ -60,7 +62,7 @@ Mounts the pool on SOURCE, a block device, an image file, UUID=... or LABEL=...
   -V, --version      show the version
 
 Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, dirty=SIZE,
-  threads=N, transport=auto|device|uring";
+  threads=N, transport=auto|device|uring, degraded, device=PATH";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -181,16 +183,16 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     for list in lists {
         invocation.options.add(&list, sloppy).map_err(|e| Exit::usage(e.0))?;
     }
-    match <[String; 2]>::try_from(operands) {
-        Ok([source, target]) => {
-            (invocation.source, invocation.target) = (source, PathBuf::from(target));
-            Ok(invocation)
-        }
-        Err(operands) => Err(Exit::usage(format!(
-            "a source and a directory are needed, {} given\n{USAGE}",
-            operands.len()
-        ))),
+    if operands.len() < 2 {
+        let given = operands.len();
+        return Err(Exit::usage(format!(
+            "a source and a directory are needed, {given} given\n{USAGE}"
+        )));
     }
+    invocation.target = operands.pop().map(PathBuf::from).unwrap_or_default();
+    invocation.source = operands.remove(0);
+    invocation.options.devices.append(&mut operands);
+    Ok(invocation)
 }
 
 fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
@@ -207,7 +209,10 @@ fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
     let source = if invocation.noop {
         PathBuf::from(&invocation.source)
     } else {
-        source::resolve(&invocation.source).map_err(Exit::failed)?
+        let mut devices = source::resolve(&invocation.source).map_err(Exit::failed)?;
+        let others = devices.split_off(1).into_iter();
+        invocation.options.devices.extend(others.map(|path| path.display().to_string()));
+        devices.remove(0)
     };
     if invocation.fake {
         return Ok(());
@@ -413,6 +418,14 @@ mod tests {
     }
 
     #[test]
+    fn several_sources_are_devices_of_one_pool() {
+        let invocation = parsed(&["a", "b", "-o", "device=d,degraded", "c", "/mnt"]).unwrap();
+        assert_eq!((invocation.source.as_str(), invocation.target.to_str()), ("a", Some("/mnt")));
+        assert_eq!(invocation.options.devices, ["d", "b", "c"]);
+        assert!(invocation.options.degraded);
+    }
+
+    #[test]
     fn values_may_be_attached_to_their_letter() {
         let invocation = parsed(&["-oro", "-fooremount", "a", "b"]);
         // -f and then -o with the value "oremount".
@@ -422,9 +435,7 @@ mod tests {
 
     #[test]
     fn a_wrong_command_line_exits_with_1_and_help_with_0() {
-        for arguments in
-            [&["a"][..], &["a", "b", "c"], &["-x", "a", "b"], &["a", "b", "-o", "bogus"], &["-o"]]
-        {
+        for arguments in [&["a"][..], &[], &["-x", "a", "b"], &["a", "b", "-o", "bogus"], &["-o"]] {
             assert_eq!(parsed(arguments).unwrap_err().0, exit::USAGE, "{arguments:?}");
         }
         assert_eq!(parsed(&["--help"]).unwrap_err().0, exit::OK);

@@ -30,6 +30,7 @@ pub enum Transport {
 
 /// Parsed options. Defaults are those of a mount by root.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent options of a mount")]
 pub struct Options {
     /// Refuse changes.
     pub read_only: bool,
@@ -39,6 +40,10 @@ pub struct Options {
     pub allow_other: bool,
     /// Per-mount flags, such as `nosuid`.
     pub flags: Flags,
+    /// Open the pool without devices that are missing.
+    pub degraded: bool,
+    /// Further devices of the pool.
+    pub devices: Vec<String>,
     /// Override of the pool's compression.
     pub compression: Option<Compression>,
     /// Longest time in seconds that a change stays unwritten without fsync.
@@ -174,6 +179,8 @@ impl Options {
             "ro" => self.read_only = true,
             "rw" => self.read_only = false,
             "remount" => self.remount = true,
+            "degraded" => self.degraded = true,
+            "nodegraded" => self.degraded = false,
             "allow_other" => self.allow_other = true,
             "noallow_other" => self.allow_other = false,
             "suid" => flags.nosuid = false,
@@ -209,11 +216,22 @@ impl Options {
                 "cache" => "a size such as 256M",
                 "dirty" => "a size of at least 16M",
                 "threads" => "1 to 256",
+                "degraded" => "yes or no",
+                "device" => "the path of a device",
                 _ => "auto, device or uring",
             };
             BadOption(format!("mount option '{name}' cannot be '{value}': it takes {allowed}"))
         };
         match name {
+            "device" if !value.is_empty() => self.devices.push(value.to_string()),
+            "device" => return Err(bad()),
+            "degraded" => {
+                self.degraded = match value {
+                    "yes" => true,
+                    "no" => false,
+                    _ => return Err(bad()),
+                }
+            }
             "compress" => self.compression = Some(parse_compression(value).ok_or_else(bad)?),
             "commit" => {
                 let seconds = value.parse().ok().filter(|s| (1..=3600).contains(s));
@@ -423,13 +441,13 @@ mod tests {
             };
             assert!(known, "{name} is in the manual only");
         }
-        let ours =
-            ["compress=", "commit=", "cache=", "dirty=", "threads=", "transport=", "allow_other"];
+        let ours = "compress= commit= cache= dirty= threads= transport= degraded device= \
+                    allow_other";
         let flags = "ro rw remount noallow_other suid nosuid dev nodev exec noexec atime noatime \
                      relatime norelatime strictatime nostrictatime diratime nodiratime symfollow \
                      nosymfollow sync async dirsync lazytime nolazytime context= fscontext= \
                      defcontext= rootcontext=";
-        for name in ours.into_iter().chain(flags.split_whitespace()) {
+        for name in ours.split_whitespace().chain(flags.split_whitespace()) {
             assert!(named.iter().any(|other| other == name), "{name} is not in the manual");
         }
     }

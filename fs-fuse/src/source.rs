@@ -1,16 +1,15 @@
-//! What a caller may name as source: a path, `UUID=` or `LABEL=` of a pool.
+//! What a caller may name as source: paths, `UUID=` or `LABEL=` of a pool.
 
-use fs_core::format::label::{label_areas, Label};
-use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use cairn_host::members::{block_devices, read_label};
+use fs_core::format::label::Label;
 use std::path::{Path, PathBuf};
 
-/// Finds the device that `source` names. A path is taken as it is.
+/// Finds the devices that `source` names: at least one, perhaps not all of the pool. A path is
+/// taken as it is, or as several with colons between them where there is no file of that name.
 ///
 /// # Errors
-/// One sentence: nothing, or more than one device, has that name.
-pub fn resolve(source: &str) -> Result<PathBuf, String> {
+/// One sentence: no device, or more than one pool, has that name.
+pub fn resolve(source: &str) -> Result<Vec<PathBuf>, String> {
     let matches: Box<dyn Fn(&Label) -> bool> = match source.split_once('=') {
         Some(("UUID", id)) => {
             let wanted = parse_id(id).ok_or(format!("'{id}' is not a UUID"))?;
@@ -20,20 +19,37 @@ pub fn resolve(source: &str) -> Result<PathBuf, String> {
             let wanted = name.trim_matches('"').as_bytes().to_vec();
             Box::new(move |label| label_name(label) == wanted)
         }
-        _ => return Ok(PathBuf::from(source)),
+        _ => return Ok(paths(source)),
     };
-    let mut found: Vec<PathBuf> = block_devices()
-        .into_iter()
-        .filter(|path| read_label(path).is_some_and(|l| matches(&l)))
-        .collect();
-    match found.len() {
-        0 => Err(format!("no device has {source}")),
-        1 => Ok(found.remove(0)),
-        _ => Err(format!(
-            "{source} names {} devices ({}); give the path of one",
-            found.len(),
-            found.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+    let mut found: Vec<(PathBuf, Label)> = Vec::new();
+    for path in block_devices() {
+        let Some(label) = read_label(&path).map(|found| found.label) else { continue };
+        // Of several ways to one device the first is taken.
+        let is_new = found.iter().all(|(_, other)| other.device_id != label.device_id);
+        if matches(&label) && is_new {
+            found.push((path, label));
+        }
+    }
+    let Some((_, first)) = found.first() else {
+        return Err(format!("no device has {source}"));
+    };
+    let pool = first.pool_id;
+    let names = || found.iter().map(|(path, _)| path.display().to_string()).collect::<Vec<_>>();
+    match found.iter().all(|(_, label)| label.pool_id == pool) {
+        true => Ok(found.into_iter().map(|(path, _)| path).collect()),
+        false => Err(format!(
+            "{source} names several pools ({}); give the path of a device",
+            names().join(", ")
         )),
+    }
+}
+
+fn paths(source: &str) -> Vec<PathBuf> {
+    let parts: Vec<PathBuf> = source.split(':').map(PathBuf::from).collect();
+    let is_list = parts.len() > 1 && !Path::new(source).exists();
+    match is_list && parts.iter().all(|part| part.exists()) {
+        true => parts,
+        false => vec![PathBuf::from(source)],
     }
 }
 
@@ -53,29 +69,6 @@ fn label_name(label: &Label) -> &[u8] {
     &label.name[..end]
 }
 
-fn block_devices() -> Vec<PathBuf> {
-    let Ok(devices) = std::fs::read_dir("/sys/class/block") else { return Vec::new() };
-    let mut paths: Vec<PathBuf> = devices
-        .filter_map(Result::ok)
-        // A slash in a device's name is written as an exclamation mark.
-        .filter_map(|d| d.file_name().into_string().ok())
-        .map(|name| Path::new("/dev").join(name.replace('!', "/")))
-        .collect();
-    paths.sort();
-    paths
-}
-
-/// The first valid label of a device, if it has one.
-fn read_label(path: &Path) -> Option<Label> {
-    let mut file = File::open(path).ok()?;
-    let areas = label_areas(file.seek(SeekFrom::End(0)).ok()?)?;
-    areas.into_iter().find_map(|area| {
-        let mut bytes = vec![0; Label::BYTES];
-        file.read_exact_at(&mut bytes, area.0).ok()?;
-        Label::decode(&bytes).ok()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,7 +86,9 @@ mod tests {
 
     #[test]
     fn a_path_is_taken_as_it_is() {
-        assert_eq!(resolve("/a/b=c"), Ok(PathBuf::from("/a/b=c")));
+        assert_eq!(resolve("/a/b=c"), Ok(vec![PathBuf::from("/a/b=c")]));
+        assert_eq!(resolve("/a:/b"), Ok(vec![PathBuf::from("/a:/b")]));
+        assert_eq!(resolve("/tmp:/dev").map(|paths| paths.len()), Ok(2));
     }
 
     #[test]

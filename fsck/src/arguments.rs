@@ -11,7 +11,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Parser)]
 #[command(name = "fsck.cairn", version, max_term_width = 100)]
 pub struct Arguments {
-    /// The devices or image files of one pool
+    /// Devices or image files of one pool; others of it are looked for
     #[arg(value_name = "DEVICE", required = true)]
     pub devices: Vec<PathBuf>,
 

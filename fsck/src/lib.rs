@@ -22,7 +22,9 @@ mod report;
 
 pub use arguments::Arguments;
 
-use cairn_host::{host_platform, mounts, open_devices, Access, FileDevice, OpenOptions, Wait};
+use cairn_host::{
+    host_platform, members, mounts, open_devices, Access, FileDevice, OpenOptions, Wait,
+};
 use clap::{CommandFactory, Parser};
 use fs_core::check::{check, CheckOptions};
 use fs_core::platform::DeviceRef;
@@ -73,7 +75,8 @@ fn run(arguments: &Arguments) -> u8 {
         bound: Duration::from_secs(arguments.wait),
         announce: &|message| eprintln!("fsck.cairn: {message}"),
     };
-    match open_devices(&arguments.devices, OpenOptions::new(Access::ReadOnly), &wait) {
+    let devices = members::complete(&arguments.devices);
+    match open_devices(&devices, OpenOptions::new(Access::ReadOnly), &wait) {
         Ok(devices) if arguments.is_preen() => preen::preen(&devices, arguments),
         Ok(devices) => full_check(devices, arguments),
         Err(error) => fail(&error.to_string()),

@@ -1,13 +1,35 @@
 //! The look at boot: can the pool be opened?
 
 use crate::{Arguments, ERRORS_LEFT, OPERATIONAL};
-use cairn_host::{probe, stored, FileDevice};
+use cairn_host::{members, probe, stored, FileDevice};
 use fs_core::platform::Device;
 use std::sync::Arc;
 
 /// Looks at labels and superblocks of each device; the exit code.
 pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
-    devices.iter().fold(0, |code, device| code | preen_one(device, arguments))
+    let each = devices.iter().fold(0, |code, device| code | preen_one(device, arguments));
+    each | preen_all(devices)
+}
+
+/// Looks whether devices are missing or lack something.
+fn preen_all(devices: &[Arc<FileDevice>]) -> u8 {
+    let labels: Vec<_> =
+        devices.iter().filter_map(|device| members::read_label(device.path())).collect();
+    let Some(newest) = labels.iter().max_by_key(|found| found.label.epoch) else { return 0 };
+    let mut code = 0;
+    for (index, member) in newest.members.iter().enumerate() {
+        let is_there = labels.iter().any(|found| found.label.device_id == member.id);
+        let what = match (is_there, member.behind) {
+            (false, _) => "is missing",
+            (true, 0) => continue,
+            (true, _) => "lacks something that was written without it",
+        };
+        let pool = probe::label_name(&newest.label);
+        let pool = pool.unwrap_or_else(|| devices[0].name().to_string());
+        eprintln!("fsck.cairn: {pool}: device {index} {what}");
+        code = ERRORS_LEFT;
+    }
+    code
 }
 
 fn preen_one(device: &FileDevice, arguments: &Arguments) -> u8 {

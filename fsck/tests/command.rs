@@ -229,3 +229,17 @@ fn a_finding_names_device_and_byte_in_text_and_json() {
     let place = format!("; on device 0 ({name}) byte {at}\n");
     fsck().arg(image.path()).assert().code(4).stdout(contains(text).and(contains(place)));
 }
+
+#[test]
+fn the_other_devices_of_a_pool_are_found_or_missed() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|name| dir.path().join(name));
+    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "-L", "tank", "--profile", "mirror"];
+    arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
+    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    fsck().arg(&paths[1]).assert().code(0);
+    fsck().arg("-a").arg(&paths[1]).assert().code(0);
+    fs::remove_file(&paths[0]).unwrap();
+    fsck().arg(&paths[1]).assert().code(4).stdout(contains("W-DEVICE-MISSING"));
+    fsck().arg("-a").arg(&paths[1]).assert().code(4).stderr(contains("device 0 is missing"));
+}

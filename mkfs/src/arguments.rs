@@ -16,7 +16,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "mkfs.cairn", version, max_term_width = 100)]
 pub struct Arguments {
-    /// Block device or image file
+    /// Block devices or image files, all those of the pool
     #[arg(value_name = "TARGET", required_unless_present = "features")]
     pub targets: Vec<PathBuf>,
 
@@ -49,19 +49,14 @@ pub struct Arguments {
     #[arg(long, value_name = "KIND", default_value = "crc32c")]
     pub checksum: Checksum,
 
-    /// How file data lies on the devices
-    #[arg(
-        short = 'd',
-        long,
-        value_name = "PROFILE",
-        default_value = "single",
-        visible_alias = "data-profile"
-    )]
-    pub profile: Copies,
+    /// How file data lies on the devices [default: single]
+    #[arg(short = 'd', long, value_name = "PROFILE", visible_alias = "data-profile")]
+    pub profile: Option<Spread>,
 
-    /// How metadata lies on the devices
-    #[arg(short = 'm', long, value_name = "PROFILE", default_value = "dup")]
-    pub metadata_profile: Copies,
+    /// How metadata lies on the devices [default: dup on one device; on several a mirror, of as
+    /// many copies as file data has]
+    #[arg(short = 'm', long, value_name = "PROFILE")]
+    pub metadata_profile: Option<Spread>,
 
     /// Bytes of a tree node: 16K, 32K or 64K
     #[arg(long, value_name = "SIZE", default_value = "16K", value_parser = node_size)]
@@ -135,11 +130,26 @@ pub enum Checksum {
 
 /// Profiles this version can make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Copies {
-    /// One copy
+pub enum Spread {
+    /// One copy, on one device
     Single,
     /// Two copies on one device
     Dup,
+    /// One copy, striped over all devices
+    #[value(alias = "raid0")]
+    Stripe,
+    /// Copies on two devices
+    #[value(aliases = ["mirror2", "raid1"])]
+    Mirror,
+    /// Copies on three devices
+    #[value(alias = "raid1c3")]
+    Mirror3,
+    /// Copies on four devices
+    #[value(alias = "raid1c4")]
+    Mirror4,
+    /// Mirrors of two devices, striped
+    #[value(name = "stripe+mirror", alias = "raid10")]
+    StripeMirror,
 }
 
 impl From<Checksum> for ChecksumKind {
@@ -152,28 +162,60 @@ impl From<Checksum> for ChecksumKind {
     }
 }
 
-impl From<Copies> for Profile {
-    fn from(choice: Copies) -> Profile {
+impl From<Spread> for Profile {
+    fn from(choice: Spread) -> Profile {
         match choice {
-            Copies::Single => Profile::Single,
-            Copies::Dup => Profile::Dup,
+            Spread::Single => Profile::Single,
+            Spread::Dup => Profile::Dup,
+            Spread::Stripe => Profile::Stripe,
+            Spread::Mirror => Profile::Mirror,
+            Spread::Mirror3 => Profile::Mirror3,
+            Spread::Mirror4 => Profile::Mirror4,
+            Spread::StripeMirror => Profile::StripeMirror,
         }
     }
 }
 
+/// The profile of metadata that goes with one of data on so many devices: metadata must not be lost
+/// with fewer devices than data.
+fn matching(data: Profile, devices: usize) -> Profile {
+    match data {
+        Profile::Mirror3 | Profile::Mirror4 => data,
+        Profile::Mirror | Profile::StripeMirror => Profile::Mirror,
+        _ if devices > 1 => Profile::Mirror,
+        _ => Profile::Dup,
+    }
+}
+
 impl Arguments {
+    /// Profiles of data and metadata.
+    fn profiles(&self) -> (Profile, Profile) {
+        let data = self.profile.map_or(Profile::Single, Profile::from);
+        let metadata = self.metadata_profile.map(Profile::from);
+        (data, metadata.unwrap_or_else(|| matching(data, self.targets.len())))
+    }
+
+    /// The profile that needs more devices than there are, and how many it needs.
+    pub(crate) fn lacks_devices(&self) -> Option<(Profile, u64)> {
+        let (data, metadata) = self.profiles();
+        let count = self.targets.len() as u64;
+        let lacking = [data, metadata].into_iter().find(|profile| profile.devices_min() > count);
+        lacking.map(|profile| (profile, profile.devices_min()))
+    }
+
     /// What the core is asked for.
     pub(crate) fn format_options(&self) -> FormatOptions {
         let owner = self.root_owner.unwrap_or_else(|| Owner {
             uid: rustix::process::geteuid().as_raw(),
             gid: rustix::process::getegid().as_raw(),
         });
+        let (data_profile, metadata_profile) = self.profiles();
         FormatOptions {
             name: self.label.clone(),
             pool_id: self.uuid,
             node_bytes: self.node_size,
-            data_profile: self.profile.into(),
-            metadata_profile: self.metadata_profile.into(),
+            data_profile,
+            metadata_profile,
             chunk_bytes: None,
             compression: self.compress.kind,
             compression_level: self.compress.level,
@@ -259,6 +301,22 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn metadata_is_at_least_as_safe_as_data() {
+        let profiles = |line: &str| {
+            let arguments = Arguments::parse_from(line.split(' '));
+            let (data, metadata) = arguments.profiles();
+            format!("{} {}", data.name(), metadata.name())
+        };
+        assert_eq!(profiles("mkfs a"), "single dup");
+        assert_eq!(profiles("mkfs a b"), "single mirror");
+        assert_eq!(profiles("mkfs a b c --profile mirror3"), "mirror3 mirror3");
+        assert_eq!(profiles("mkfs a b c d -d stripe+mirror"), "stripe+mirror mirror");
+        assert_eq!(profiles("mkfs a b -d raid0 -m single"), "stripe single");
+        let lacking = Arguments::parse_from(["mkfs", "a", "b", "-d", "mirror3"]).lacks_devices();
+        assert_eq!(lacking, Some((Profile::Mirror3, 3)));
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub fn main() -> ExitCode {
     if arguments.features.contains(&arguments::Feature::List) {
         println!(
             "Format version {FORMAT_VERSION} has no optional features: what a pool needs is \
-             turned on when it is first used."
+             turned on when it is first used, or follows from the profile."
         );
         return ExitCode::SUCCESS;
     }
@@ -71,6 +71,16 @@ impl Failure {
 /// Why not; then nothing has been written, except when a device failed in the middle.
 pub fn run(arguments: &Arguments) -> Result<Summary, Failure> {
     let epoch = source_date_epoch()?;
+    if let Some((profile, needed)) = arguments.lacks_devices() {
+        return Err(Failure::new(format_args!(
+            "the profile {} needs {needed} devices, and {} given",
+            profile.name(),
+            match arguments.targets.len() {
+                1 => "one is".to_string(),
+                count => format!("{count} are"),
+            }
+        )));
+    }
     let mut options = arguments.format_options();
     if options.pool_id.is_none() {
         // Drawn here, so that the rehearsal and the pool agree.

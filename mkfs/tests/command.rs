@@ -42,7 +42,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
         (&["-U", "12", "x"], "is not a UUID"),
         (&["-U", "00000000-0000-0000-0000-000000000000", "x"], "nil UUID"),
         (&["--compress", "lz4", "x"], "zstd:LEVEL"),
-        (&["--profile", "mirror", "x"], "single, dup"),
+        (&["--profile", "parity1", "x"], "single, dup, stripe, mirror"),
         (&["-L", &"n".repeat(64), "x"], "more than 63"),
         (&["-q", "-v", "x"], "cannot be used with"),
         (&["-O", "checksums", "x"], "-O list"),
@@ -188,4 +188,26 @@ fn a_dry_run_says_what_would_be_made_and_makes_nothing() {
     let image = Image::of(64 << 20);
     mkfs().arg("-n").arg(image.path()).assert().success().stdout(contains("nothing was written"));
     assert!(fs::read(image.path()).unwrap().iter().all(|b| *b == 0));
+}
+
+#[test]
+fn a_profile_that_needs_more_devices_is_refused_before_anything_is_made() {
+    let image = Image::none();
+    let said = "the profile mirror needs 2 devices, and one is given";
+    let arguments = ["--size", "16M", "--profile", "mirror"];
+    mkfs().args(arguments).arg(image.path()).assert().code(1).stderr(contains(said));
+    assert!(!image.path().exists());
+}
+
+#[test]
+fn several_targets_make_one_pool_whose_metadata_is_a_mirror() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["a", "b", "c"].map(|name| dir.path().join(name));
+    let output = mkfs().args(["--size", "16M", "--json", "-d", "stripe"]).args(&paths).output();
+    let summary: serde_json::Value = serde_json::from_slice(&output.unwrap().stdout).unwrap();
+    assert_eq!(summary["devices"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        (&summary["data_profile"], &summary["metadata_profile"]),
+        (&"stripe".into(), &"mirror".into())
+    );
 }

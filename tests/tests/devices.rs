@@ -1,7 +1,7 @@
 //! Pools of several devices: devices that fail, lie, vanish and come back.
 
-use cairn_tests::crash::CrashState;
-use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice};
+use cairn_tests::crash::{CrashState, Crashes, Sampling};
+use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice, Recording};
 use cairn_tests::drive::{is_long, run, seeds};
 use cairn_tests::fault::{requests, script, survive, tolerate, End, Script};
 use cairn_tests::gen::{Op, Options};
@@ -413,6 +413,65 @@ fn a_device_that_was_behind_gets_everything_and_counts_again() {
         let mounted = pool.open(&refs(&rest), &core()).unwrap();
         let found = Tree::read(&*mounted.fs()).unwrap();
         assert_eq!(want.difference(&found), None, "seed {seed}");
+    }
+}
+
+#[test]
+fn the_power_may_fail_at_every_write_while_a_device_is_brought_up_to_date() {
+    let wanted = if is_long() { 50_000 } else { 1_200 };
+    let mut count = 0;
+    for seed in seeds(40, 100_000) {
+        let pool = redundant(seed);
+        let missing = seed as usize % pool.devices();
+        let (images, want) = one_behind(&pool, seed, missing);
+        let rams: Vec<Arc<RamDevice>> =
+            images.iter().map(|image| RamDevice::of("ram", image.clone())).collect();
+        let recording = Recording::start(&rams);
+        let platform = TestPlatform::new(seed, Spawn::AtOnce);
+        let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
+        for _ in 0..4 {
+            platform.clock.advance_ms(300);
+            platform.workers.tick();
+        }
+        mounted.close().unwrap();
+        let events = recording.events();
+        let epoch = |image: &Image| {
+            let ram = RamDevice::of("ram", image.clone());
+            fs_core::device::probe(&*ram, 0).unwrap().identity.epoch
+        };
+        let unknowing = epoch(&images[missing]);
+        let show = |images: Vec<Image>| {
+            let rams: Vec<Arc<RamDevice>> =
+                images.into_iter().map(|image| RamDevice::of("ram", image)).collect();
+            let mounted = pool.open(&refs(&rams), &core())?;
+            Ok(Tree::read(&*mounted.fs()).unwrap())
+        };
+        let mut alone = 0;
+        for state in Crashes::new(images, &events, Sampling { seed, random: 1 }).step_by(3) {
+            count += 1;
+            let which = (state.boundary, state.variant);
+            let found: Result<Tree, Error> = show(state.images.clone());
+            assert_eq!(want.difference(&found.unwrap()), None, "seed {seed}, {which:?}");
+            if epoch(&state.images[missing]) == unknowing {
+                // Alone it would show what it knew before it was away.
+                continue;
+            }
+            // Without another it is refused, or has everything.
+            let mut rest = state.images;
+            rest.remove((missing + 1) % pool.devices());
+            match show(rest) {
+                Ok(found) => {
+                    alone += 1;
+                    assert_eq!(want.difference(&found), None, "seed {seed}, {which:?}");
+                }
+                Err(Error::OnlyBehind { .. }) => {}
+                Err(error) => panic!("seed {seed}, {which:?}: {error}"),
+            }
+        }
+        assert!(alone > 0, "it was never complete");
+        if count >= wanted {
+            return;
+        }
     }
 }
 

@@ -15,6 +15,7 @@
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
+use fs_core::device::Standing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -94,8 +95,41 @@ pub struct PoolInfo {
     pub checksum: String,
     /// Number of devices the pool is made of.
     pub device_count: u16,
-    /// Those that are present.
+    /// Those that are known.
     pub devices: Vec<DeviceInfo>,
+}
+
+/// Whether a device has what was written to the pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceState {
+    /// It has everything.
+    #[default]
+    Online,
+    /// It was away, and lacks something that was written meanwhile.
+    Behind,
+    /// It is missing, or failed.
+    Missing,
+}
+
+impl DeviceState {
+    /// That of a device in that standing.
+    pub fn of(standing: Standing) -> DeviceState {
+        match standing {
+            Standing::Complete => DeviceState::Online,
+            Standing::Behind => DeviceState::Behind,
+            Standing::Leaving | Standing::Absent => DeviceState::Missing,
+        }
+    }
+
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DeviceState::Online => "online",
+            DeviceState::Behind => "behind",
+            DeviceState::Missing => "missing",
+        }
+    }
 }
 
 /// A device of a pool.
@@ -105,6 +139,8 @@ pub struct DeviceInfo {
     pub index: u16,
     /// Path or other name.
     pub name: String,
+    /// Whether it has everything.
+    pub state: DeviceState,
     /// Id of the device.
     pub id: String,
     /// Usable bytes.

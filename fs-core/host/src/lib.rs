@@ -12,9 +12,10 @@
 //! | `Report` | [`LogReport`]: standard error or the system log |
 //!
 //! [`open_devices`] and [`host_platform`] put them together. The rest is what every command needs
-//! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]), how
-//! sizes and ids are written ([`parse`]), how a command talks to the daemon of a mounted pool
-//! ([`admin`]), and how it asks for free space to be discarded ([`trim`](trim())).
+//! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]),
+//! where the other devices of its pool are ([`members`]), how sizes and ids are written
+//! ([`parse`]), how a command talks to the daemon of a mounted pool ([`admin`]), and how it asks
+//! for free space to be discarded ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -22,6 +23,7 @@
 pub mod admin;
 mod codecs;
 mod device;
+pub mod members;
 pub mod mounts;
 pub mod parse;
 pub mod probe;

@@ -1,0 +1,125 @@
+//! `cairn status`: whether pools are well.
+
+use crate::arguments::Status;
+use crate::info::of_target;
+use crate::target::Target;
+use crate::{output, Done, Failure};
+use cairn_host::admin::{DeviceState, PoolInfo};
+use cairn_host::mounts;
+use serde::Serialize;
+
+/// A pool and whether it is well.
+#[derive(Serialize)]
+struct Row {
+    state: &'static str,
+    #[serde(flatten)]
+    info: PoolInfo,
+}
+
+pub(crate) fn run(arguments: &Status) -> Result<Done, Failure> {
+    let targets = match arguments.pool[..] {
+        [] => {
+            let mounts = mounts::mounts().map_err(Failure::new)?.into_iter();
+            mounts.filter(mounts::Mount::is_cairn).map(Target::Mounted).collect()
+        }
+        _ => vec![Target::find(&arguments.pool)?],
+    };
+    let mut done = Done::Whole;
+    let mut rows = Vec::new();
+    for target in targets {
+        let (info, whole) = of_target(target)?;
+        if whole == Done::Partly {
+            done = Done::Partly;
+        }
+        rows.push(Row { state: state_of(&info), info });
+    }
+    if done == Done::Whole && rows.iter().any(|row| !is_well(&row.info)) {
+        done = Done::Attention;
+    }
+    rows.retain(|row| !arguments.unwell || !is_well(&row.info));
+    if arguments.json {
+        output::json(&rows);
+    } else {
+        let tables: Vec<String> = rows.iter().map(table).collect();
+        print!("{}", tables.join("\n"));
+    }
+    Ok(done)
+}
+
+fn errors(info: &PoolInfo) -> u64 {
+    let devices = info.devices.iter();
+    devices.map(|d| d.read_errors + d.write_errors + d.checksum_errors).sum()
+}
+
+fn is_well(info: &PoolInfo) -> bool {
+    state_of(info) == "online" && errors(info) == 0
+}
+
+fn state_of(info: &PoolInfo) -> &'static str {
+    let has = |state| info.devices.iter().any(|device| device.state == state);
+    if has(DeviceState::Missing) {
+        "degraded"
+    } else if has(DeviceState::Behind) {
+        "resilvering"
+    } else {
+        "online"
+    }
+}
+
+fn advice(info: &PoolInfo) -> Option<&'static str> {
+    match state_of(info) {
+        "degraded" => Some("devices are missing; connect them and mount the pool again"),
+        "resilvering" => Some("a device that was away is brought up to date while mounted"),
+        _ if errors(info) > 0 => Some("devices made errors that the copies made up for, or not"),
+        _ => None,
+    }
+}
+
+fn table(row: &Row) -> String {
+    let info = &row.info;
+    let name = if info.name.is_empty() { &info.id } else { &info.name };
+    let mut text = format!("  pool: {}\n state: {}\n", output::printable(name), row.state);
+    if let Some(advice) = advice(info) {
+        text.push_str(&format!("  note: {advice}\n"));
+    }
+    let width = info.devices.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max(6);
+    let mut line = |name: &str, state: &str, counts: [&str; 3]| {
+        let [read, write, sum] = counts;
+        text.push_str(&format!("  {name:<width$}  {state:<8} {read:>6} {write:>6} {sum:>9}\n"));
+    };
+    line("device", "state", ["read", "write", "checksum"]);
+    for device in &info.devices {
+        let counts = [device.read_errors, device.write_errors, device.checksum_errors];
+        let counts = counts.map(|count| count.to_string());
+        let [read, write, sum] = &counts;
+        line(&output::printable(&device.name), device.state.name(), [read, write, sum]);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cairn_host::admin::DeviceInfo;
+
+    fn device(name: &str, state: DeviceState) -> DeviceInfo {
+        DeviceInfo { name: name.into(), state, ..DeviceInfo::default() }
+    }
+
+    #[test]
+    fn a_pool_is_well_when_all_devices_are_and_none_made_errors() {
+        let mut info = PoolInfo { name: "tank".into(), ..PoolInfo::default() };
+        info.devices = vec![device("/dev/a", DeviceState::Online)];
+        assert!(is_well(&info));
+        info.devices[0].checksum_errors = 2;
+        assert!(!is_well(&info));
+        info.devices[0].checksum_errors = 0;
+        info.devices.push(device("/dev/bcd", DeviceState::Missing));
+        let text = table(&Row { state: state_of(&info), info });
+        let want = "  pool: tank\n state: degraded\n  note: devices are missing; connect them and \
+                    mount the pool again\n  device    state      read  write  checksum\n  \
+                    /dev/a    online        0      0         0\n  \
+                    /dev/bcd  missing       0      0         0\n";
+        assert_eq!(text, want);
+    }
+}

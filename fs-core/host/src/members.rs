@@ -1,0 +1,159 @@
+//! Finding the devices of a pool.
+//!
+//! Each label names all devices of its pool. So whoever is given one can look for the others: those
+//! of a block device among the block devices, those of an image file beside it.
+
+use fs_core::format::label::{decode_members, label_areas, Label, LabelMember};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+/// A label, and the devices that it names.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The label.
+    pub label: Label,
+    /// The devices of the pool, by index; empty in a pool that always had one.
+    pub members: Vec<LabelMember>,
+}
+
+/// Files beside an image that are looked at.
+const NEIGHBOURS_MAX: usize = 4096;
+
+/// The valid label of a device, if it has one; of two, the one rewritten last. Takes no lock: what
+/// is found must be looked at again once the device is opened.
+pub fn read_label(path: &Path) -> Option<Found> {
+    // Opening a pipe would wait for who writes to it.
+    let kind = fs::metadata(path).ok()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return None;
+    }
+    let mut file = File::open(path).ok()?;
+    let areas = label_areas(file.seek(SeekFrom::End(0)).ok()?)?;
+    let read = |at: u64| {
+        let mut bytes = vec![0; Label::BYTES];
+        file.read_exact_at(&mut bytes, at).ok()?;
+        let label = Label::decode(&bytes).ok()?;
+        let members = decode_members(&label, &bytes).ok()?;
+        Some(Found { label, members })
+    };
+    areas.into_iter().filter_map(|area| read(area.0)).max_by_key(|found| found.label.sequence)
+}
+
+/// All block devices of the system.
+pub fn block_devices() -> Vec<PathBuf> {
+    let Ok(devices) = fs::read_dir("/sys/class/block") else { return Vec::new() };
+    let mut paths: Vec<PathBuf> = devices
+        .filter_map(Result::ok)
+        // A slash in a device's name is written as an exclamation mark.
+        .filter_map(|d| d.file_name().into_string().ok())
+        .map(|name| Path::new("/dev").join(name.replace('!', "/")))
+        .collect();
+    paths.sort();
+    paths
+}
+
+/// Adds to the devices that were given those of the same pool that can be found. What was given
+/// comes first and is kept, whatever it is; who opens it says what is wrong with it.
+pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
+    let mut all = given.to_vec();
+    let found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
+    let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else { return all };
+    let mut wanted: BTreeSet<[u8; 16]> = newest.members.iter().map(|member| member.id).collect();
+    found.iter().for_each(|found| {
+        wanted.remove(&found.label.device_id);
+    });
+    if wanted.is_empty() {
+        return all;
+    }
+    for path in candidates(given) {
+        let Some(other) = read_label(&path) else { continue };
+        let is_same = other.label.pool_id == newest.label.pool_id;
+        // The first with an id is taken: others are other ways to the same device.
+        if is_same && wanted.remove(&other.label.device_id) {
+            all.push(path);
+        }
+        if wanted.is_empty() {
+            break;
+        }
+    }
+    all
+}
+
+/// Where the others may be: among the block devices, and beside image files.
+fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
+    let mut places = Vec::new();
+    let mut directories: Vec<PathBuf> = Vec::new();
+    let mut is_block = false;
+    for path in given {
+        let Ok(kind) = fs::metadata(path) else { continue };
+        if kind.file_type().is_block_device() {
+            is_block = true;
+        } else if let Some(parent) = path.canonicalize().ok().and_then(|p| Some(p.parent()?.into()))
+        {
+            directories.push(parent);
+        }
+    }
+    if is_block {
+        places.extend(block_devices());
+    }
+    directories.sort();
+    directories.dedup();
+    for directory in directories {
+        let Ok(entries) = fs::read_dir(directory) else { continue };
+        let mut files: Vec<PathBuf> = entries
+            .filter_map(Result::ok)
+            .take(NEIGHBOURS_MAX)
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()))
+            .map(|entry| entry.path())
+            .collect();
+        files.sort();
+        places.extend(files);
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{create_image, host_platform, open_devices, Access, OpenOptions, Wait};
+    use fs_core::engine::{format, FormatOptions};
+    use fs_core::format::chunk::Profile;
+    use fs_core::platform::DeviceRef;
+
+    fn pool(directory: &Path, names: &[&str]) -> Vec<PathBuf> {
+        let paths: Vec<PathBuf> = names.iter().map(|name| directory.join(name)).collect();
+        paths.iter().for_each(|path| create_image(path, 16 << 20).unwrap());
+        let options = OpenOptions::new(Access::ReadWrite);
+        let devices = open_devices(&paths, options, &Wait::none()).unwrap();
+        let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
+        let options = FormatOptions {
+            data_profile: Profile::Mirror,
+            metadata_profile: Profile::Mirror,
+            ..FormatOptions::default()
+        };
+        format(devices, host_platform(), &options).unwrap();
+        paths
+    }
+
+    #[test]
+    fn the_other_devices_of_a_pool_are_found_beside_an_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = pool(dir.path(), &["b", "d", "a"]);
+        pool(dir.path(), &["c", "e"]);
+        std::fs::write(dir.path().join("f"), "no pool").unwrap();
+        let found = complete(&ours[..1]);
+        assert_eq!(found[0], ours[0]);
+        let mut names: Vec<_> = found.iter().map(|path| path.file_name().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["a", "b", "d"]);
+        // What was given stays, also what is no device of the pool.
+        let odd = vec![ours[2].clone(), dir.path().join("f")];
+        assert_eq!(complete(&odd).len(), 4);
+        for no_pool in [dir.path().join("gone"), dir.path().to_path_buf(), "/dev/null".into()] {
+            assert_eq!(complete(std::slice::from_ref(&no_pool)), [no_pool]);
+        }
+    }
+}
