@@ -238,6 +238,29 @@ fn a_pool_without_redundancy_does_not_open_without_a_device() {
 }
 
 #[test]
+fn room_is_counted_in_bytes_of_file_data() {
+    let profiles = [
+        (2, Profile::Stripe),
+        (2, Profile::Mirror),
+        (3, Profile::Mirror3),
+        (4, Profile::StripeMirror),
+    ];
+    for (devices, data) in profiles {
+        let pool = Pool::on(devices, data, Profile::Mirror);
+        let rams = several(devices, 64 << 20);
+        pool.format(&refs(&rams), &core()).unwrap();
+        let mounted = pool.open(&refs(&rams), &core()).unwrap();
+        let room = mounted.fs().statfs().unwrap();
+        let all = (devices as u64 * (64 << 20)) / data.copies();
+        assert!((all / 8 * 7..=all).contains(&room.total_bytes), "{data:?}: {room:?}");
+        let usual = room.total_bytes / 4 * 3..=room.total_bytes;
+        assert!(usual.contains(&room.free_bytes), "{data:?}: {room:?}");
+        assert!(room.available_bytes <= room.free_bytes, "{data:?}: {room:?}");
+        mounted.close().unwrap();
+    }
+}
+
+#[test]
 fn halves_of_which_one_began_a_group_later_are_refused_together() {
     let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
     let rams = several(2, 16 << 20);

@@ -344,16 +344,18 @@ impl Engine {
         }
     }
 
-    /// What statfs shows: all room, what is free, and what a writer can still store, in bytes.
+    /// What statfs shows: all room, what is free, and what a writer can still store, in bytes of
+    /// file data, however many copies it has.
     pub fn room(&self) -> Room {
         let space = &self.store.space;
         let (usage, pool) = (space.usage(), &self.store.pool);
-        let copies = pool.profile(ChunkKind::Metadata).copies();
-        let metadata = (usage.metadata.chunk_bytes + usage.system.chunk_bytes) * copies;
+        let copies = |kind| pool.profile(kind).copies();
+        let metadata = usage.metadata.chunk_bytes + usage.system.chunk_bytes;
+        let others = metadata * copies(ChunkKind::Metadata) + usage.unallocated_bytes;
         let available = space.available_data();
         Room {
-            total: usage.data.chunk_bytes + metadata + usage.unallocated_bytes,
-            free: available + usage.reserve_bytes,
+            total: usage.data.chunk_bytes + others / copies(ChunkKind::Data),
+            free: available + usage.reserve_bytes / copies(ChunkKind::Data),
             available,
         }
     }
