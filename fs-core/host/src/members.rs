@@ -4,10 +4,10 @@
 //! of a block device among the block devices, those of an image file beside it.
 
 use fs_core::format::label::{decode_members, label_areas, Label, LabelMember};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// A label, and the devices that it names.
@@ -56,7 +56,9 @@ pub fn block_devices() -> Vec<PathBuf> {
 }
 
 /// Adds to the devices that were given those of the same pool that can be found. What was given
-/// comes first and is kept, whatever it is; who opens it says what is wrong with it.
+/// comes first and is kept, whatever it is; who opens it says what is wrong with it. Image files
+/// are looked for beside the given ones, and only among those of the same owner; of two copies of
+/// one device none is taken.
 pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
     let mut all = given.to_vec();
     let found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
@@ -68,15 +70,20 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
     if wanted.is_empty() {
         return all;
     }
+    let mut others: BTreeMap<[u8; 16], Vec<PathBuf>> = BTreeMap::new();
     for path in candidates(given) {
         let Some(other) = read_label(&path) else { continue };
-        let is_same = other.label.pool_id == newest.label.pool_id;
-        // The first with an id is taken: others are other ways to the same device.
-        if is_same && wanted.remove(&other.label.device_id) {
-            all.push(path);
+        let id = other.label.device_id;
+        if other.label.pool_id == newest.label.pool_id && wanted.contains(&id) {
+            others.entry(id).or_default().push(path);
         }
-        if wanted.is_empty() {
-            break;
+    }
+    for mut paths in others.into_values() {
+        let files = paths.iter().filter(|path| path.is_file()).count();
+        // Of block devices the first is taken: others are other ways to it. Of image files one is a
+        // copy of the other, perhaps an old one, and nobody but the user knows which.
+        if files <= 1 {
+            all.push(paths.swap_remove(0));
         }
     }
     all
@@ -85,7 +92,7 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
 /// Where the others may be: among the block devices, and beside image files.
 fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
     let mut places = Vec::new();
-    let mut directories: Vec<PathBuf> = Vec::new();
+    let mut directories: Vec<(PathBuf, u32)> = Vec::new();
     let mut is_block = false;
     for path in given {
         let Ok(kind) = fs::metadata(path) else { continue };
@@ -93,7 +100,7 @@ fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
             is_block = true;
         } else if let Some(parent) = path.canonicalize().ok().and_then(|p| Some(p.parent()?.into()))
         {
-            directories.push(parent);
+            directories.push((parent, kind.uid()));
         }
     }
     if is_block {
@@ -101,12 +108,13 @@ fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
     }
     directories.sort();
     directories.dedup();
-    for directory in directories {
+    for (directory, owner) in directories {
         let Ok(entries) = fs::read_dir(directory) else { continue };
         let mut files: Vec<PathBuf> = entries
             .filter_map(Result::ok)
             .take(NEIGHBOURS_MAX)
             .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()))
+            .filter(|entry| entry.metadata().is_ok_and(|data| data.uid() == owner))
             .map(|entry| entry.path())
             .collect();
         files.sort();
@@ -136,6 +144,16 @@ mod tests {
         };
         format(devices, host_platform(), &options).unwrap();
         paths
+    }
+
+    #[test]
+    fn of_two_copies_of_a_device_none_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = pool(dir.path(), &["a", "b"]);
+        assert_eq!(complete(&ours[..1]).len(), 2);
+        std::fs::copy(&ours[1], dir.path().join("b-backup")).unwrap();
+        assert_eq!(complete(&ours[..1]), ours[..1]);
+        assert_eq!(complete(&ours), ours);
     }
 
     #[test]

@@ -298,7 +298,9 @@ impl Engine {
 
     /// Bytes that files have been promised, by the newest group that was written.
     fn promised_bytes(&self) -> u64 {
-        self.subvols.read().values().map(|subvol| subvol.item().promised_bytes).sum()
+        let promised =
+            |all: u64, subvol: &Arc<Subvol>| all.saturating_add(subvol.item().promised_bytes);
+        self.subvols.read().values().fold(0, promised)
     }
 
     /// Takes over, of what the operations of a group reserved and did not spend, what that group
