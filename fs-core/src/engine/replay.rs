@@ -133,28 +133,34 @@ impl Replay<'_> {
         }
         let ino = Ino(key.object);
         match value {
-            Some(bytes) => {
-                let item = InodeItem::decode(&bytes).map_err(|b| b.in_item(subvol.id, ino.0))?;
-                self.inode(subvol, ino, item, keep_size)
-            }
+            Some(bytes) => self.inode(subvol, ino, &bytes, keep_size),
             None => self.gone(subvol, ino),
         }
     }
 
-    fn inode(
-        &self,
-        subvol: &Arc<Subvol>,
-        ino: Ino,
-        mut item: InodeItem,
-        keep_size: bool,
-    ) -> Result<()> {
-        let txg = self.handle.txg();
+    fn inode(&self, subvol: &Arc<Subvol>, ino: Ino, bytes: &[u8], keep_size: bool) -> Result<()> {
         subvol.saw_ino(ino);
         let there = match subvol.inode(ino) {
             Ok(inode) => Some(inode),
             Err(Error::Posix(_)) => None,
             Err(error) => return Err(error),
         };
+        self.set_inode(subvol, ino, bytes, keep_size, there)
+    }
+
+    /// Gives an inode, `there` or a new one, the fields of a record.
+    // Not inlined: an inode is large, and finding out whether it is there goes deep.
+    #[inline(never)]
+    fn set_inode(
+        &self,
+        subvol: &Arc<Subvol>,
+        ino: Ino,
+        bytes: &[u8],
+        keep_size: bool,
+        there: Option<Arc<Inode>>,
+    ) -> Result<()> {
+        let txg = self.handle.txg();
+        let mut item = InodeItem::decode(bytes).map_err(|bad| bad.in_item(subvol.id, ino.0))?;
         let Some(inode) = there else {
             (item.stored_bytes, item.promised_bytes) = (0, 0);
             if keep_size {

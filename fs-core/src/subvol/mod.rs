@@ -298,23 +298,23 @@ impl Subvol {
                 return Ok(inode);
             }
             let view = self.view();
-            let item = self.load_inode(&view, ino)?.ok_or(Error::Posix(Errno::Stale))?;
-            // What we read is still true if nothing was published meanwhile: a change since would
-            // be dirty, and so in the table.
-            let current = || Arc::ptr_eq(&view, &self.view.read());
-            let inode = Inode::new(ino, State::clean(item));
-            if let Some(inode) = self.table.insert_if_absent(inode, current) {
+            let key = Key::new(ino.0, kind::INODE, 0);
+            let value = view.tree.lookup(&*self.store, &key)?.ok_or(Error::Posix(Errno::Stale))?;
+            if let Some(inode) = self.keep_inode(&view, ino, &value)? {
                 return Ok(inode);
             }
         }
     }
 
-    /// The fields of an inode that is not in memory, from the tree.
-    fn load_inode(&self, view: &View, ino: Ino) -> Result<Option<InodeItem>> {
-        let key = Key::new(ino.0, kind::INODE, 0);
-        let Some(value) = view.tree.lookup(&*self.store, &key)? else { return Ok(None) };
-        let item = InodeItem::decode(&value).map_err(|bad| bad.in_item(self.id, ino.0))?;
-        Ok(Some(item))
+    /// Puts an inode that was found in a tree in the table; `None` when the tree is out of date.
+    // Not inlined: an inode is large, and looking it up goes deep.
+    #[inline(never)]
+    fn keep_inode(&self, view: &Arc<View>, ino: Ino, value: &[u8]) -> Result<Option<Arc<Inode>>> {
+        let item = InodeItem::decode(value).map_err(|bad| bad.in_item(self.id, ino.0))?;
+        // What we read is still true if nothing was published meanwhile: a change since would be
+        // dirty, and so in the table.
+        let current = || Arc::ptr_eq(view, &self.view.read());
+        Ok(self.table.insert_if_absent(Inode::new(ino, State::clean(item)), current))
     }
 }
 
