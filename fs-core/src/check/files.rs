@@ -16,6 +16,7 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{INO_MAX, ROOT_INO};
 use crate::platform::Result;
 use crate::units::{Ino, TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec::Vec;
 
@@ -70,19 +71,7 @@ impl Object {
 /// [`crate::error::Error::Memory`] and the like.
 pub(super) fn check(checker: &mut Checker<'_>, subvol: &Found) -> Result<()> {
     let was_incomplete = core::mem::take(&mut checker.incomplete);
-    let mut scan = Scan {
-        tree: subvol.id,
-        next_ino: subvol.item.next_ino,
-        object: None,
-        names: Vec::new(),
-        backlinks: Vec::new(),
-        inodes: Vec::new(),
-        dirs: Vec::new(),
-        orphans: Vec::new(),
-        stored: 0,
-        promised: 0,
-        logical: 0,
-    };
+    let mut scan = Scan::new(subvol);
     checker.each_item(
         &tree(subvol.item.lineage(subvol.id), subvol.root),
         &mut |checker, key, value, birth| scan.item(checker, key, value, birth),
@@ -100,6 +89,24 @@ pub(super) fn check(checker: &mut Checker<'_>, subvol: &Found) -> Result<()> {
 }
 
 impl Scan {
+    // Not inlined, and on the heap: it is large, and walking a tree goes deep.
+    #[inline(never)]
+    fn new(subvol: &Found) -> Box<Scan> {
+        Box::new(Scan {
+            tree: subvol.id,
+            next_ino: subvol.item.next_ino,
+            object: None,
+            names: Vec::new(),
+            backlinks: Vec::new(),
+            inodes: Vec::new(),
+            dirs: Vec::new(),
+            orphans: Vec::new(),
+            stored: 0,
+            promised: 0,
+            logical: 0,
+        })
+    }
+
     /// The place of an inode, for findings.
     pub fn spot(&self, ino: u64) -> Spot {
         Spot::object(self.tree, ino)
