@@ -76,22 +76,7 @@ pub fn requests(subject: &dyn Subject, script: &Script) -> Result<Counts, String
 /// # Errors
 /// What is wrong with what is left.
 pub fn attempt(subject: &dyn Subject, script: &Script, fault: Fault) -> Result<End, String> {
-    let guarded = catch_unwind(AssertUnwindSafe(|| {
-        let mut run = Run::new(subject, script)?;
-        run.devices[0].arm(fault);
-        let noticed = run.tell(script)?;
-        let struck = run.devices[0].struck();
-        run.look()?;
-        Ok(match (struck, noticed) {
-            (false, _) => End::NotReached,
-            (true, None) => End::Unnoticed,
-            (true, Some(_)) => End::Noticed,
-        })
-    }));
-    guarded.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map_or("of an unknown kind", String::as_str);
-        Err(format!("panic: {text}"))
-    })
+    survive(subject, script, &[(0, fault)])
 }
 
 impl<'a> Run<'a> {

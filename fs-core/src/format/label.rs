@@ -47,8 +47,8 @@ pub fn ring_slot(area: Physical, slot: u64) -> Physical {
 }
 
 disk_struct! {
-    /// Says that a device belongs to a pool. Written by mkfs and by changes to the set of devices,
-    /// never by a commit.
+    /// Says that a device belongs to a pool. Written by mkfs, when the pool gets another name, and
+    /// when a device falls behind or has everything again; not by a commit in which none fails.
     pub struct Label [4096] {
         /// Magic.
         0x000 magic: [u8; 8],
@@ -56,7 +56,7 @@ disk_struct! {
         0x008 version: u32,
         /// Bytes of a sector: 4096.
         0x00c sector_bytes: u32,
-        /// Id of the pool; what `blkid` shows as UUID.
+        /// Id of the pool; the UUID of the filesystem.
         0x010 pool_id: [u8; 16],
         /// Id of the device.
         0x020 device_id: [u8; 16],
