@@ -27,6 +27,12 @@ pub(crate) enum Command {
     Sync(Sync),
     /// Discard free space: tell the devices of mounted pools what they need not keep
     Trim(Trim),
+    /// Make, show and delete subvolumes
+    #[command(subcommand, visible_alias = "subvol")]
+    Subvolume(Subvolume),
+    /// Make, show and delete snapshots; go back to them; begin anew from them
+    #[command(subcommand, visible_alias = "snap")]
+    Snapshot(Snapshot),
     /// Show how new data of files is stored
     Get(Get),
     /// Choose how new data of files is stored
@@ -159,6 +165,143 @@ pub(crate) struct Trim {
     pub(crate) json: bool,
 }
 
+/// One of a pool, named by the pool and the name within it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Named {
+    /// POOL/SUBVOLUME, POOL/SUBVOLUME@SNAPSHOT or POOL/SUBVOLUME#BOOKMARK: a path on a mounted
+    /// pool, or a device or image file and a name from the root subvolume on
+    #[arg(value_name = "NAME")]
+    pub(crate) name: PathBuf,
+    /// Further devices of a pool that is not mounted
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<PathBuf>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Shown {
+    #[command(flatten)]
+    pub(crate) at: Named,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ListVersions {
+    #[command(flatten)]
+    pub(crate) of: Shown,
+    /// Print exact numbers of bytes, and times in seconds since 1970
+    #[arg(short = 'p', long)]
+    pub(crate) exact: bool,
+    /// Print no heading
+    #[arg(short = 'H', long)]
+    pub(crate) no_heading: bool,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Subvolume {
+    /// Make an empty subvolume
+    Create(Shown),
+    /// Show subvolumes, and what each holds
+    List(ListVersions),
+    /// Show all that is known of a subvolume
+    Show(Shown),
+    /// Give a subvolume another name; those below it go with it
+    Rename {
+        #[command(flatten)]
+        of: Shown,
+        /// The new name, within the pool
+        #[arg(value_name = "NEW_NAME")]
+        new: String,
+    },
+    /// Choose the subvolume that is mounted unless another is asked for
+    SetDefault(Shown),
+    /// Delete a subvolume
+    Delete {
+        #[command(flatten)]
+        of: Shown,
+        /// With all its snapshots and all subvolumes below it
+        #[arg(short, long)]
+        recursive: bool,
+    },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Snapshot {
+    /// Keep what a subvolume is now
+    Create {
+        #[command(flatten)]
+        of: Shown,
+        /// Of each subvolume below it too, all at one moment
+        #[arg(short, long)]
+        recursive: bool,
+        /// Make a subvolume of that name, too, that begins as the snapshot and can be written to
+        #[arg(short, long, value_name = "SUBVOLUME")]
+        writable: Option<String>,
+    },
+    /// Show snapshots and bookmarks, and what each holds
+    List(ListVersions),
+    /// Show all that is known of a snapshot or bookmark
+    Show(Shown),
+    /// Delete a snapshot or a bookmark
+    Delete {
+        #[command(flatten)]
+        of: Shown,
+        /// With the snapshots of that name of subvolumes below
+        #[arg(short, long)]
+        recursive: bool,
+    },
+    /// Give a snapshot another name
+    Rename {
+        #[command(flatten)]
+        of: Shown,
+        /// The new name, the part behind @
+        #[arg(value_name = "NEW_NAME")]
+        new: String,
+    },
+    /// Make a subvolume what it was; what it is now is kept as a snapshot
+    Rollback {
+        #[command(flatten)]
+        of: Shown,
+        /// Name of the snapshot that keeps what the subvolume is now [default: before- and the
+        /// seconds since 1970]
+        #[arg(short, long, value_name = "NAME")]
+        keep: Option<String>,
+    },
+    /// Make a subvolume that begins as a snapshot
+    Clone {
+        #[command(flatten)]
+        of: Shown,
+        /// Name of the subvolume, within the pool
+        #[arg(value_name = "NEW_NAME")]
+        new: String,
+    },
+    /// Keep a snapshot from being deleted
+    Hold {
+        #[command(flatten)]
+        of: Shown,
+        /// Tells holds apart
+        #[arg(value_name = "TAG")]
+        tag: String,
+    },
+    /// Take a hold back
+    Release {
+        #[command(flatten)]
+        of: Shown,
+        /// Which
+        #[arg(value_name = "TAG")]
+        tag: String,
+    },
+    /// Keep of a snapshot what is needed to tell later what came after it
+    Bookmark {
+        #[command(flatten)]
+        of: Shown,
+        /// Name of the bookmark, the part behind #
+        #[arg(value_name = "BOOKMARK")]
+        bookmark: String,
+    },
+}
+
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Inspect {
     /// Labels and superblocks of a device, good and bad
@@ -241,9 +384,12 @@ pub(crate) fn looks_like_mount(given: &[OsString]) -> bool {
     let is_verb = |name: &OsString| {
         use clap::CommandFactory;
         let name = name.to_str().unwrap_or("");
+        let is_name = |verb: &clap::Command| {
+            verb.get_name() == name || verb.get_all_aliases().any(|alias| alias == name)
+        };
         name.starts_with('-')
             || name == "help"
-            || Arguments::command().get_subcommands().any(|verb| verb.get_name() == name)
+            || Arguments::command().get_subcommands().any(is_name)
     };
     !is_verb(source) && (rest.iter().any(|a| a == "-o") || Path::new(directory).is_dir())
 }
@@ -268,7 +414,7 @@ mod tests {
         assert!(call(&["cairn", "tank", "/"]));
         assert!(!call(&["cairn", "df", "/"]));
         assert!(!call(&["cairn", "--help", "/"]));
-        assert!(!call(&["cairn", "snap", "tank@today"]));
+        assert!(!call(&["cairn", "snap", "/"]));
         assert!(!call(&["cairn", "df"]));
     }
 }

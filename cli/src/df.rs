@@ -108,6 +108,9 @@ fn of_view(view: &View) -> CoreResult<SpaceInfo> {
         if key.kind == kind::SUBVOL {
             let bad = |bad: fs_core::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
             let subvol = SubvolItem::decode(&value).map_err(bad)?;
+            if subvol.is_snapshot() || subvol.is_deleted() {
+                return Ok(true);
+            }
             stored = stored.saturating_add(subvol.stored_bytes);
             logical = logical.saturating_add(subvol.logical_bytes);
         }

@@ -1,8 +1,8 @@
 //! `cairn`: looks at pools and administers them.
 //!
 //! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon
-//! is asked; of one that is not mounted the device is read, never written. Standard output carries
-//! data only, as text for people or as JSON.
+//! is asked; of one that is not mounted the device is read, and written only by what changes
+//! subvolumes and snapshots. Standard output carries data only, as text for people or as JSON.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
@@ -25,6 +25,7 @@ mod sync;
 mod target;
 mod trim;
 mod udev;
+mod versions;
 mod view;
 
 pub use arguments::Arguments;
@@ -94,6 +95,8 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
+        Command::Subvolume(command) => versions::subvolume(&command),
+        Command::Snapshot(command) => versions::snapshot(&command),
         Command::Udev { device } => udev::run(&device),
         Command::Id(of) => id::run(&of),
         Command::Inspect(command) => inspect::run(&command),

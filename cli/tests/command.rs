@@ -342,3 +342,61 @@ fn the_status_of_a_mirror_tells_which_device_is_missing() {
     cairn().args(["status", "-x"]).arg(&paths[0]).assert().code(3).stdout(said);
     cairn().arg("df").arg(&paths[0]).assert().code(0);
 }
+
+#[test]
+fn subvolumes_and_snapshots_of_a_pool_that_is_not_mounted_are_made_shown_and_deleted() {
+    let image = Image::of_pool();
+    let pool = image.path().display().to_string();
+    let run = |noun: &str, verb: &str, name: &str, rest: &[&str]| {
+        let name = format!("{pool}{name}");
+        let mut command = cairn();
+        command.args([noun, verb]).arg(name).args(rest);
+        command.assert()
+    };
+    let names = |noun: &str| -> Vec<String> {
+        let output = cairn().args([noun, "list", "-j"]).arg(&pool).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let all: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let name = |version: &Value| {
+            let name = &version["name"];
+            let part = |sign: &str, key: &str| {
+                name[key].as_str().map_or(String::new(), |part| format!("{sign}{part}"))
+            };
+            format!("{}{}{}", part("", "subvolume"), part("@", "snapshot"), part("#", "bookmark"))
+        };
+        all.as_array().unwrap().iter().map(name).collect()
+    };
+    run("subvolume", "create", "/mail", &[]).success();
+    run("subvolume", "create", "/mail", &[]).failure().stderr(contains("that name is taken"));
+    run("subvolume", "create", "/mail/alice", &[]).success();
+    run("snapshot", "create", "@first", &["-r"]).success();
+    run("snapshot", "create", "/mail@second", &[]).success();
+    run("snapshot", "bookmark", "/mail@second", &["mark"]).success();
+    run("snapshot", "clone", "@first", &["work"]).success();
+    assert_eq!(names("subvolume"), ["", "mail", "mail/alice", "work"]);
+    let all = ["@first", "mail@first", "mail@second", "mail#mark", "mail/alice@first"];
+    assert_eq!(names("snapshot"), all);
+    run("snapshot", "hold", "@first", &["keep"]).success();
+    run("snapshot", "delete", "@first", &[]).failure().stderr(contains("held"));
+    run("snapshot", "release", "@first", &["keep"]).success();
+    run("snapshot", "rollback", "/mail@first", &["--keep", "was"]).success();
+    run("subvolume", "rename", "/mail", &["house"]).success();
+    run("snapshot", "rename", "/house@was", &["is"]).success();
+    run("subvolume", "set-default", "/work", &[]).success();
+    run("subvolume", "delete", "/work", &[]).failure().stderr(contains("default"));
+    run("subvolume", "set-default", "", &[]).success();
+    run("subvolume", "delete", "/house", &[]).failure();
+    let shown = run("subvolume", "show", "/house@is", &["-j"]).success();
+    let shown: Value = serde_json::from_slice(&shown.get_output().stdout).unwrap();
+    assert_eq!(shown["name"]["snapshot"], "is");
+    let listed = run("snapshot", "list", "/house", &["-p", "-H"]).success();
+    assert_eq!(String::from_utf8_lossy(&listed.get_output().stdout).lines().count(), 5);
+    run("subvolume", "delete", "/house", &["-r"]).success();
+    run("snapshot", "delete", "@first", &["-r"]).success();
+    run("subvolume", "delete", "/work", &[]).success();
+    run("subvolume", "delete", "/nothing", &[]).failure().stderr(contains("there is no subvolume"));
+    assert_eq!((names("subvolume"), names("snapshot")), (vec![String::new()], vec![]));
+    let volume = open(&image);
+    assert_eq!(volume.engine().with_versions(|versions| versions.iter().count()), 1);
+    volume.close().unwrap();
+}

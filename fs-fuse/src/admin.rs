@@ -1,9 +1,10 @@
-//! What the daemon tells `cairn info` and `cairn df`: the answers of `cairn_host::admin`.
+//! What the daemon tells the `cairn` command: the answers of `cairn_host::admin`.
 
 use cairn_host::admin::{
     DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, SpaceInfo, Usage,
 };
 use cairn_host::parse::format_uuid;
+use cairn_host::versions;
 use fs_core::engine::Engine;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::format::FORMAT_VERSION;
@@ -12,8 +13,8 @@ use fs_core::subvol::store::DataSettings;
 use fs_core::vfs::{Filesystem, Volume};
 use std::sync::Arc;
 
-/// Answers requests about `volume`.
-pub fn handler(volume: Arc<Volume>) -> Arc<Handler> {
+/// Answers requests about `volume`, which is the subvolume or snapshot with number `version`.
+pub fn handler(volume: Arc<Volume>, version: u64) -> Arc<Handler> {
     Arc::new(move |request| match request {
         Request::Info => Reply::Info(pool_info(&volume)),
         Request::Df => Reply::Df(space_info(volume.engine())),
@@ -21,6 +22,18 @@ pub fn handler(volume: Arc<Volume>) -> Arc<Handler> {
             Ok(()) => Reply::Synced,
             Err(error) => Reply::Failed(error.to_string()),
         },
+        Request::Versions(skip) => Reply::Versions {
+            base: versions::name_at(volume.engine(), version),
+            next: versions::page(versions::list(volume.engine()), skip),
+        },
+        Request::Change(change) => {
+            let engine = volume.engine();
+            let planned = versions::plan(engine, version, &change);
+            match planned.and_then(|ops| versions::carry_out(engine, ops, &change)) {
+                Ok(()) => Reply::Changed,
+                Err(sentence) => Reply::Failed(sentence),
+            }
+        }
     })
 }
 

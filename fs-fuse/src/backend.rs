@@ -4,8 +4,9 @@ use crate::admin;
 use crate::device::Threads;
 use crate::options::{Compression, Options};
 use cairn_host::admin::Handler;
+use cairn_host::versions::{self, VersionName};
 use cairn_host::{members, Access, LogReport, LogTarget, OpenOptions, Wait};
-use fs_core::engine;
+use fs_core::engine::{self, Engine};
 use fs_core::error::Error;
 use fs_core::format::ptr::CompressionKind;
 use fs_core::platform::{DeviceRef, Platform};
@@ -69,18 +70,40 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
         ..cairn_host::host_platform()
     };
     let members = devices.iter().map(|device| Arc::clone(device) as DeviceRef).collect();
-    let volume = Volume::open(members, platform, &engine_options(options), access_time(options))
-        .map_err(|error| {
-            let hint = match error {
-                Error::MissingDevices { needed: false, .. } => " (mount option degraded)",
-                _ => "",
-            };
-            format!("{}: {error}{hint}", source.display())
-        })?;
+    let engine = engine::open(members, platform, &engine_options(options)).map_err(|error| {
+        let hint = match error {
+            Error::MissingDevices { needed: false, .. } => " (mount option degraded)",
+            _ => "",
+        };
+        format!("{}: {error}{hint}", source.display())
+    })?;
+    let (volume, version) = match volume_of(&engine, options) {
+        Ok(found) => found,
+        Err(sentence) => {
+            // Nothing was changed but what opening replayed.
+            let _ = engine.close();
+            return Err(format!("{}: {sentence}", source.display()));
+        }
+    };
     // The kernel claims the one that the mount shows; the others stay claimed.
     let release_claim = move || devices.iter().take(1).for_each(|device| device.release_claim());
-    let admin = Some(admin::handler(Arc::clone(&volume)));
+    let admin = Some(admin::handler(Arc::clone(&volume), version));
     Ok(Opened { volume, release_claim: Box::new(release_claim), admin })
+}
+
+/// The subvolume or snapshot that is to be mounted.
+fn volume_of(engine: &Arc<Engine>, options: &Options) -> Result<(Arc<Volume>, u64), String> {
+    let id = match (&options.subvolume, &options.snapshot) {
+        (None, None) => engine.default_subvol().ok_or("nothing to mount")?.id.0,
+        (subvolume, snapshot) => {
+            let mut name = VersionName::parse(subvolume.as_deref().unwrap_or_default());
+            name.snapshot = snapshot.clone().or(name.snapshot);
+            versions::find(engine, &name)?
+        }
+    };
+    Volume::of_version(Arc::clone(engine), id, access_time(options))
+        .map(|volume| (volume, id))
+        .map_err(|error| error.to_string())
 }
 
 /// Memory for changes and requests, in bytes.

@@ -62,7 +62,8 @@ devices, and beside an image file. Or all are given.
   -V, --version      show the version
 
 Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, dirty=SIZE,
-  threads=N, transport=auto|device|uring, degraded, device=PATH";
+  threads=N, transport=auto|device|uring, degraded, device=PATH, subvol=NAME,
+  snapshot=NAME";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -191,6 +192,7 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     }
     invocation.target = operands.pop().map(PathBuf::from).unwrap_or_default();
     invocation.source = operands.remove(0);
+    invocation.options.read_only |= invocation.options.names_snapshot();
     invocation.options.devices.append(&mut operands);
     Ok(invocation)
 }
@@ -423,6 +425,15 @@ mod tests {
         assert_eq!((invocation.source.as_str(), invocation.target.to_str()), ("a", Some("/mnt")));
         assert_eq!(invocation.options.devices, ["d", "b", "c"]);
         assert!(invocation.options.degraded);
+    }
+
+    #[test]
+    fn a_mount_of_a_snapshot_is_read_only() {
+        let options = |list| parsed(&["a", "/mnt", "-o", list]).unwrap().options;
+        assert!(options("subvol=home,snapshot=monday").read_only);
+        assert!(options("subvol=home@monday").read_only);
+        assert!(!options("subvol=home").read_only);
+        assert!(parsed(&["a", "/mnt", "-o", "snapshot="]).is_err());
     }
 
     #[test]

@@ -44,6 +44,11 @@ pub struct Options {
     pub degraded: bool,
     /// Further devices of the pool.
     pub devices: Vec<String>,
+    /// What to mount instead of the default subvolume: `SUBVOLUME` or `SUBVOLUME@SNAPSHOT`, from
+    /// the root subvolume on.
+    pub subvolume: Option<String>,
+    /// The snapshot of it to mount.
+    pub snapshot: Option<String>,
     /// Override of the pool's compression.
     pub compression: Option<Compression>,
     /// Longest time in seconds that a change stays unwritten without fsync.
@@ -218,6 +223,7 @@ impl Options {
                 "threads" => "1 to 256",
                 "degraded" => "yes or no",
                 "device" => "the path of a device",
+                "snapshot" => "the name of a snapshot",
                 _ => "auto, device or uring",
             };
             BadOption(format!("mount option '{name}' cannot be '{value}': it takes {allowed}"))
@@ -237,6 +243,9 @@ impl Options {
                 let seconds = value.parse().ok().filter(|s| (1..=3600).contains(s));
                 self.commit_seconds = Some(seconds.ok_or_else(bad)?);
             }
+            "subvol" => self.subvolume = Some(value.to_string()),
+            "snapshot" if !value.is_empty() => self.snapshot = Some(value.to_string()),
+            "snapshot" => return Err(bad()),
             "cache" => self.cache_bytes = Some(parse_bytes(value).ok_or_else(bad)?),
             "dirty" => {
                 let bytes = parse_bytes(value).filter(|bytes| *bytes >= DIRTY_BYTES_MIN);
@@ -305,6 +314,12 @@ impl Options {
         ]
         .into_iter()
         .filter_map(|(wanted, name)| wanted.then_some(name))
+    }
+
+    /// Whether what is to be mounted never changes.
+    pub fn names_snapshot(&self) -> bool {
+        let named = self.subvolume.as_ref().is_some_and(|name| name.contains('@'));
+        self.snapshot.is_some() || named
     }
 
     /// Everything as flags of mount(2), for a remount.

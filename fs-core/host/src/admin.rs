@@ -9,12 +9,14 @@
 //! length (u32, little-endian) | protocol version (u16) | message (bincode, standard configuration)
 //! ```
 //!
-//! Requests only look, or ask for what sync(2) lets anyone ask, so the socket is open to all users;
-//! a request that changes a pool will have to check the caller's credentials.
+//! Most requests only look, or ask for what sync(2) lets anyone ask, so the socket is open to all
+//! users. The kernel says who is at the other end: only root and whom the daemon belongs to may
+//! change a pool.
 //!
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
+use crate::versions::{Change, VersionInfo};
 use fs_core::device::Standing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -28,7 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -39,7 +41,7 @@ const REPLY_PATIENCE: Duration = Duration::from_secs(600);
 const CONNECTIONS_MAX: usize = 16;
 
 /// What a command may ask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// What the pool is. Answered by [`Reply::Info`].
     Info,
@@ -47,6 +49,18 @@ pub enum Request {
     Df,
     /// Make everything durable that is complete now. Answered by [`Reply::Synced`].
     Sync,
+    /// What subvolumes, snapshots and bookmarks there are, but for the first so many of them.
+    /// Answered by [`Reply::Versions`].
+    Versions(u64),
+    /// Change them. Answered by [`Reply::Changed`].
+    Change(Change),
+}
+
+impl Request {
+    /// Whether it may change the pool.
+    fn changes(&self) -> bool {
+        matches!(self, Request::Change(_))
+    }
 }
 
 /// What the daemon answers.
@@ -58,6 +72,15 @@ pub enum Reply {
     Df(SpaceInfo),
     /// To [`Request::Sync`]: all durable.
     Synced,
+    /// To [`Request::Versions`]: with the name of the subvolume that is mounted.
+    Versions {
+        /// Its name.
+        base: String,
+        /// The next of them; none when these were all.
+        next: Vec<VersionInfo>,
+    },
+    /// To [`Request::Change`]: all is done and durable.
+    Changed,
     /// To any request: one sentence that says why not.
     Failed(String),
 }
@@ -390,8 +413,14 @@ fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
 fn serve(mut stream: UnixStream, handler: &Handler) -> Result<(), AdminError> {
     stream.set_read_timeout(Some(STALLED))?;
     stream.set_write_timeout(Some(STALLED))?;
-    while let Some(request) = receive(&mut stream)? {
-        send(&mut stream, &handler(request))?;
+    let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?.uid;
+    let may_change = peer.is_root() || peer == rustix::process::geteuid();
+    while let Some(request) = receive::<Request>(&mut stream)? {
+        let reply = match request.changes() && !may_change {
+            true => Reply::Failed("only root and whoever mounted the pool may do that".into()),
+            false => handler(request),
+        };
+        send(&mut stream, &reply)?;
     }
     Ok(())
 }
@@ -409,6 +438,8 @@ mod tests {
             }),
             Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
             Request::Sync => Reply::Failed("the pool is read-only".into()),
+            Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
+            Request::Change(_) => Reply::Changed,
         }
     }
 

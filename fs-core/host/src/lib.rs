@@ -14,8 +14,9 @@
 //! [`open_devices`] and [`host_platform`] put them together. The rest is what every command needs
 //! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]),
 //! where the other devices of its pool are ([`members`]), how sizes and ids are written
-//! ([`parse`]), how a command talks to the daemon of a mounted pool ([`admin`]), and how it asks
-//! for free space to be discarded ([`trim`](trim())).
+//! ([`parse`]), how a command talks to the daemon of a mounted pool ([`admin`]), what it may ask
+//! about subvolumes and snapshots ([`versions`]), and how it asks for free space to be discarded
+//! ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -31,6 +32,7 @@ mod report;
 pub mod stored;
 mod surroundings;
 mod trim;
+pub mod versions;
 mod workers;
 
 pub use codecs::HostCodecs;

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub struct Mount {
     /// Device number that files on it show.
     pub device: u64,
+    /// What of the filesystem is mounted: a directory of it, from its root.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub mount_point: PathBuf,
     /// Type, such as `fuse.cairn`.
@@ -46,6 +48,22 @@ pub fn mount_at(path: &Path) -> io::Result<Option<Mount>> {
     let path = path.canonicalize()?;
     // Of mounts one over another the last is the one that is seen.
     Ok(mounts()?.into_iter().rev().find(|m| m.mount_point == path))
+}
+
+/// The mount that a file or directory is on, and its place from the root of the filesystem on.
+///
+/// # Errors
+/// As [`mount_at`].
+pub fn mount_of(path: &Path) -> io::Result<Option<(Mount, PathBuf)>> {
+    let path = path.canonicalize()?;
+    let on = mounts()?.into_iter().rev().filter(|m| path.starts_with(&m.mount_point));
+    // Of those the innermost; `max_by_key` takes the last of several, so the order is turned back.
+    let innermost = on.collect::<Vec<_>>().into_iter().rev();
+    Ok(innermost.max_by_key(|m| m.mount_point.components().count()).map(|mount| {
+        let below = path.strip_prefix(&mount.mount_point).unwrap_or(Path::new(""));
+        let place = mount.root.join(below);
+        (mount, place)
+    }))
 }
 
 /// A mount of this block device or image file, by whatever name, also through a loop device.
@@ -105,11 +123,13 @@ pub fn holder_of(path: &Path) -> Option<String> {
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
     let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
-    let mount_point = unescape(fields.nth(1)?);
+    let root = unescape(fields.next()?);
+    let mount_point = unescape(fields.next()?);
     let options = fields.next()?;
     let mut after = fields.skip_while(|field| *field != b"-").skip(1);
     Some(Mount {
         device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
+        root,
         mount_point,
         fs_type: String::from_utf8_lossy(after.next()?).into_owned(),
         source: unescape(after.next()?),
@@ -150,6 +170,7 @@ mod tests {
             br"36 35 98:5 / /mnt/a\040b ro,noatime master:1 shared:2 - fuse.cairn /img\134x rw";
         let mount = parse_line(line).unwrap();
         assert_eq!(mount.mount_point, Path::new("/mnt/a b"));
+        assert_eq!(mount.root, Path::new("/"));
         assert_eq!(mount.source, Path::new(r"/img\x"));
         assert_eq!(mount.device, rustix::fs::makedev(98, 5));
         assert!(mount.is_cairn() && mount.read_only);
@@ -170,6 +191,8 @@ mod tests {
         let mount = mount_at(Path::new("/proc/self/..")).unwrap().unwrap();
         assert_eq!(mount.fs_type, "proc");
         assert!(!mount.is_cairn());
+        let (mount, place) = mount_of(Path::new("/proc/sys/kernel")).unwrap().unwrap();
+        assert_eq!((mount.fs_type.as_str(), place.as_path()), ("proc", Path::new("/sys/kernel")));
     }
 
     #[test]

@@ -210,6 +210,11 @@ impl Engine {
             || self.subvols.read().values().any(changed)
     }
 
+    /// Whether bytes of subvolumes and snapshots are counted: from the first change of them on.
+    pub fn counts_versions(&self) -> bool {
+        self.has_versions.load(Ordering::Relaxed)
+    }
+
     /// Asks for a commit even if nothing seems to have changed, such as after a new name of the
     /// pool.
     pub fn want_commit(&self) {

@@ -16,6 +16,9 @@ use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 
+/// Name in the root directory of each subvolume under which its snapshots are found.
+pub const CONTROL_NAME: &[u8] = b".cairn";
+
 /// A subvolume or a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {

@@ -1,0 +1,412 @@
+//! `cairn subvolume` and `cairn snapshot`.
+//!
+//! The daemon of a mounted pool is asked; a pool that is not mounted is opened for as long as it
+//! takes. Both do the same, by `cairn_host::versions`.
+
+use crate::arguments::{ListVersions, Named, Shown, Snapshot, Subvolume};
+use crate::target::{ask, ask_failed, Target};
+use crate::{output, Done, Failure};
+use cairn_host::admin::{Reply, Request};
+use cairn_host::mounts::{self, Mount};
+use cairn_host::parse::format_size;
+use cairn_host::versions::{self, Change, VersionInfo, VersionName};
+use cairn_host::{host_platform, members, open_devices, Access, OpenOptions, Wait};
+use fs_core::engine::{self, Engine};
+use fs_core::platform::DeviceRef;
+use fs_core::units::TreeId;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long a command waits for a device that is busy.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub(crate) fn subvolume(command: &Subvolume) -> Result<Done, Failure> {
+    match command {
+        Subvolume::Create(of) => {
+            let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+            let (uid, gid) = (uid.as_raw(), gid.as_raw());
+            change(of, |name| Ok(Change::Create { name: whole(name)?, mode: 0o755, uid, gid }))
+        }
+        Subvolume::List(arguments) => list(arguments, false),
+        Subvolume::Show(of) => show(of),
+        Subvolume::Rename { of, new } => {
+            change(of, |name| Ok(Change::Rename { name: whole(name)?, new: new.clone() }))
+        }
+        Subvolume::SetDefault(of) => {
+            change(of, |name| Ok(Change::SetDefault { name: whole(name)? }))
+        }
+        Subvolume::Delete { of, recursive } => {
+            change(of, |name| Ok(Change::Delete { name: whole(name)?, recursive: *recursive }))
+        }
+    }
+}
+
+pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
+    match command {
+        Snapshot::Create { of, recursive, writable } => {
+            let (place, name) = find(&of.at)?;
+            let name = part(name)?;
+            let mut changes = vec![Change::Snapshot { name: name.clone(), recursive: *recursive }];
+            changes.extend(writable.as_ref().map(|new| Change::Clone {
+                snapshot: name.clone(),
+                name: VersionName::parse(new),
+            }));
+            carry_out(&place, &changes)?;
+            say(of, &name);
+            Ok(Done::Whole)
+        }
+        Snapshot::List(arguments) => list(arguments, true),
+        Snapshot::Show(of) => show(of),
+        Snapshot::Delete { of, recursive } => change(of, |name| {
+            let name = if name.bookmark.is_some() { name } else { part(name)? };
+            Ok(Change::Delete { name, recursive: *recursive })
+        }),
+        Snapshot::Rename { of, new } => {
+            change(of, |name| Ok(Change::Rename { name: part(name)?, new: new.clone() }))
+        }
+        Snapshot::Rollback { of, keep } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            let keep = keep.clone().unwrap_or_else(|| format!("before-{now}"));
+            change(of, |name| Ok(Change::Rollback { snapshot: part(name)?, keep }))
+        }
+        Snapshot::Clone { of, new } => change(of, |name| {
+            Ok(Change::Clone { snapshot: part(name)?, name: VersionName::parse(new) })
+        }),
+        Snapshot::Hold { of, tag } => {
+            change(of, |name| Ok(Change::Hold { name: part(name)?, tag: tag.clone() }))
+        }
+        Snapshot::Release { of, tag } => {
+            change(of, |name| Ok(Change::Release { name: part(name)?, tag: tag.clone() }))
+        }
+        Snapshot::Bookmark { of, bookmark } => change(of, |name| {
+            Ok(Change::Bookmark { name: part(name)?, bookmark: bookmark.clone() })
+        }),
+    }
+}
+
+/// The name of a subvolume, not of a snapshot.
+fn whole(name: VersionName) -> Result<VersionName, Failure> {
+    match name.snapshot.is_none() && name.bookmark.is_none() {
+        true => Ok(name),
+        false => Err(Failure::new(format_args!("{name} is not the name of a subvolume"))),
+    }
+}
+
+/// The name of a snapshot.
+fn part(name: VersionName) -> Result<VersionName, Failure> {
+    match name.snapshot.is_some() {
+        true => Ok(name),
+        false => Err(Failure::new(format_args!(
+            "{name} is not the name of a snapshot, which is SUBVOLUME@SNAPSHOT"
+        ))),
+    }
+}
+
+/// Where what a user named is.
+enum Place {
+    /// On a mount; names begin at the subvolume that is mounted.
+    Mounted(Mount),
+    /// On devices that are not mounted; names begin at the root subvolume.
+    Devices(Vec<PathBuf>),
+}
+
+/// Where a name may be cut: what is before names the pool, what is behind is in the pool. The
+/// longest first.
+fn cuts(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let marks = text.char_indices().rev().filter(|(_, c)| matches!(c, '/' | '@' | '#'));
+    let inner = marks.map(move |(at, c)| match (at, c) {
+        (0, '/') => ("/", text),
+        (0, _) => (".", text),
+        (at, _) => text.split_at(at),
+    });
+    let here = (!text.starts_with('/')).then_some((".", text));
+    std::iter::once((text, "")).chain(inner).chain(here)
+}
+
+fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
+    let shown = of.name.display();
+    let text = of.name.to_str();
+    let text = text.ok_or_else(|| Failure::new(format_args!("{shown}: names are UTF-8")))?;
+    for (pool, rest) in cuts(text) {
+        let path = Path::new(pool);
+        let Ok(kind) = std::fs::metadata(path) else { continue };
+        if !kind.is_dir() {
+            let paths = std::iter::once(path.to_path_buf()).chain(of.device.iter().cloned());
+            let place = match Target::find(&paths.collect::<Vec<_>>())? {
+                Target::Mounted(mount) => Place::Mounted(mount),
+                Target::Devices(paths) => Place::Devices(paths),
+            };
+            return Ok((place, VersionName::parse(rest)));
+        }
+        match mounts::mount_of(path) {
+            Ok(Some((mount, place))) if mount.is_cairn() => {
+                let rest = rest.trim_start_matches('/');
+                let is_below = !rest.is_empty() && !rest.starts_with(['@', '#']);
+                let name = match place.to_str() {
+                    Some(place) if is_below => format!("{place}/{rest}"),
+                    Some(place) => format!("{place}{rest}"),
+                    None => continue,
+                };
+                return Ok((Place::Mounted(mount), VersionName::parse(&name)));
+            }
+            _ => continue,
+        }
+    }
+    Err(Failure::new(format_args!(
+        "{shown}: no mounted pool, device or image file begins like that"
+    )))
+}
+
+/// Opens the pool on devices that are not mounted.
+fn open(paths: &[PathBuf], read_only: bool) -> Result<Arc<Engine>, Failure> {
+    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let wait = Wait { bound: PATIENCE, announce: &|message| eprintln!("cairn: {message}") };
+    let all = members::complete(paths);
+    let devices = open_devices(&all, OpenOptions::new(access), &wait).map_err(Failure::new)?;
+    let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
+    let options = engine::OpenOptions { read_only, ..engine::OpenOptions::default() };
+    engine::open(devices, host_platform(), &options).map_err(|error| named(paths, &error))
+}
+
+fn named(paths: &[PathBuf], error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(format_args!("{}: {error}", paths[0].display()))
+}
+
+fn change(
+    of: &Shown,
+    to: impl FnOnce(VersionName) -> Result<Change, Failure>,
+) -> Result<Done, Failure> {
+    let (place, name) = find(&of.at)?;
+    carry_out(&place, &[to(name.clone())?])?;
+    say(of, &name);
+    Ok(Done::Whole)
+}
+
+/// Says what was done to, where somebody wants to read it.
+fn say(of: &Shown, name: &VersionName) {
+    if of.json {
+        output::json(&serde_json::json!({ "done": name.to_string() }));
+    }
+}
+
+/// Carries changes out one after the other.
+fn carry_out(place: &Place, changes: &[Change]) -> Result<(), Failure> {
+    let paths = match place {
+        Place::Mounted(mount) => {
+            return changes.iter().try_for_each(|change| carry_out_mounted(mount, change));
+        }
+        Place::Devices(paths) => paths,
+    };
+    let engine = open(paths, false)?;
+    let base = TreeId::FIRST_SUBVOL.0;
+    let changed = changes.iter().try_for_each(|change| {
+        versions::carry_out(&engine, versions::plan(&engine, base, change)?, change)
+    });
+    if changed.is_ok() {
+        // What was deleted is taken apart at once; what cannot be now is when the pool is mounted.
+        let _ = engine.destroy_all();
+    }
+    let closed = engine.close().map_err(|error| named(paths, &error));
+    changed.map_err(|error| named(paths, &error))?;
+    closed
+}
+
+fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
+    if matches!(change, Change::Snapshot { .. } | Change::Rollback { .. }) {
+        // What programs wrote may still be with the kernel.
+        let path = &mount.mount_point;
+        let flushed = File::open(path).and_then(|root| Ok(rustix::fs::syncfs(&root)?));
+        flushed.map_err(|error| Failure::new(format_args!("{}: {error}", path.display())))?;
+    }
+    match ask(mount, Request::Change(change.clone())) {
+        Ok(Reply::Changed) => Ok(()),
+        Ok(_) => Err(Failure::new("the daemon answered another question")),
+        Err(error) => Err(ask_failed(mount, &error)),
+    }
+}
+
+/// All versions of a pool, with the name of the subvolume that names begin at.
+fn all(place: &Place) -> Result<(String, Vec<VersionInfo>), Failure> {
+    let mount = match place {
+        Place::Mounted(mount) => mount,
+        Place::Devices(paths) => {
+            let engine = open(paths, true)?;
+            return Ok((String::new(), versions::list(&engine)));
+        }
+    };
+    let mut all = Vec::new();
+    loop {
+        match ask(mount, Request::Versions(all.len() as u64)) {
+            Ok(Reply::Versions { base, next }) if next.is_empty() => return Ok((base, all)),
+            Ok(Reply::Versions { next, .. }) => all.extend(next),
+            Ok(_) => return Err(Failure::new("the daemon answered another question")),
+            Err(error) => return Err(ask_failed(mount, &error)),
+        }
+    }
+}
+
+fn join(base: &str, name: &str) -> String {
+    match (base, name) {
+        ("", name) | (name, "") => name.to_string(),
+        (base, name) => format!("{base}/{name}"),
+    }
+}
+
+fn is_below(name: &str, above: &str) -> bool {
+    let rest = name.strip_prefix(above);
+    above.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn list(arguments: &ListVersions, parts: bool) -> Result<Done, Failure> {
+    let (place, name) = find(&arguments.of.at)?;
+    let name = whole(name)?;
+    let (base, all) = all(&place)?;
+    let above = join(&base, &name.subvolume);
+    if !all.iter().any(|version| version.name.subvolume == above) {
+        return Err(Failure::new(format_args!("there is no subvolume {above}")));
+    }
+    let is_part = |v: &VersionInfo| v.name.snapshot.is_some() || v.name.bookmark.is_some();
+    let shown: Vec<&VersionInfo> =
+        all.iter().filter(|v| is_part(v) == parts && is_below(&v.name.subvolume, &above)).collect();
+    if arguments.of.json {
+        output::json(&shown);
+    } else {
+        print!("{}", table(&shown, arguments));
+    }
+    Ok(Done::Whole)
+}
+
+fn show(of: &Shown) -> Result<Done, Failure> {
+    let (place, name) = find(&of.at)?;
+    let (base, all) = all(&place)?;
+    let wanted = VersionName { subvolume: join(&base, &name.subvolume), ..name };
+    let found = all.iter().find(|version| version.name == wanted);
+    let found = found.ok_or_else(|| Failure::new(format_args!("there is no {wanted}")))?;
+    if of.json {
+        output::json(found);
+        return Ok(Done::Whole);
+    }
+    let size =
+        |bytes: Option<u64>| bytes.map(|bytes| format!("{} ({bytes} bytes)", format_size(bytes)));
+    let lines = [
+        ("name", Some(found.name.to_string())),
+        ("number", Some(found.number.to_string())),
+        ("id", Some(found.id.clone())),
+        ("created", (found.created != 0).then(|| format!("{} UTC", utc(found.created)))),
+        ("group", (found.txg != 0).then(|| found.txg.to_string())),
+        ("goes on from", found.parent.as_ref().map(VersionName::to_string)),
+        ("referenced", size(found.referenced)),
+        ("unique", size(found.unique)),
+        ("logical", size(found.logical)),
+        ("inodes", (found.inodes != 0).then(|| found.inodes.to_string())),
+        ("default", found.is_default.then(|| "yes".to_string())),
+        ("held by", (!found.holds.is_empty()).then(|| found.holds.join(", "))),
+    ];
+    for (label, value) in lines.into_iter().filter_map(|(label, v)| Some((label, v?))) {
+        println!("{label:<14}{}", output::printable(&value));
+    }
+    Ok(Done::Whole)
+}
+
+/// A table: columns of numbers to the right.
+fn table(shown: &[&VersionInfo], arguments: &ListVersions) -> String {
+    let exact = arguments.exact;
+    let size = |bytes: Option<u64>| match bytes {
+        None => "-".to_string(),
+        Some(bytes) if exact => bytes.to_string(),
+        Some(bytes) => format_size(bytes),
+    };
+    let time = |seconds: i64| match seconds {
+        0 => "-".to_string(),
+        seconds if exact => seconds.to_string(),
+        seconds => utc(seconds),
+    };
+    let heading = ["UNIQUE", "REFERS", "LOGICAL", "CREATED", "NAME"].map(String::from);
+    let row = |version: &&VersionInfo| {
+        let mut name = output::printable(&version.name.to_string());
+        if version.is_default && !exact {
+            name.push_str(" (default)");
+        }
+        if !version.holds.is_empty() && !exact {
+            name.push_str(" (held)");
+        }
+        [
+            size(version.unique),
+            size(version.referenced),
+            size(version.logical),
+            time(version.created),
+            name,
+        ]
+    };
+    let heading = (!arguments.no_heading).then_some(heading);
+    let rows: Vec<[String; 5]> = heading.into_iter().chain(shown.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2), width(3)];
+    let line = |[unique, refers, logical, created, name]: &[String; 5]| {
+        let [a, b, c, d] = widths;
+        format!("{unique:>a$}  {refers:>b$}  {logical:>c$}  {created:<d$}  {name}\n")
+    };
+    rows.iter().map(line).collect()
+}
+
+/// Seconds since 1970 as a time in UTC, such as `2026-01-31 23:59:59`.
+fn utc(seconds: i64) -> String {
+    let (days, rest) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
+    // Years begin in March, so that a leap day is the last of its year: see Hinnant's
+    // "chrono-compatible low-level date algorithms".
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_cut_where_the_pool_may_end_the_longest_first() {
+        let all: Vec<_> = cuts("/mnt/home@monday").collect();
+        assert_eq!(
+            all,
+            [
+                ("/mnt/home@monday", ""),
+                ("/mnt/home", "@monday"),
+                ("/mnt", "/home@monday"),
+                ("/", "/mnt/home@monday"),
+            ]
+        );
+        assert_eq!(cuts("@now").collect::<Vec<_>>()[1..], [(".", "@now"), (".", "@now")]);
+        assert_eq!(cuts("home").collect::<Vec<_>>(), [("home", ""), (".", "home")]);
+    }
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        for (seconds, shown) in [
+            (0, "1970-01-01 00:00:00"),
+            (951_782_399, "2000-02-28 23:59:59"),
+            (951_782_400, "2000-02-29 00:00:00"),
+            (1_709_251_199, "2024-02-29 23:59:59"),
+            (4_107_542_400, "2100-03-01 00:00:00"),
+            (-1, "1969-12-31 23:59:59"),
+        ] {
+            assert_eq!(utc(seconds), shown);
+        }
+    }
+
+    #[test]
+    fn what_is_below_a_subvolume_begins_with_its_whole_name() {
+        assert!(is_below("home/alice", "home") && is_below("home", "home") && is_below("x", ""));
+        assert!(!is_below("homes", "home") && !is_below("home", "home/alice"));
+    }
+}

@@ -1,0 +1,515 @@
+//! Subvolumes, snapshots and bookmarks by name: what commands ask for, and how an engine answers,
+//! be it the daemon's or one that a command has opened.
+//!
+//! A name is `SUBVOLUME`, `SUBVOLUME@SNAPSHOT` or `SUBVOLUME#BOOKMARK`; the root subvolume's is
+//! empty. Names are relative to the subvolume that is mounted: at a mount of `home`, `alice@monday`
+//! is `home/alice@monday`.
+
+use fs_core::engine::versions::VersionOp;
+use fs_core::engine::Engine;
+use fs_core::error::{Errno, Error};
+use fs_core::format::pool::ROOT_INO;
+use fs_core::subvol::versions::{Versions, CONTROL_NAME};
+use fs_core::units::{Ino, TreeId};
+use serde::{Deserialize, Serialize};
+
+/// Versions in one message: each may have 16 holds and names of 255 bytes, but then few do.
+const PAGE: usize = 100;
+
+/// What a name stands for, in words of the user.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionName {
+    /// The subvolume; empty for the one that is mounted.
+    pub subvolume: String,
+    /// A snapshot of it.
+    pub snapshot: Option<String>,
+    /// A bookmark of it.
+    pub bookmark: Option<String>,
+}
+
+impl VersionName {
+    /// Reads `SUBVOLUME[@SNAPSHOT|#BOOKMARK]`. Slashes at both ends do not matter.
+    pub fn parse(text: &str) -> VersionName {
+        let (rest, snapshot) = match text.split_once('@') {
+            Some((rest, snapshot)) => (rest, Some(snapshot.to_string())),
+            None => (text, None),
+        };
+        let (rest, bookmark) = match rest.split_once('#') {
+            Some((rest, bookmark)) if snapshot.is_none() => (rest, Some(bookmark.to_string())),
+            _ => (rest, None),
+        };
+        VersionName { subvolume: rest.trim_matches('/').to_string(), snapshot, bookmark }
+    }
+}
+
+impl std::fmt::Display for VersionName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.subvolume.as_str(), &self.snapshot, &self.bookmark) {
+            ("", None, None) => f.write_str("/"),
+            (subvolume, Some(snapshot), _) => write!(f, "{subvolume}@{snapshot}"),
+            (subvolume, None, Some(bookmark)) => write!(f, "{subvolume}#{bookmark}"),
+            (subvolume, None, None) => f.write_str(subvolume),
+        }
+    }
+}
+
+/// A change that a command asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Change {
+    /// Make an empty subvolume.
+    Create {
+        /// Its name.
+        name: VersionName,
+        /// Permission bits of its root directory.
+        mode: u32,
+        /// Owner of its root directory.
+        uid: u32,
+        /// Group of its root directory.
+        gid: u32,
+    },
+    /// Make a snapshot of that name.
+    Snapshot {
+        /// With the name of the snapshot.
+        name: VersionName,
+        /// Of each subvolume below it, too.
+        recursive: bool,
+    },
+    /// Make a subvolume that begins as a snapshot.
+    Clone {
+        /// The snapshot.
+        snapshot: VersionName,
+        /// Name of the subvolume.
+        name: VersionName,
+    },
+    /// Make a subvolume what a snapshot of it is.
+    Rollback {
+        /// The snapshot.
+        snapshot: VersionName,
+        /// Name of the snapshot that keeps what the subvolume was.
+        keep: String,
+    },
+    /// Give another name.
+    Rename {
+        /// A subvolume or snapshot.
+        name: VersionName,
+        /// Its new name; of a snapshot, the part behind `@`.
+        new: String,
+    },
+    /// Delete a subvolume, snapshot or bookmark.
+    Delete {
+        /// Which.
+        name: VersionName,
+        /// With all snapshots of a subvolume and everything below it; of a snapshot, with those of
+        /// the same name of subvolumes below.
+        recursive: bool,
+    },
+    /// Keep a snapshot from being deleted.
+    Hold {
+        /// The snapshot.
+        name: VersionName,
+        /// Tells holds apart.
+        tag: String,
+    },
+    /// Take a hold back.
+    Release {
+        /// The snapshot.
+        name: VersionName,
+        /// Which hold.
+        tag: String,
+    },
+    /// Keep of a snapshot what is needed to send what came after it.
+    Bookmark {
+        /// The snapshot.
+        name: VersionName,
+        /// Name of the bookmark.
+        bookmark: String,
+    },
+    /// Mount a subvolume unless another is asked for.
+    SetDefault {
+        /// The subvolume.
+        name: VersionName,
+    },
+}
+
+/// What a subvolume or snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionInfo {
+    /// Its number.
+    pub number: u64,
+    /// Its whole name, from the root subvolume.
+    pub name: VersionName,
+    /// Its identity, as `blkid` writes ids.
+    pub id: String,
+    /// When it was made, seconds since 1970; zero when that is not known.
+    pub created: i64,
+    /// Group as of which a snapshot or bookmark shows its subvolume.
+    pub txg: u64,
+    /// The snapshot it goes on from, unless that was deleted.
+    pub parent: Option<VersionName>,
+    /// Bytes that it refers to on the devices, one copy counted; `None` for a bookmark and while
+    /// the pool does not count.
+    pub referenced: Option<u64>,
+    /// Bytes that would come free if it alone were deleted.
+    pub unique: Option<u64>,
+    /// Bytes of its data before compression.
+    pub logical: Option<u64>,
+    /// Number of its files and directories.
+    pub inodes: u64,
+    /// Whether it is mounted unless another is asked for.
+    pub is_default: bool,
+    /// Tags that keep it from being deleted.
+    pub holds: Vec<String>,
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// A name relative to a subvolume, from the root.
+fn full(base: &str, name: &str) -> String {
+    match (base, name) {
+        ("", name) => name.to_string(),
+        (base, "") => base.to_string(),
+        (base, name) => format!("{base}/{name}"),
+    }
+}
+
+/// Why something cannot be done, as a sentence.
+fn sentence(error: &Error, what: &impl std::fmt::Display) -> String {
+    match error {
+        Error::Posix(Errno::NoEnt) => format!("{what} does not exist"),
+        Error::Posix(Errno::Exist) => format!("{what}: that name is taken"),
+        Error::Posix(Errno::Busy) => {
+            format!("{what} is mounted or held, is the default, or has something below it")
+        }
+        Error::Posix(Errno::NameTooLong) => format!("{what}: the name is longer than 255 bytes"),
+        Error::ReadOnly => "the pool is mounted read-only".to_string(),
+        error => format!("{what}: {error}"),
+    }
+}
+
+/// Names as they are understood at a mount.
+struct Names<'a> {
+    versions: &'a Versions,
+    /// Name of the subvolume that is mounted.
+    base: &'a str,
+}
+
+impl Names<'_> {
+    fn subvolume(&self, name: &VersionName) -> Result<u64, String> {
+        let full = full(self.base, &name.subvolume);
+        let id = self.versions.subvolume(full.as_bytes());
+        id.ok_or_else(|| match full.as_str() {
+            "" => "the pool has no root subvolume".to_string(),
+            full => format!("there is no subvolume {full}"),
+        })
+    }
+
+    fn snapshot(&self, name: &VersionName) -> Result<u64, String> {
+        let snapshot = name.snapshot.as_ref();
+        let snapshot = snapshot.ok_or_else(|| format!("{name} is not the name of a snapshot"))?;
+        let id = self.versions.snapshot(self.subvolume(name)?, snapshot.as_bytes());
+        id.ok_or_else(|| format!("there is no snapshot {name}"))
+    }
+
+    fn new_subvolume(&self, name: &VersionName) -> Result<Vec<u8>, String> {
+        if name.snapshot.is_some() || name.bookmark.is_some() || name.subvolume.is_empty() {
+            return Err(format!("{name} is not a name for a subvolume"));
+        }
+        let full = full(self.base, &name.subvolume);
+        if let Some((above, _)) = full.rsplit_once('/') {
+            if self.versions.subvolume(above.as_bytes()).is_none() {
+                return Err(format!("there is no subvolume {above} for {full} to be in"));
+            }
+        }
+        Ok(full.into_bytes())
+    }
+
+    /// A subvolume and those below it.
+    fn with_nested(&self, id: u64) -> Vec<u64> {
+        let mut ids = self.versions.nested(id);
+        ids.push(id);
+        ids
+    }
+
+    fn ops(&self, change: &Change) -> Result<Vec<VersionOp>, String> {
+        Ok(match change {
+            Change::Create { name, mode, uid, gid } => {
+                let name = self.new_subvolume(name)?;
+                vec![VersionOp::CreateSubvolume { name, mode: *mode, uid: *uid, gid: *gid }]
+            }
+            Change::Snapshot { name, recursive } => {
+                let snapshot = name.snapshot.as_ref();
+                let snapshot =
+                    snapshot.ok_or_else(|| format!("{name}: a snapshot is SUBVOLUME@NAME"))?;
+                let id = self.subvolume(name)?;
+                let ids = if *recursive { self.with_nested(id) } else { vec![id] };
+                let of = |subvolume| VersionOp::Snapshot {
+                    subvolume,
+                    name: snapshot.clone().into_bytes(),
+                };
+                ids.into_iter().map(of).collect()
+            }
+            Change::Clone { snapshot, name } => {
+                let name = self.new_subvolume(name)?;
+                vec![VersionOp::Clone { snapshot: self.snapshot(snapshot)?, name }]
+            }
+            Change::Rollback { snapshot, keep } => {
+                let keep = keep.clone().into_bytes();
+                vec![VersionOp::Rollback { snapshot: self.snapshot(snapshot)?, keep }]
+            }
+            Change::Rename { name, new } if name.snapshot.is_some() => {
+                let name_after = new.rsplit('@').next().unwrap_or(new);
+                let name_after = name_after.as_bytes().to_vec();
+                vec![VersionOp::Rename { id: self.snapshot(name)?, name: name_after }]
+            }
+            Change::Rename { name, new } => {
+                let new = self.new_subvolume(&VersionName::parse(new))?;
+                vec![VersionOp::Rename { id: self.subvolume(name)?, name: new }]
+            }
+            Change::Delete { name, recursive } => self.deletions(name, *recursive)?,
+            Change::Hold { name, tag } => {
+                let tag = tag.clone().into_bytes();
+                vec![VersionOp::Hold { snapshot: self.snapshot(name)?, tag }]
+            }
+            Change::Release { name, tag } => {
+                let tag = tag.clone().into_bytes();
+                vec![VersionOp::Release { snapshot: self.snapshot(name)?, tag }]
+            }
+            Change::Bookmark { name, bookmark } => {
+                let bookmark = bookmark.rsplit('#').next().unwrap_or(bookmark);
+                let bookmark = bookmark.as_bytes().to_vec();
+                vec![VersionOp::Bookmark { snapshot: self.snapshot(name)?, name: bookmark }]
+            }
+            Change::SetDefault { name } => {
+                vec![VersionOp::SetDefault { subvolume: self.subvolume(name)? }]
+            }
+        })
+    }
+
+    fn deletions(&self, name: &VersionName, recursive: bool) -> Result<Vec<VersionOp>, String> {
+        let subvolume = self.subvolume(name)?;
+        if let Some(bookmark) = &name.bookmark {
+            let id = self.versions.bookmark_named(subvolume, bookmark.as_bytes());
+            let id = id.ok_or_else(|| format!("there is no bookmark {name}"))?;
+            return Ok(vec![VersionOp::DeleteBookmark { id }]);
+        }
+        let delete = |id| VersionOp::Delete { id };
+        let Some(snapshot) = &name.snapshot else {
+            if !recursive {
+                return Ok(vec![delete(subvolume)]);
+            }
+            // What is below first, and of each its snapshots first.
+            let mut ids = self.with_nested(subvolume);
+            let depth = |id: &u64| self.versions.get(*id).map_or(0, |version| version.name.len());
+            ids.sort_unstable_by_key(|id| std::cmp::Reverse(depth(id)));
+            let all = ids.into_iter().flat_map(|id| {
+                let snapshots = self.versions.snapshots(id);
+                snapshots.into_iter().chain([id])
+            });
+            return Ok(all.map(delete).collect());
+        };
+        if !recursive {
+            return Ok(vec![delete(self.snapshot(name)?)]);
+        }
+        let ids = self.with_nested(subvolume);
+        let found = ids.iter().filter_map(|id| self.versions.snapshot(*id, snapshot.as_bytes()));
+        let found: Vec<VersionOp> = found.map(delete).collect();
+        match found.is_empty() {
+            true => Err(format!("there is no snapshot {name}")),
+            false => Ok(found),
+        }
+    }
+}
+
+/// What a change comes to at a mount of the subvolume with number `base`.
+///
+/// # Errors
+/// One sentence.
+pub fn plan(engine: &Engine, base: u64, change: &Change) -> Result<Vec<VersionOp>, String> {
+    let base = name_at(engine, base);
+    let ops = engine.with_versions(|versions| Names { versions, base: &base }.ops(change))?;
+    for op in &ops {
+        check_place(engine, op)?;
+    }
+    Ok(ops)
+}
+
+/// The name that names begin at where a subvolume, or a snapshot of it, is mounted.
+pub fn name_at(engine: &Engine, base: u64) -> String {
+    engine.with_versions(|versions| {
+        let version = versions.get(base);
+        let owner = version.filter(|version| version.item.is_snapshot());
+        let version = owner.map_or(version, |version| versions.get(version.item.owner));
+        version.map_or(String::new(), |version| text(&version.name))
+    })
+}
+
+/// A subvolume appears in the root directory of the one that it is in, where nothing else has its
+/// name.
+fn check_place(engine: &Engine, op: &VersionOp) -> Result<(), String> {
+    let name = match op {
+        VersionOp::CreateSubvolume { name, .. } | VersionOp::Clone { name, .. } => name,
+        VersionOp::Rename { id, name } => {
+            let is_snapshot = |all: &Versions| all.get(*id).is_some_and(|v| v.item.is_snapshot());
+            if engine.with_versions(is_snapshot) {
+                return Ok(());
+            }
+            name
+        }
+        _ => return Ok(()),
+    };
+    let cut = name.iter().rposition(|byte| *byte == b'/');
+    let (above, last) = cut.map_or((&[][..], &name[..]), |at| (&name[..at], &name[at + 1..]));
+    let shown = text(name);
+    if last == CONTROL_NAME {
+        return Err(format!("{shown}: snapshots are seen under that name"));
+    }
+    let above = engine.with_versions(|versions| versions.subvolume(above));
+    let Some(above) = above.and_then(|id| engine.subvol(TreeId(id))) else { return Ok(()) };
+    match above.find_name(Ino(ROOT_INO), last) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(format!("{shown}: a file or directory has that name")),
+        Err(error) => Err(format!("{shown}: {error}")),
+    }
+}
+
+/// Carries a change out that was planned: all of it, or nothing. Returns when it is durable.
+///
+/// # Errors
+/// One sentence.
+pub fn carry_out(engine: &Engine, ops: Vec<VersionOp>, change: &Change) -> Result<(), String> {
+    let done = engine.change_versions(ops);
+    done.map(drop).map_err(|error| sentence(&error, &subject(change)))
+}
+
+/// What a change is about.
+fn subject(change: &Change) -> String {
+    match change {
+        Change::Create { name, .. } | Change::Clone { name, .. } => name.to_string(),
+        Change::Snapshot { name, .. } | Change::Delete { name, .. } => name.to_string(),
+        Change::Rollback { snapshot, .. } => {
+            VersionName { snapshot: None, ..snapshot.clone() }.to_string()
+        }
+        Change::Rename { new, .. } => new.clone(),
+        Change::Hold { tag, .. } | Change::Release { tag, .. } => format!("hold {tag}"),
+        Change::Bookmark { bookmark, .. } => bookmark.clone(),
+        Change::SetDefault { name } => name.to_string(),
+    }
+}
+
+/// As many of a list as fit into one message, but for the first `skip`.
+pub fn page(all: Vec<VersionInfo>, skip: u64) -> Vec<VersionInfo> {
+    let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+    all.into_iter().skip(skip).take(PAGE).collect()
+}
+
+/// All subvolumes, snapshots and bookmarks: by subvolume, each with its snapshots, the oldest
+/// first, and its bookmarks.
+pub fn list(engine: &Engine) -> Vec<VersionInfo> {
+    let default = engine.default_subvol().map_or(0, |subvol| subvol.id.0);
+    let counts = engine.counts_versions();
+    engine.with_versions(|versions| {
+        let live = versions.iter().filter(|(_, version)| !version.item.is_deleted());
+        let heads = live.filter(|(_, version)| !version.item.is_snapshot());
+        let mut heads: Vec<(Vec<u8>, u64)> = heads.map(|(id, v)| (v.name.clone(), id)).collect();
+        heads.sort_unstable();
+        let mut all = Vec::new();
+        for (_, head) in heads {
+            let of = |id: u64| info(versions, id, (default, counts));
+            all.extend(of(head));
+            all.extend(versions.snapshots(head).into_iter().filter_map(of));
+            all.extend(versions.bookmarks_of(head).into_iter().filter_map(|id| {
+                let bookmark = versions.bookmark(id)?;
+                let name = VersionName {
+                    subvolume: text(&versions.get(head)?.name),
+                    bookmark: Some(text(&bookmark.name)),
+                    snapshot: None,
+                };
+                Some(VersionInfo {
+                    number: id,
+                    name,
+                    id: crate::parse::format_uuid(&bookmark.item.id),
+                    created: bookmark.item.created,
+                    txg: bookmark.item.txg,
+                    parent: None,
+                    referenced: None,
+                    unique: None,
+                    logical: None,
+                    inodes: 0,
+                    is_default: false,
+                    holds: Vec::new(),
+                })
+            }));
+        }
+        all
+    })
+}
+
+fn name_of(versions: &Versions, id: u64) -> Option<VersionName> {
+    let version = versions.get(id).filter(|version| !version.item.is_deleted())?;
+    let name = text(&version.name);
+    Some(match version.item.is_snapshot() {
+        false => VersionName { subvolume: name, ..VersionName::default() },
+        true => VersionName {
+            subvolume: text(&versions.get(version.item.owner)?.name),
+            snapshot: Some(name),
+            bookmark: None,
+        },
+    })
+}
+
+fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<VersionInfo> {
+    let version = versions.get(id)?;
+    let item = &version.item;
+    let counted = |bytes: u64| counts.then_some(bytes);
+    Some(VersionInfo {
+        number: id,
+        name: name_of(versions, id)?,
+        id: crate::parse::format_uuid(&item.id),
+        created: item.created,
+        txg: item.txg,
+        parent: name_of(versions, item.parent),
+        referenced: counted(item.referenced_bytes()),
+        unique: counted(versions.unique_bytes(id)),
+        logical: Some(item.logical_bytes),
+        inodes: item.inodes,
+        is_default: id == default,
+        holds: version.holds.iter().map(|tag| text(tag)).collect(),
+    })
+}
+
+/// The subvolume or snapshot of a name, to be mounted.
+///
+/// # Errors
+/// One sentence.
+pub fn find(engine: &Engine, name: &VersionName) -> Result<u64, String> {
+    engine.with_versions(|versions| {
+        let names = Names { versions, base: "" };
+        match name.snapshot {
+            Some(_) => names.snapshot(name),
+            None => names.subvolume(name),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for (given, shown) in [
+            ("home", "home"),
+            ("/srv/", "srv"),
+            ("home/alice@monday", "home/alice@monday"),
+            ("@monday", "@monday"),
+            ("home#mark", "home#mark"),
+            ("", "/"),
+        ] {
+            assert_eq!(VersionName::parse(given).to_string(), shown, "{given}");
+        }
+        let name = VersionName::parse("home@a#b");
+        assert_eq!((name.snapshot.as_deref(), name.bookmark), (Some("a#b"), None));
+    }
+}
