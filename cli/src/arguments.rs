@@ -37,8 +37,8 @@ pub(crate) enum Command {
     Get(Get),
     /// Choose how new data of files is stored
     Set(Set),
-    /// Name the content of a pool that is not mounted: equal where the same is stored, however
-    Id(InSubvol),
+    /// Name the content of a subvolume or snapshot: equal where the same is stored, however
+    Id(Id),
     /// Look at what is stored on a pool that is not mounted
     #[command(subcommand)]
     Inspect(Inspect),
@@ -292,6 +292,14 @@ pub(crate) enum Snapshot {
         #[arg(value_name = "TAG")]
         tag: String,
     },
+    /// Show what changed between a snapshot and another, or what the subvolume is now
+    Diff {
+        #[command(flatten)]
+        of: Shown,
+        /// Name of the later snapshot, the part behind @ [default: what the subvolume is now]
+        #[arg(value_name = "LATER")]
+        later: Option<String>,
+    },
     /// Keep of a snapshot what is needed to tell later what came after it
     Bookmark {
         #[command(flatten)]
@@ -300,6 +308,15 @@ pub(crate) enum Snapshot {
         #[arg(value_name = "BOOKMARK")]
         bookmark: String,
     },
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Id {
+    #[command(flatten)]
+    pub(crate) of: Shown,
+    /// Number of the subvolume or snapshot, of a pool that is not mounted, in place of a name
+    #[arg(short, long, value_name = "ID")]
+    pub(crate) subvol: Option<u64>,
 }
 
 #[derive(Clone, Debug, Subcommand)]

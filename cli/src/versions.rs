@@ -9,7 +9,9 @@ use crate::{output, Done, Failure};
 use cairn_host::admin::{Reply, Request};
 use cairn_host::mounts::{self, Mount};
 use cairn_host::parse::format_size;
-use cairn_host::versions::{self, Change, VersionInfo, VersionName};
+use cairn_host::versions::{
+    self, Change, Differences, Differing, Happened, VersionInfo, VersionName,
+};
 use cairn_host::{host_platform, members, open_devices, Access, OpenOptions, Wait};
 use fs_core::engine::{self, Engine};
 use fs_core::platform::DeviceRef;
@@ -80,6 +82,7 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
         Snapshot::Release { of, tag } => {
             change(of, |name| Ok(Change::Release { name: part(name)?, tag: tag.clone() }))
         }
+        Snapshot::Diff { of, later } => diff(of, later.as_deref()),
         Snapshot::Bookmark { of, bookmark } => change(of, |name| {
             Ok(Change::Bookmark { name: part(name)?, bookmark: bookmark.clone() })
         }),
@@ -105,7 +108,7 @@ fn part(name: VersionName) -> Result<VersionName, Failure> {
 }
 
 /// Where what a user named is.
-enum Place {
+pub(crate) enum Place {
     /// On a mount; names begin at the subvolume that is mounted.
     Mounted(Mount),
     /// On devices that are not mounted; names begin at the root subvolume.
@@ -125,7 +128,8 @@ fn cuts(text: &str) -> impl Iterator<Item = (&str, &str)> {
     std::iter::once((text, "")).chain(inner).chain(here)
 }
 
-fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
+/// Finds out what a name names.
+pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
     let shown = of.name.display();
     let text = of.name.to_str();
     let text = text.ok_or_else(|| Failure::new(format_args!("{shown}: names are UTF-8")))?;
@@ -213,12 +217,19 @@ fn carry_out(place: &Place, changes: &[Change]) -> Result<(), Failure> {
     closed
 }
 
+/// What programs wrote may still be with the kernel: it hands it on.
+pub(crate) fn flush(mount: &Mount) -> Result<(), Failure> {
+    let path = &mount.mount_point;
+    let flush = || File::open(path).and_then(|root| Ok(rustix::fs::syncfs(&root)?));
+    // The first may tell of what was refused before; that is whoever wrote it to hear.
+    flush()
+        .or_else(|_| flush())
+        .map_err(|error| Failure::new(format_args!("{}: {error}", path.display())))
+}
+
 fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
     if matches!(change, Change::Snapshot { .. } | Change::Rollback { .. }) {
-        // What programs wrote may still be with the kernel.
-        let path = &mount.mount_point;
-        let flushed = File::open(path).and_then(|root| Ok(rustix::fs::syncfs(&root)?));
-        flushed.map_err(|error| Failure::new(format_args!("{}: {error}", path.display())))?;
+        flush(mount)?;
     }
     match ask(mount, Request::Change(change.clone())) {
         Ok(Reply::Changed) => Ok(()),
@@ -244,6 +255,62 @@ fn all(place: &Place) -> Result<(String, Vec<VersionInfo>), Failure> {
             Ok(_) => return Err(Failure::new("the daemon answered another question")),
             Err(error) => return Err(ask_failed(mount, &error)),
         }
+    }
+}
+
+/// Shows what changed, in the order of inodes.
+fn diff(of: &Shown, later: Option<&str>) -> Result<Done, Failure> {
+    let (place, old) = find(&of.at)?;
+    let old = part(old)?;
+    let snapshot = later.map(|name| name.rsplit('@').next().unwrap_or(name).to_string());
+    let new = VersionName { snapshot, ..old.clone() };
+    let mut all = Vec::new();
+    let mut show = |found: Differences| {
+        match of.json {
+            true => all.extend(found.all),
+            false => found.all.iter().for_each(|change| println!("{}", line(change))),
+        }
+        found.next
+    };
+    let mut next = Some(0);
+    match &place {
+        Place::Mounted(mount) => {
+            while let Some(first) = next {
+                let (old, new) = (old.clone(), new.clone());
+                next = match ask(mount, Request::Differences { old, new, first }) {
+                    Ok(Reply::Differences(found)) => show(found),
+                    Ok(_) => return Err(Failure::new("the daemon answered another question")),
+                    Err(error) => return Err(ask_failed(mount, &error)),
+                };
+            }
+        }
+        Place::Devices(paths) => {
+            let engine = open(paths, true)?;
+            let base = TreeId::FIRST_SUBVOL.0;
+            while let Some(first) = next {
+                let found = versions::differences(&engine, base, (&old, &new), first);
+                next = show(found.map_err(|error| named(paths, &error))?);
+            }
+        }
+    }
+    if of.json {
+        output::json(&all);
+    }
+    Ok(Done::Whole)
+}
+
+fn line(change: &Differing) -> String {
+    let sign = match change.what {
+        Happened::Created => '+',
+        Happened::Removed => '-',
+        Happened::Renamed => 'R',
+        Happened::Modified => 'M',
+        Happened::Attributes => 'A',
+    };
+    let path = output::printable(&change.path);
+    match &change.from {
+        Some(from) => format!("{sign}  {} -> {path}", output::printable(from)),
+        None => format!("{sign}  {path}"),
     }
 }
 

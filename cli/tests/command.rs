@@ -400,3 +400,33 @@ fn subvolumes_and_snapshots_of_a_pool_that_is_not_mounted_are_made_shown_and_del
     assert_eq!(volume.engine().with_versions(|versions| versions.iter().count()), 1);
     volume.close().unwrap();
 }
+
+#[test]
+fn what_changed_since_a_snapshot_is_shown_and_its_identity_stays() {
+    let image = Image::of_pool();
+    let name = |part: &str| format!("{}{part}", image.path().display());
+    let run = |arguments: &[&str]| {
+        let output = cairn().args(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let identity = |part: &str| run(&["id", &name(part)])[..64].to_string();
+    let before = identity("");
+    run(&["snapshot", "create", &name("@first")]);
+    let volume = open(&image);
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let made = volume.mknod(volume.root(), b"new", mode::REGULAR | 0o644, 0, &caller).unwrap();
+    volume.write(made.ino, 0, b"new", WriteFlags::default()).unwrap();
+    volume.mkdir(volume.root(), b"later", 0o755, &caller).unwrap();
+    volume.close().unwrap();
+    drop(volume);
+    assert_eq!(run(&["snapshot", "diff", &name("@first")]), "+  /new\n+  /later\n");
+    run(&["snapshot", "create", &name("@second")]);
+    let all = run(&["snapshot", "diff", "-j", &name("@second"), "@first"]);
+    let all: Value = serde_json::from_str(&all).unwrap();
+    assert_eq!((&all[0]["what"], &all[0]["path"]), (&"removed".into(), &"/new".into()));
+    assert_eq!((identity("@first"), identity("@second")), (before, identity("")));
+    assert_ne!(identity("@first"), identity("@second"));
+    cairn().args(["id", &name("@third")]).assert().failure();
+    cairn().args(["snapshot", "diff", &name("@third")]).assert().failure();
+}

@@ -26,6 +26,16 @@ pub fn handler(volume: Arc<Volume>, version: u64) -> Arc<Handler> {
             base: versions::name_at(volume.engine(), version),
             next: versions::page(versions::list(volume.engine()), skip),
         },
+        Request::Differences { old, new, first } => {
+            match versions::differences(volume.engine(), version, (&old, &new), first) {
+                Ok(differences) => Reply::Differences(differences),
+                Err(sentence) => Reply::Failed(sentence),
+            }
+        }
+        Request::Identity(name) => match versions::identity(volume.engine(), version, &name) {
+            Ok(identity) => Reply::Identity(identity),
+            Err(sentence) => Reply::Failed(sentence),
+        },
         Request::Change(change) => {
             let engine = volume.engine();
             let planned = versions::plan(engine, version, &change);

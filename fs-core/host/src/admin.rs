@@ -11,12 +11,12 @@
 //!
 //! Most requests only look, or ask for what sync(2) lets anyone ask, so the socket is open to all
 //! users. The kernel says who is at the other end: only root and whom the daemon belongs to may
-//! change a pool.
+//! change a pool, and learn what is in files and directories that others may not read.
 //!
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
-use crate::versions::{Change, VersionInfo};
+use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -30,12 +30,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
 const STALLED: Duration = Duration::from_secs(5);
-/// How long a client waits for a reply: a sync may have much to write.
+/// How long a client waits for most replies.
 const REPLY_PATIENCE: Duration = Duration::from_secs(600);
 /// Connections served at once.
 const CONNECTIONS_MAX: usize = 16;
@@ -54,12 +54,34 @@ pub enum Request {
     Versions(u64),
     /// Change them. Answered by [`Reply::Changed`].
     Change(Change),
+    /// What differs between two states, in the inodes from a number on. Answered by
+    /// [`Reply::Differences`].
+    Differences {
+        /// The old state.
+        old: VersionName,
+        /// The new state.
+        new: VersionName,
+        /// The first inode.
+        first: u64,
+    },
+    /// The identity of a state's content, for which all of it is read. Answered by
+    /// [`Reply::Identity`].
+    Identity(VersionName),
 }
 
 impl Request {
-    /// Whether it may change the pool.
-    fn changes(&self) -> bool {
-        matches!(self, Request::Change(_))
+    /// Whether only some may ask: it changes the pool, or shows what not everybody may see.
+    fn is_guarded(&self) -> bool {
+        use Request::{Change, Differences, Identity};
+        matches!(self, Change(_) | Differences { .. } | Identity(_))
+    }
+
+    /// How long to wait for the reply: a sync may have much to write, an identity all to read.
+    fn patience(&self) -> Duration {
+        match self {
+            Request::Identity(_) => Duration::from_secs(7 * 86_400),
+            _ => REPLY_PATIENCE,
+        }
     }
 }
 
@@ -81,6 +103,10 @@ pub enum Reply {
     },
     /// To [`Request::Change`]: all is done and durable.
     Changed,
+    /// To [`Request::Differences`].
+    Differences(Differences),
+    /// To [`Request::Identity`].
+    Identity(String),
     /// To any request: one sentence that says why not.
     Failed(String),
 }
@@ -294,7 +320,7 @@ fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Repl
         .find_map(|directory| UnixStream::connect(directory.join(&name)).ok())
         .ok_or(AdminError::NoDaemon)?;
     stream.set_write_timeout(Some(STALLED))?;
-    stream.set_read_timeout(Some(REPLY_PATIENCE))?;
+    stream.set_read_timeout(Some(request.patience()))?;
     send(&mut stream, &request)?;
     match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
         Reply::Failed(why) => Err(AdminError::Refused(why)),
@@ -414,9 +440,9 @@ fn serve(mut stream: UnixStream, handler: &Handler) -> Result<(), AdminError> {
     stream.set_read_timeout(Some(STALLED))?;
     stream.set_write_timeout(Some(STALLED))?;
     let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?.uid;
-    let may_change = peer.is_root() || peer == rustix::process::geteuid();
+    let may = peer.is_root() || peer == rustix::process::geteuid();
     while let Some(request) = receive::<Request>(&mut stream)? {
-        let reply = match request.changes() && !may_change {
+        let reply = match request.is_guarded() && !may {
             true => Reply::Failed("only root and whoever mounted the pool may do that".into()),
             false => handler(request),
         };
@@ -440,6 +466,10 @@ mod tests {
             Request::Sync => Reply::Failed("the pool is read-only".into()),
             Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
             Request::Change(_) => Reply::Changed,
+            Request::Differences { .. } => {
+                Reply::Differences(Differences { all: Vec::new(), next: None })
+            }
+            Request::Identity(_) => Reply::Identity(String::new()),
         }
     }
 

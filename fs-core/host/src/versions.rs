@@ -9,9 +9,13 @@ use fs_core::engine::versions::VersionOp;
 use fs_core::engine::Engine;
 use fs_core::error::{Errno, Error};
 use fs_core::format::pool::ROOT_INO;
+use fs_core::stream::changes::What;
+use fs_core::stream::{Changes, Content, Source};
 use fs_core::subvol::versions::{Versions, CONTROL_NAME};
+use fs_core::subvol::View;
 use fs_core::units::{Ino, TreeId};
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Versions in one message: each may have 16 holds and names of 255 bytes, but then few do.
 const PAGE: usize = 100;
@@ -174,13 +178,12 @@ fn full(base: &str, name: &str) -> String {
     }
 }
 
-/// Why something cannot be done, as a sentence.
-fn sentence(error: &Error, what: &impl std::fmt::Display) -> String {
+fn said(error: &Error, what: &impl std::fmt::Display) -> String {
     match error {
         Error::Posix(Errno::NoEnt) => format!("{what} does not exist"),
         Error::Posix(Errno::Exist) => format!("{what}: that name is taken"),
         Error::Posix(Errno::Busy) => {
-            format!("{what} is mounted or held, is the default, or has something below it")
+            format!("{what} is in use, or something is in it")
         }
         Error::Posix(Errno::NameTooLong) => format!("{what}: the name is longer than 255 bytes"),
         Error::ReadOnly => "the pool is mounted read-only".to_string(),
@@ -193,6 +196,8 @@ struct Names<'a> {
     versions: &'a Versions,
     /// Name of the subvolume that is mounted.
     base: &'a str,
+    /// The subvolume that is mounted unless another is asked for.
+    default: u64,
 }
 
 impl Names<'_> {
@@ -295,29 +300,64 @@ impl Names<'_> {
             return Ok(vec![VersionOp::DeleteBookmark { id }]);
         }
         let delete = |id| VersionOp::Delete { id };
+        let check_held = |id: u64| match self.versions.get(id).filter(|v| !v.holds.is_empty()) {
+            Some(version) => {
+                let tags: Vec<String> = version.holds.iter().map(|tag| text(tag)).collect();
+                let of = name_of(self.versions, id).unwrap_or_default();
+                let tags = tags.join(", ");
+                Err(format!("{of} is held by {tags}: release it first (cairn snapshot release)"))
+            }
+            None => Ok(()),
+        };
         let Some(snapshot) = &name.snapshot else {
+            if subvolume == TreeId::FIRST_SUBVOL.0 {
+                return Err("the root subvolume cannot be deleted".into());
+            }
             if !recursive {
+                if !self.versions.snapshots(subvolume).is_empty() {
+                    return Err(format!("{name} has snapshots: delete them first, or use -r"));
+                }
+                if !self.versions.nested(subvolume).is_empty() {
+                    return Err(format!("{name} has subvolumes in it: delete them, or use -r"));
+                }
+                self.check_not_default(&[subvolume])?;
                 return Ok(vec![delete(subvolume)]);
             }
             // What is below first, and of each its snapshots first.
             let mut ids = self.with_nested(subvolume);
             let depth = |id: &u64| self.versions.get(*id).map_or(0, |version| version.name.len());
             ids.sort_unstable_by_key(|id| std::cmp::Reverse(depth(id)));
+            self.check_not_default(&ids)?;
             let all = ids.into_iter().flat_map(|id| {
                 let snapshots = self.versions.snapshots(id);
                 snapshots.into_iter().chain([id])
             });
-            return Ok(all.map(delete).collect());
+            let all: Vec<u64> = all.collect();
+            all.iter().try_for_each(|id| check_held(*id))?;
+            return Ok(all.into_iter().map(delete).collect());
         };
-        if !recursive {
-            return Ok(vec![delete(self.snapshot(name)?)]);
+        let mut found = Vec::new();
+        if recursive {
+            let ids = self.with_nested(subvolume);
+            let of = |id: &u64| self.versions.snapshot(*id, snapshot.as_bytes());
+            found.extend(ids.iter().filter_map(of));
+        } else {
+            found.push(self.snapshot(name)?);
         }
-        let ids = self.with_nested(subvolume);
-        let found = ids.iter().filter_map(|id| self.versions.snapshot(*id, snapshot.as_bytes()));
-        let found: Vec<VersionOp> = found.map(delete).collect();
+        found.iter().try_for_each(|id| check_held(*id))?;
         match found.is_empty() {
             true => Err(format!("there is no snapshot {name}")),
-            false => Ok(found),
+            false => Ok(found.into_iter().map(delete).collect()),
+        }
+    }
+
+    fn check_not_default(&self, ids: &[u64]) -> Result<(), String> {
+        match ids.contains(&self.default) {
+            true => Err(format!(
+                "{} is mounted by default: choose another first (cairn subvolume set-default)",
+                name_of(self.versions, self.default).unwrap_or_default()
+            )),
+            false => Ok(()),
         }
     }
 }
@@ -327,8 +367,10 @@ impl Names<'_> {
 /// # Errors
 /// One sentence.
 pub fn plan(engine: &Engine, base: u64, change: &Change) -> Result<Vec<VersionOp>, String> {
+    let default = engine.default_subvol().map_or(0, |subvol| subvol.id.0);
     let base = name_at(engine, base);
-    let ops = engine.with_versions(|versions| Names { versions, base: &base }.ops(change))?;
+    let ops =
+        engine.with_versions(|versions| Names { versions, base: &base, default }.ops(change))?;
     for op in &ops {
         check_place(engine, op)?;
     }
@@ -380,7 +422,41 @@ fn check_place(engine: &Engine, op: &VersionOp) -> Result<(), String> {
 /// One sentence.
 pub fn carry_out(engine: &Engine, ops: Vec<VersionOp>, change: &Change) -> Result<(), String> {
     let done = engine.change_versions(ops);
-    done.map(drop).map_err(|error| sentence(&error, &subject(change)))
+    done.map(drop).map_err(|error| sentence(&error, change))
+}
+
+/// The subvolumes that end as they are: they are deleted or rolled back, so nobody may use them.
+pub fn ends(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
+    let ends = |op: &VersionOp| match op {
+        VersionOp::Delete { id } => engine.subvol(TreeId(*id)).map(|_| *id),
+        VersionOp::Rollback { snapshot, .. } => {
+            engine.with_versions(|all| all.get(*snapshot).map(|version| version.item.owner))
+        }
+        _ => None,
+    };
+    ops.iter().filter_map(ends).collect()
+}
+
+/// The versions that are there and of which something users see changes.
+pub fn touched(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
+    let named = ops.iter().filter_map(|op| match op {
+        VersionOp::Delete { id } | VersionOp::Rename { id, .. } => Some(*id),
+        _ => None,
+    });
+    named.chain(ends(engine, ops)).collect()
+}
+
+/// Which of some versions are not there any more.
+pub fn gone(engine: &Engine, ids: &[u64]) -> Vec<u64> {
+    engine.with_versions(|all| {
+        let is_gone = |id: &u64| all.get(*id).is_none_or(|version| version.item.is_deleted());
+        ids.iter().copied().filter(is_gone).collect()
+    })
+}
+
+/// Why a change was not carried out, as a sentence.
+pub fn sentence(error: &Error, change: &Change) -> String {
+    said(error, &subject(change))
 }
 
 /// What a change is about.
@@ -396,6 +472,129 @@ fn subject(change: &Change) -> String {
         Change::Bookmark { bookmark, .. } => bookmark.clone(),
         Change::SetDefault { name } => name.to_string(),
     }
+}
+
+/// What happened to a file between two states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Happened {
+    /// The name came.
+    Created,
+    /// The name went.
+    Removed,
+    /// The name was another.
+    Renamed,
+    /// Data was written, or the size changed.
+    Modified,
+    /// Mode, owner, times or extended attributes differ.
+    Attributes,
+}
+
+/// Something that changed between two states.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Differing {
+    /// What happened.
+    pub what: Happened,
+    /// The path, from the root of the subvolume on; the new one, unless it was removed.
+    pub path: String,
+    /// The path before it was renamed.
+    pub from: Option<String>,
+    /// Number of the inode.
+    pub inode: u64,
+    /// Bytes of a file that may differ.
+    pub bytes: Option<u64>,
+}
+
+/// Part of what changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Differences {
+    /// What changed of some inodes.
+    pub all: Vec<Differing>,
+    /// The inode to go on with; `None` at the end.
+    pub next: Option<u64>,
+}
+
+/// Bytes of paths after which a part of the differences ends.
+const DIFFERENCES_BYTES: usize = 1 << 18;
+/// Bytes of paths of one inode at most: its names must fit into one message.
+const DIFFERENCES_BYTES_MAX: usize = 3 << 18;
+
+/// A state to read: as of the newest published group, pinned for as long as it is held.
+fn state(engine: &Engine, base: u64, name: &VersionName) -> Result<Arc<View>, String> {
+    let base = name_at(engine, base);
+    let id = engine.with_versions(|versions| {
+        let names = Names { versions, base: &base, default: 0 };
+        match name.snapshot {
+            Some(_) => names.snapshot(name),
+            None => names.subvolume(name),
+        }
+    })?;
+    if name.snapshot.is_none() && !engine.store.is_read_only() {
+        engine.commit().map_err(|error| said(&error, name))?;
+    }
+    let subvol = engine.open_version(id).map_err(|error| said(&error, name))?;
+    Ok(subvol.view())
+}
+
+/// What changed from one state to another in the inodes from `first` on, as far as it fits into
+/// one message. Names are as for [`plan`].
+///
+/// # Errors
+/// One sentence.
+pub fn differences(
+    engine: &Engine,
+    base: u64,
+    (old, new): (&VersionName, &VersionName),
+    first: u64,
+) -> Result<Differences, String> {
+    let views = (state(engine, base, old)?, state(engine, base, new)?);
+    if views.0.tree.id != views.1.tree.id {
+        return Err(format!("{old} and {new} do not go back to one subvolume"));
+    }
+    let mut changes = Changes::from(&views.0.tree, &views.1.tree, Ino(first));
+    let mut all: Vec<Differing> = Vec::new();
+    let mut bytes = 0;
+    while let Some(change) = changes.next(&*engine.store).map_err(|error| said(&error, new))? {
+        let is_next = all.last().is_none_or(|last| last.inode != change.ino.0);
+        if is_next && bytes >= DIFFERENCES_BYTES {
+            return Ok(Differences { all, next: Some(change.ino.0) });
+        }
+        let differing = differing(change);
+        if let (Some(last), Some(more)) = (all.last_mut(), differing.bytes) {
+            // Ranges of one file are summed up.
+            if let (false, Some(sum)) = (is_next, last.bytes.as_mut()) {
+                *sum = sum.saturating_add(more);
+                continue;
+            }
+        }
+        bytes += differing.path.len() + differing.from.as_ref().map_or(0, String::len) + 32;
+        if bytes > DIFFERENCES_BYTES_MAX {
+            return Err(format!("inode {} has too many names to show", differing.inode));
+        }
+        all.push(differing);
+    }
+    Ok(Differences { all, next: None })
+}
+
+fn differing(change: fs_core::stream::Change) -> Differing {
+    let (what, from, bytes) = match change.what {
+        What::Created => (Happened::Created, None, None),
+        What::Removed => (Happened::Removed, None, None),
+        What::Renamed { from } => (Happened::Renamed, Some(text(&from)), None),
+        What::Data { start, end } => (Happened::Modified, None, Some(end - start)),
+        What::Attributes => (Happened::Attributes, None, None),
+    };
+    Differing { what, path: text(&change.path), from, inode: change.ino.0, bytes }
+}
+
+/// The identity of a state's content. It reads everything that the state holds.
+///
+/// # Errors
+/// One sentence.
+pub fn identity(engine: &Engine, base: u64, name: &VersionName) -> Result<String, String> {
+    let view = state(engine, base, name)?;
+    let content = Content::of(Source::of(&engine.store), &view.tree, &mut |_| Ok(()));
+    content.map(|content| content.identity().to_string()).map_err(|error| said(&error, name))
 }
 
 /// As many of a list as fit into one message, but for the first `skip`.
@@ -485,7 +684,7 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
 /// One sentence.
 pub fn find(engine: &Engine, name: &VersionName) -> Result<u64, String> {
     engine.with_versions(|versions| {
-        let names = Names { versions, base: "" };
+        let names = Names { versions, base: "", default: 0 };
         match name.snapshot {
             Some(_) => names.snapshot(name),
             None => names.subvolume(name),

@@ -92,8 +92,13 @@ pub struct Changes {
 impl Changes {
     /// What changed from `old` to `new`.
     pub fn new(old: &Tree, new: &Tree) -> Changes {
+        Changes::from(old, new, Ino(0))
+    }
+
+    /// What changed of the inodes from a number on: to go on where another comparison stopped.
+    pub fn from(old: &Tree, new: &Tree, first: Ino) -> Changes {
         Changes {
-            comparison: Comparison::new(old, new),
+            comparison: Comparison::from(old, new, first),
             old: Paths { tree: *old, known: BTreeMap::new() },
             new: Paths { tree: *new, known: BTreeMap::new() },
             current: None,

@@ -76,11 +76,16 @@ struct Object {
 impl Comparison {
     /// Compares two states.
     pub fn new(old: &Tree, new: &Tree) -> Comparison {
+        Comparison::from(old, new, Ino(0))
+    }
+
+    /// Compares two states in their inodes from a number on.
+    pub fn from(old: &Tree, new: &Tree, first: Ino) -> Comparison {
         Comparison {
             old: *old,
             new: *new,
             // Object zero lists the inodes without names.
-            main: old.differences(new, Key::new(1, 0, 0)),
+            main: old.differences(new, Key::new(first.0.max(1), 0, 0)),
             alone: None,
             object: None,
             ready: VecDeque::new(),
