@@ -457,8 +457,9 @@ impl fmt::Display for Incident {
             ),
             Incident::DeviceFailed { device, name, error } => write!(
                 f,
-                "device {device} ({name}) failed and is no longer used: {error}; the pool goes on \
-                 with the copies on the other devices"
+                "device {device} ({name}) failed and is no longer written: {error}; the pool goes \
+                 on with the copies on the other devices; once the device works again, unmount and \
+                 mount the pool to bring it up to date"
             ),
             Incident::DeviceComplete { device, name } => {
                 write!(f, "device {device} ({name}) has been brought up to date")

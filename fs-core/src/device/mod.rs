@@ -56,7 +56,8 @@ pub enum Standing {
     /// It has missed something. It is written to, but what it says is only believed when a checksum
     /// vouches for it, and nothing relies on it.
     Behind,
-    /// It is missing, or has failed: it is neither read nor written.
+    /// It is missing, or has failed. It is not written to. What it still gives out is asked for
+    /// only when no other device can serve, and only believed when a checksum vouches for it.
     Absent,
 }
 
@@ -117,8 +118,13 @@ pub struct Member {
     standing: AtomicU8,
     /// A transfer found the device gone: others are asked first.
     seems_gone: AtomicBool,
+    /// How a flush failed. What was written before it may be lost, and the system need not say so
+    /// again: the next flush may well succeed. Leaf lock.
+    flush_failed: Mutex<Option<DeviceError>>,
     /// Bytes of reads under way.
     reading: AtomicU64,
+    /// There is no device.
+    is_missing: bool,
 }
 
 impl Member {
@@ -135,7 +141,9 @@ impl Member {
             errors: Counters::default(),
             standing: AtomicU8::new(Standing::Complete as u8),
             seems_gone: AtomicBool::new(false),
+            flush_failed: Mutex::new(None),
             reading: AtomicU64::new(0),
+            is_missing: false,
         }
     }
 
@@ -146,7 +154,7 @@ impl Member {
     pub fn missing(identity: Identity) -> Result<Member> {
         let name = format!("device {} (missing)", identity.index);
         let device = Arc::new(Missing { name, bytes: identity.bytes });
-        let member = Member::fresh(device, identity)?;
+        let member = Member { is_missing: true, ..Member::fresh(device, identity)? };
         member.set_standing(Standing::Absent);
         Ok(member)
     }
@@ -174,6 +182,11 @@ impl Member {
     /// Whether it is read and written.
     pub fn is_there(&self) -> bool {
         matches!(self.standing(), Standing::Complete | Standing::Behind)
+    }
+
+    /// Whether it may be asked for something that no other device gives out.
+    pub fn may_be_asked(&self) -> bool {
+        !self.is_missing && !self.seems_gone()
     }
 
     /// Whether a transfer found that the device is gone.
@@ -298,10 +311,17 @@ impl Member {
     /// Makes every completed write durable.
     ///
     /// # Errors
-    /// After an error nothing may be assumed about writes since the last flush that succeeded.
+    /// After an error nothing may be assumed about writes since the last flush that succeeded, and
+    /// every later flush fails as well.
     pub fn flush(&self) -> Result<()> {
+        if let Some(cause) = *self.flush_failed.lock() {
+            return Err(self.error(Physical(0), cause));
+        }
         self.device.flush().map_err(|cause| {
-            self.add_errors(ErrorCounts { write: 1, ..ErrorCounts::default() });
+            if cause != DeviceError::Memory {
+                self.flush_failed.lock().get_or_insert(cause);
+                self.add_errors(ErrorCounts { write: 1, ..ErrorCounts::default() });
+            }
             self.error(Physical(0), cause)
         })
     }

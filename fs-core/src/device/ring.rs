@@ -85,8 +85,18 @@ impl Ring {
     /// The newest group any superblock publishes, usable or not. What is written next must be
     /// newer, or it would lose against what is there.
     pub fn newest(&self) -> Txg {
+        self.groups().max().unwrap_or_default()
+    }
+
+    /// The groups that superblocks publish, usable or not.
+    pub fn groups(&self) -> impl Iterator<Item = Txg> + '_ {
         let refused = self.refused.iter().map(|refused| refused.txg);
-        self.valid.iter().map(|valid| valid.txg).chain(refused).max().unwrap_or_default()
+        self.valid.iter().map(|valid| valid.txg).chain(refused)
+    }
+
+    /// Whether a slot holds one of the valid superblocks.
+    fn has(&self, slot: &[u8]) -> bool {
+        Superblock::decode(slot).is_ok_and(|superblock| self.valid.contains(&superblock))
     }
 }
 
@@ -139,6 +149,31 @@ impl Member {
         match is_anywhere {
             true => Ok(()),
             false => outcome,
+        }
+    }
+
+    /// Erases what the slots of both areas hold and `known` does not, durably.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; [`Error::Memory`].
+    #[inline(never)]
+    pub fn erase_superblocks(&self, known: &Ring) -> Result<()> {
+        let zeros = Buf::zeroed(SLOT)?.into_slice();
+        let mut is_changed = false;
+        for area in self.areas {
+            for slot in (0..RING_SLOTS).map(|slot| ring_slot(area, slot)) {
+                match self.read_at(slot, SLOT) {
+                    Err(Error::Memory) => return Err(Error::Memory),
+                    Ok(held) if held.iter().all(|byte| *byte == 0) || known.has(&held) => continue,
+                    _ => {}
+                }
+                self.write_at(slot, zeros.clone())?;
+                is_changed = true;
+            }
+        }
+        match is_changed {
+            true => self.flush(),
+            false => Ok(()),
         }
     }
 

@@ -105,6 +105,10 @@ disk_struct! {
 /// Most devices of a pool: what a label can name.
 pub const DEVICES_MAX: usize = 64;
 
+/// Most bytes of a device: so many that those of all devices, and of a mirror's copies, can be
+/// added up.
+pub const DEVICE_BYTES_MAX: u64 = 1 << 56;
+
 /// Where the table of devices is in a label.
 const MEMBERS: Range<usize> = place_of(Label::FIELDS, "members");
 
@@ -127,6 +131,7 @@ pub fn decode_members(label: &Label, bytes: &[u8]) -> Result<Vec<LabelMember>, B
         let member = <LabelMember as DiskField>::get(entry);
         rule(member.reserved == [0; 8], "reserved field of a label's device is not zero")?;
         rule(label_areas(member.bytes).is_some(), "label names an impossibly small device")?;
+        rule(member.bytes <= DEVICE_BYTES_MAX, "label names an impossibly large device")?;
         let is_own = index == usize::from(label.device_index);
         rule(
             !is_own || (member.id == label.device_id && member.bytes == label.device_bytes),
@@ -167,7 +172,8 @@ impl Label {
         )?;
         // It counts failures and changes of devices.
         rule(self.epoch < u64::MAX / 2, "label of an impossible epoch")?;
-        rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")
+        rule(label_areas(self.device_bytes).is_some(), "label of an impossibly small device")?;
+        rule(self.device_bytes <= DEVICE_BYTES_MAX, "label of an impossibly large device")
     }
 
     /// The label as bytes, its checksum computed.

@@ -5,7 +5,8 @@
 //! share the work; then from the others, until the checksum in the pointer vouches for what is
 //! there. When another copy had to serve, the bad ones are *healed*: the good content is written
 //! over them, an incident is reported, and the device's error counter goes up. When no copy is
-//! good, the read fails, and the loss is reported once.
+//! good, the read fails, and the loss is reported once. The error is [`Error::Device`] if any copy
+//! could not be read, because that may be the good one; [`Error::Checksum`] says that all were.
 //!
 //! Metadata blocks and packed blobs are verified as a whole, so when a block is in several pieces a
 //! checksum does not say which of them is bad: combinations of copies are tried, as if one device
@@ -13,7 +14,7 @@
 //! sector, so that two copies with damage in different places are still one good one.
 //!
 //! A device that has missed writes is asked last, only for what a checksum vouches for, and healed
-//! without a word. One that is absent is not asked.
+//! without a word. One that has failed is asked after it, likewise, and not healed.
 //!
 //! Healing is the only write to a place that is in use. It is safe because
 //!
@@ -306,10 +307,12 @@ impl Pool {
             let rank = match member.standing() {
                 // One device has both copies; they go in turn, whatever it has to do meanwhile.
                 Standing::Complete if piece.profile() == Profile::Dup => 0,
-                Standing::Complete if member.seems_gone() => u64::MAX - 2,
-                Standing::Leaving => u64::MAX - 1,
+                Standing::Complete if member.seems_gone() => u64::MAX - 3,
+                Standing::Leaving => u64::MAX - 2,
                 Standing::Complete => member.reading_bytes() >> LOAD_SHIFT,
-                Standing::Behind if verified => u64::MAX,
+                Standing::Behind if verified => u64::MAX - 1,
+                // It failed a write, and may have most of what was written before.
+                Standing::Absent if verified && member.may_be_asked() => u64::MAX,
                 Standing::Behind | Standing::Absent => continue,
             };
             ranked[count] = (rank, copy as u8);
@@ -445,10 +448,6 @@ impl Pool {
             return Err(Error::Memory);
         }
         let is_whole = got.iter().all(|got| got.result.is_ok());
-        let mut last = Error::Checksum { addr: place.addr(), bytes: SECTOR_BYTES };
-        if let Some(error) = got.iter().find_map(|got| got.result.as_ref().err()) {
-            last = error.clone();
-        }
         let first =
             |got: &Got| (got.result.is_ok().then_some(got.copy), got.piece.bytes as usize / SECTOR);
         let first: Vec<(Option<usize>, usize)> = got.iter().map(first).collect();
@@ -474,7 +473,7 @@ impl Pool {
             }
             sector += count;
         }
-        Rescue { pool: self, place, kind, sums, buf, last }.run(missing)
+        Rescue { pool: self, place, kind, sums, buf, unread: Vec::new() }.run(missing)
     }
 
     /// Expands verified bytes.
@@ -769,8 +768,8 @@ struct Mosaic<'a> {
     seal: &'a Seal<'a>,
     /// For each piece, what its copies gave: never empty.
     pieces: Vec<Vec<Got>>,
-    /// Why a copy could not be had.
-    last: Error,
+    /// Why there is no good copy: one that cannot be read now may be good.
+    reason: Error,
 }
 
 impl<'a> Mosaic<'a> {
@@ -781,11 +780,11 @@ impl<'a> Mosaic<'a> {
         seal: &'a Seal<'a>,
         got: Vec<Got>,
     ) -> Result<Mosaic<'a>> {
-        let last = Error::Checksum { addr: place.addr(), bytes: place.bytes };
-        let mut mosaic = Mosaic { pool, place, seal, pieces: Vec::new(), last };
+        let reason = Error::Checksum { addr: place.addr(), bytes: place.bytes };
+        let mut mosaic = Mosaic { pool, place, seal, pieces: Vec::new(), reason };
         for got in got {
             if let Err(error) = &got.result {
-                mosaic.last = error.clone();
+                mosaic.reason = error.clone();
             }
             mosaic.pieces.push(alloc::vec![got]);
         }
@@ -812,7 +811,7 @@ impl<'a> Mosaic<'a> {
         for got in self.pieces.iter().flatten().filter(|got| got.result.is_ok()) {
             self.pool.count_checksum_error(&got.piece, got.copy);
         }
-        Err(self.pool.lost(self.place, self.seal.sum, self.last))
+        Err(self.pool.lost(self.place, self.seal.sum, self.reason))
     }
 
     /// Finds copies that make the block, and tells nobody of those that do not.
@@ -850,11 +849,8 @@ impl<'a> Mosaic<'a> {
             let result = self.pool.read_copy(piece, copy);
             match &result {
                 Err(Error::Memory) => return Err(Error::Memory),
-                Err(error) => self.last = error.clone(),
-                Ok(_) => {
-                    self.last =
-                        Error::Checksum { addr: self.place.addr(), bytes: self.place.bytes };
-                }
+                Err(error) => self.reason = error.clone(),
+                Ok(_) => {}
             }
             let piece = piece.clone();
             copies.push(Got { piece, copy, result });
@@ -957,8 +953,8 @@ struct Rescue<'a> {
     sums: &'a [u8],
     /// What is good so far.
     buf: Buf,
-    /// Why the last sector that failed did.
-    last: Error,
+    /// Sectors that some copy did not give out, and how it failed: it may be the good one.
+    unread: Vec<(usize, Error)>,
 }
 
 /// A sector that is missing, and the copies that were tried: a bit for each.
@@ -990,13 +986,12 @@ impl Rescue<'_> {
         match lost.first() {
             None => Ok(self.buf),
             Some(first) => {
-                let sum = codec::sector_sum(self.kind, self.sums, *first);
-                let lost = sector_of(self.place, *first);
-                let error = match self.last {
-                    Error::Checksum { bytes, .. } => Error::Checksum { addr: lost.addr(), bytes },
-                    other => other,
-                };
-                Err(self.pool.lost(&lost, sum, error))
+                let unread = self.unread.into_iter().find(|(at, _)| lost.binary_search(at).is_ok());
+                let first = unread.as_ref().map_or(*first, |(at, _)| *at);
+                let sum = codec::sector_sum(self.kind, self.sums, first);
+                let lost = sector_of(self.place, first);
+                let bad = Error::Checksum { addr: lost.addr(), bytes: SECTOR_BYTES };
+                Err(self.pool.lost(&lost, sum, unread.map_or(bad, |(_, error)| error)))
             }
         }
     }
@@ -1032,12 +1027,9 @@ impl Rescue<'_> {
                         self.buf[index * SECTOR..(index + 1) * SECTOR].copy_from_slice(&bytes);
                         continue;
                     }
-                    Ok(_) => {
-                        self.pool.count_checksum_error(&got.piece, got.copy);
-                        self.last = Error::Checksum { addr: got.piece.addr(), bytes: SECTOR_BYTES };
-                    }
+                    Ok(_) => self.pool.count_checksum_error(&got.piece, got.copy),
                     Err(Error::Memory) => return Err(Error::Memory),
-                    Err(error) => self.last = error,
+                    Err(error) => self.unread.push((index, error)),
                 }
                 lacking.push((got.copy, index));
                 still.push((index, tried));

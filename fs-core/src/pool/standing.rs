@@ -32,11 +32,14 @@
 //! # Opening
 //!
 //! - The table of the greatest epoch counts; of two, that of the device with the newest superblock.
+//! - A device that it calls complete and that lacks more than the newest superblock is an old copy,
+//!   and behind.
 //! - The newest superblock of the complete devices is the pool's. That of a device that was left
 //!   behind is older, and is not looked at.
 //! - A device that was left behind may have gone its own way: opened alone, it left the others
 //!   behind, and published groups that they do not have. Then neither side is the right one, and
-//!   the pool is refused until one of them is taken away.
+//!   the pool is refused until one of them is taken away. Of one that did not, the superblocks are
+//!   erased that no complete device has, so that they are never looked at when it counts again.
 //! - With devices missing, each chunk must have a copy on devices that are complete.
 //! - When only devices are there that are behind, what they have can be read, and nothing written.
 //! - Before the pool writes anything, it flushes: the superblock it read may have been in a
@@ -83,20 +86,9 @@ pub(super) struct Roll {
 #[inline(never)]
 pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
     let rings = read_rings(members)?;
-    let newest = newest_label(members, &rings);
-    for member in members {
-        let is_known = match newest.table.get(usize::from(member.index())) {
-            Some(entry) => {
-                let Identity { device_id, bytes, .. } = member.identity();
-                (entry.id, entry.bytes) == (device_id, bytes)
-            }
-            // A pool that always had one device has no table.
-            None => newest.table.is_empty() && members.len() == 1 && member.index() == 0,
-        };
-        if !is_known {
-            return Err(Error::WrongDevice { name: member.name().to_string() });
-        }
-    }
+    let mut newest = newest_label(members, &rings);
+    check_known(members, &newest)?;
+    note_old(members, &rings, &mut newest);
     let behind = |index: u16| newest.table.get(usize::from(index)).and_then(|entry| entry.behind);
     let is_complete = |member: &&Member| behind(member.index()).is_none();
     let only_behind = !members.iter().any(|member| is_complete(&member));
@@ -119,6 +111,55 @@ pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
         true => Ok(Roll { newest, ring, only_behind }),
         false => Err(Error::Split { devices: apart }),
     }
+}
+
+/// Whether the table that counts has all the devices.
+#[inline(never)]
+fn check_known(members: &[Member], newest: &Identity) -> Result<()> {
+    for member in members {
+        let is_known = match newest.table.get(usize::from(member.index())) {
+            Some(entry) => {
+                let Identity { device_id, bytes, .. } = member.identity();
+                (entry.id, entry.bytes) == (device_id, bytes)
+            }
+            // A pool that always had one device has no table.
+            None => newest.table.is_empty() && members.len() == 1 && member.index() == 0,
+        };
+        if !is_known {
+            return Err(Error::WrongDevice { name: member.name().to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// Puts into the table that devices are behind which it calls complete, and which are not: they
+/// lack a superblock that another has, and that is not the newest. A superblock is written only
+/// when the one before is on every complete device; so this is an old copy in the place of one, or
+/// it has lost what it took. Which group the content of a copy is of, nobody knows.
+#[inline(never)]
+fn note_old(members: &[Member], rings: &[Ring], newest: &mut Identity) {
+    let (mut first, mut second) = (Txg(0), Txg(0));
+    let is_complete = |newest: &Identity, member: &Member| {
+        newest.table.get(usize::from(member.index())).is_some_and(|entry| entry.behind.is_none())
+    };
+    for (member, own) in members.iter().zip(rings) {
+        for txg in own.groups().filter(|_| is_complete(newest, member)) {
+            if txg > first {
+                (first, second) = (txg, first);
+            } else if txg < first {
+                second = second.max(txg);
+            }
+        }
+    }
+    let mut is_new = false;
+    for (member, own) in members.iter().zip(rings) {
+        if is_complete(newest, member) && own.newest() < second {
+            let since = Txg(own.newest().0.max(1));
+            newest.table[usize::from(member.index())].behind = Some(since);
+            is_new = true;
+        }
+    }
+    newest.epoch += u64::from(is_new);
 }
 
 #[inline(never)]
@@ -154,30 +195,45 @@ fn newest_label(members: &[Member], rings: &[Ring]) -> Box<Identity> {
     newest
 }
 
-/// Whether a device that the newest table calls behind `since` a group has published groups without
-/// the others.
+/// Whether a device that is behind `since` a group has published groups without the others.
 ///
-/// It has if it left behind every device that is complete, at the group where they parted, and went
-/// on from there. That may be the group before `since`: the power may have failed when the next
-/// superblock had reached only some. Devices that it left behind earlier are no sign: the others
-/// did so as well, and may have been brought up to date since.
+/// A device that knows that it is behind has followed others. One that does not has been in company
+/// up to `since`, perhaps with one superblock more that the power kept from the others. It went
+/// apart
+///
+/// - if it has still younger ones, and the complete devices do not know of the newest;
+/// - or if it left every device that is complete behind and went on from there. It left them where
+///   they parted, which may be the group before `since`: the newest superblock may have reached
+///   only some. Devices that were left behind earlier, before the two parted, are no sign in
+///   themselves: they may have been brought up to date by either side since. But one that calls
+///   nobody complete but itself was alone.
 fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ring: &Ring) -> bool {
     if identity.table.len() != newest.table.len() {
         // From before there was a table: it names nobody that it left.
         return false;
     }
-    let both = identity.table.iter().zip(&newest.table);
-    let complete = both.filter(|(_, entry)| entry.behind.is_none());
-    let parted_from = |left: Txg| left.0.saturating_add(1) >= since.0;
+    let Some(last) = own.valid.first().filter(|last| !ring.valid.contains(last)) else {
+        return false;
+    };
+    let itself = usize::from(identity.index);
+    if identity.table[itself].behind.is_some() {
+        return false;
+    }
+    if last.txg.0 > since.0.saturating_add(1) {
+        return true;
+    }
     let mut left_at = Txg(0);
-    for (own, _) in complete {
+    let both = identity.table.iter().zip(&newest.table);
+    for (own, _) in both.filter(|(_, entry)| entry.behind.is_none()) {
         match own.behind {
-            Some(left) if parted_from(left) => left_at = left_at.max(left),
-            _ => return false,
+            Some(left) => left_at = left_at.max(left),
+            None => return false,
         }
     }
-    let newest_own = own.valid.first();
-    newest_own.is_some_and(|own| own.txg > left_at && !ring.valid.contains(own))
+    let mut others = identity.table.iter().enumerate().filter(|(index, _)| *index != itself);
+    let was_alone = others.all(|(_, entry)| entry.behind.is_some());
+    let parted_there = left_at.0.saturating_add(1) >= since.0;
+    last.txg > left_at && (parted_there || was_alone)
 }
 
 /// Adds what stands for missing devices. Returns the members by index.
@@ -347,20 +403,39 @@ impl Pool {
         self.change(failed, |roll| {
             let mut is_new = roll.epoch == 0 && !roll.table.is_empty();
             for (entry, member) in roll.table.iter_mut().zip(self.members()) {
-                if entry.behind.is_none() && member.standing() == Standing::Absent {
-                    entry.behind = Some(superblock.txg);
+                if member.standing() == Standing::Absent {
+                    entry.behind.get_or_insert(superblock.txg);
                     is_new = true;
                 }
             }
-            roll.epoch += u64::from(is_new);
+            // A missing device may have a label of the epoch that comes next, which the power kept
+            // from the others. It must not count for more than what they do now without it.
+            roll.epoch += 2 * u64::from(is_new);
         })?;
+        let known = self.known_superblocks()?;
         let mut failed = Vec::new();
         for member in self.members().iter().filter(|member| member.is_there()) {
-            if let Err(error) = member.complete_superblock(superblock) {
+            let strays = match member.standing() {
+                Standing::Behind => member.erase_superblocks(&known),
+                _ => Ok(()),
+            };
+            if let Err(error) = strays.and_then(|()| member.complete_superblock(superblock)) {
                 failed.push((member.index(), error));
             }
         }
         self.leave_behind(failed)
+    }
+
+    /// What the rings of complete devices hold.
+    #[inline(never)]
+    fn known_superblocks(&self) -> Result<Ring> {
+        let mut known = Ring::default();
+        if self.members().iter().any(|member| member.standing() == Standing::Behind) {
+            for member in self.members().iter().filter(|member| member.is_complete()) {
+                known.add(member, &self.pool_id())?;
+            }
+        }
+        Ok(known)
     }
 
     /// Goes on without the devices that failed, or says why that cannot be. Nothing that was

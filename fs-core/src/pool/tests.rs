@@ -1339,3 +1339,29 @@ fn a_device_whose_label_cannot_be_read_is_named() {
     let told = env.incidents.take();
     assert!(matches!(told[..], [Incident::DeviceUnusable { .. }]), "{told:?}");
 }
+
+#[test]
+fn a_device_that_failed_a_flush_of_its_label_falls_behind_from_there() {
+    let (rams, fixture, chunk) = published_mirror(2);
+    try_write(&fixture, &chunk).unwrap();
+    // What was just written may be lost, and the device does not say so twice.
+    rams[1].faults(|faults| faults.fail_flush = true);
+    fixture.pool.set_name([b'n'; 64]).unwrap_err();
+    rams[1].faults(|faults| faults.fail_flush = false);
+    fixture.pool.flush().unwrap();
+    assert_eq!(fixture.pool.absent(), [1]);
+    let identity = probe(&*rams[0].device(), 0).unwrap().identity;
+    assert_eq!(identity.table[1].behind, Some(Txg(1)));
+    assert_eq!(fixture.pool.members()[1].errors().write, 1);
+}
+
+#[test]
+fn a_table_of_devices_too_large_to_be_added_up_is_refused() {
+    let (rams, fixture, _) = published_mirror(3);
+    let mut identity = fixture.pool.members()[0].identity();
+    identity.table[1].bytes = (1 << 56) + 4096;
+    identity.epoch += 1;
+    Member::fresh(rams[0].device(), identity).unwrap().write_labels().unwrap();
+    let error = open_all(&rams[..1], degraded()).err().unwrap();
+    assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+}
