@@ -12,6 +12,7 @@ use cairn_tests::rng::Rng;
 use cairn_tests::run::Runner;
 use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
+use fs_core::device::{probe, Member, Ring};
 use fs_core::error::{Error, Incident};
 use fs_core::format::chunk::Profile;
 use fs_core::platform::Platform;
@@ -405,6 +406,219 @@ fn one_behind(pool: &Pool, seed: u64, missing: usize) -> (Vec<Image>, Tree) {
     (rams.iter().map(|ram| ram.image()).collect(), Tree::of_state(&model.state()))
 }
 
+/// Lets time pass until a device is told to be complete again, so many ticks at most.
+fn is_complete_in(platform: &TestPlatform, ticks: usize) -> bool {
+    (0..ticks).any(|_| {
+        platform.clock.advance_ms(300);
+        platform.workers.tick();
+        let told = platform.incidents.take();
+        told.iter().any(|incident| matches!(incident, Incident::DeviceComplete { .. }))
+    })
+}
+
+/// Opens images, waits until all devices are complete, and closes; what they hold then.
+fn bring_up_to_date(pool: &Pool, images: &[&Image]) -> Vec<Image> {
+    let rams = rams_of(images);
+    let platform = TestPlatform::new(3, Spawn::AtOnce);
+    let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
+    assert!(is_complete_in(&platform, 1000));
+    mounted.close().unwrap();
+    rams.iter().map(|ram| ram.image()).collect()
+}
+
+fn rams_of(images: &[&Image]) -> Vec<Arc<RamDevice>> {
+    images.iter().map(|image| RamDevice::of("ram", (*image).clone())).collect()
+}
+
+#[test]
+fn an_old_copy_of_a_device_is_behind() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let images: Vec<Image> = rams.iter().map(|ram| ram.image()).collect();
+    let later = open_and_write(&pool, &[&images[0], &images[1]], b"later").unwrap();
+    let both = rams_of(&[&later[0], &images[1]]);
+    both.iter().for_each(|ram| ram.forbid_writes());
+    let findings = pool.check(&refs(&both), &core()).unwrap();
+    assert!(findings.iter().any(|line| line.contains("W-DEVICE-BEHIND")), "{findings:?}");
+    let both = open_and_write(&pool, &[&later[0], &images[1]], b"last").unwrap();
+    let error = pool.open(&refs(&rams_of(&[&both[1]])), &core()).err();
+    assert!(matches!(error, Some(Error::OnlyBehind { .. })), "{error:?}");
+    let done = bring_up_to_date(&pool, &[&later[0], &images[1]]);
+    let alone = open_and_write(&pool, &[&done[1]], b"later").map(|_| ());
+    assert!(matches!(alone, Err(Error::Posix(fs_core::error::Errno::Exist))), "{alone:?}");
+}
+
+#[test]
+fn an_old_copy_that_was_written_alone_is_refused() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let images: Vec<Image> = rams.iter().map(|ram| ram.image()).collect();
+    let mut later = images.clone();
+    for name in [b"a", b"b", b"c", b"d"] {
+        later = open_and_write(&pool, &[&later[0], &later[1]], name).unwrap();
+    }
+    let old = open_and_write(&pool, &[&images[1]], b"alone").unwrap().remove(0);
+    let mut left = later[0].clone();
+    // Whether or not the other noticed that it was away.
+    for round in 0..3 {
+        let error = open_and_write(&pool, &[&left, &old], b"both").err();
+        assert!(matches!(error, Some(Error::Split { .. })), "round {round}: {error:?}");
+        left = open_and_write(&pool, &[&left], &[b'0' + round]).unwrap().remove(0);
+    }
+}
+
+#[test]
+fn halves_are_refused_together_also_after_a_third_copy_was_taken_back() {
+    let pool = Pool::on(3, Profile::Mirror3, Profile::Mirror3);
+    let rams = several(3, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let [a, b, c] = [0, 1, 2].map(|index| rams[index].image());
+    let both = open_and_write(&pool, &[&a, &b], b"both").unwrap();
+    let a = open_and_write(&pool, &[&both[0]], b"left").unwrap().remove(0);
+    let b = open_and_write(&pool, &[&both[1]], b"right").unwrap().remove(0);
+    let ac = bring_up_to_date(&pool, &[&a, &c]);
+    for (there, name) in [(vec![&ac[0], &b, &ac[1]], "all"), (vec![&b, &ac[1]], "two")] {
+        let error = open_and_write(&pool, &there, b"more").err();
+        assert!(matches!(error, Some(Error::Split { .. })), "{name}: {error:?}");
+    }
+}
+
+/// The superblocks on a device.
+fn ring_of(image: &Image) -> Ring {
+    let ram = RamDevice::of("ram", image.clone());
+    let probe = probe(&*ram, 0).unwrap();
+    let mut ring = Ring::default();
+    ring.add(&Member::new(ram, &probe), &probe.identity.pool_id).unwrap();
+    ring
+}
+
+#[test]
+fn a_device_that_comes_back_keeps_no_superblock_that_others_do_not_have() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let mounted = pool.open(&refs(&rams), &core()).unwrap();
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    let grow = |name: &[u8]| {
+        mounted.fs().mkdir(mounted.fs().root(), name, 0o755, &caller).unwrap();
+        mounted.fs().sync().unwrap();
+        rams.iter().map(|ram| ram.image()).collect::<Vec<Image>>()
+    };
+    let (before, after) = (grow(b"one"), grow(b"two"));
+    // Power fails when the newest superblock has reached the second only, and the first goes on.
+    let alone = open_and_write(&pool, &[&before[0]], b"other").unwrap().remove(0);
+    let alone = open_and_write(&pool, &[&alone], b"another").unwrap().remove(0);
+    let known = |ours: &Ring, other: &Ring| other.valid.iter().all(|s| ours.valid.contains(s));
+    assert!(!known(&ring_of(&alone), &ring_of(&after[1])));
+    let both = bring_up_to_date(&pool, &[&alone, &after[1]]);
+    assert!(known(&ring_of(&both[0]), &ring_of(&both[1])));
+}
+
+#[test]
+fn a_device_is_not_complete_while_something_it_lacks_cannot_be_read() {
+    for seed in seeds(3, 60) {
+        let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+        let (images, want) = one_behind(&pool, seed, 1);
+        let rams: Vec<Arc<RamDevice>> =
+            images.iter().map(|image| RamDevice::of("ram", image.clone())).collect();
+        let platform = TestPlatform::new(seed, Spawn::AtOnce);
+        let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
+        mounted.drop_caches();
+        // A few reads succeed, so that it fails in the middle of a tree as well.
+        rams[0].arm(Fault::from_nth(FaultKind::Failed, Access::Read, seed * 3));
+        assert!(!is_complete_in(&platform, 20), "seed {seed}: what could not be read was passed");
+        rams[0].disarm();
+        assert!(is_complete_in(&platform, 1000), "seed {seed}: it is not tried again");
+        mounted.close().unwrap();
+        let mounted = pool.open(&refs(&rams[1..]), &core()).unwrap();
+        let found = Tree::read(&*mounted.fs()).unwrap();
+        assert_eq!(want.difference(&found), None, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_only_a_device_has_that_failed_a_write_is_still_read() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let mounted = pool.open(&refs(&rams), &core()).unwrap();
+    let fs = mounted.fs();
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    let file = fs.mknod(fs.root(), b"file", 0o100_644, 0, &caller).unwrap();
+    let mut content = vec![0; 256 << 10];
+    Rng::new(1).fill(&mut content);
+    let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+    fs.write(file.ino, 0, &content, flags).unwrap();
+    fs.sync().unwrap();
+    rams[1].arm(Fault::nth(FaultKind::Failed, Access::Write, 0));
+    fs.mkdir(fs.root(), b"more", 0o755, &caller).unwrap();
+    fs.sync().unwrap();
+    // Now the other loses what it has. Trees are in memory.
+    rams[0].arm(Fault::within(FaultKind::Failed, Access::Read, 1 << 20..16 << 20));
+    let mut found = vec![0; content.len()];
+    assert_eq!(fs.read(file.ino, 0, &mut found).unwrap(), content.len());
+    assert!(found == content);
+}
+
+#[test]
+fn a_device_that_was_away_when_others_forgot_to_tell_is_not_believed() {
+    let pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    let rams = several(2, 16 << 20);
+    pool.format(&refs(&rams), &core()).unwrap();
+    let [a, b] = [rams[0].image(), rams[1].image()];
+    let b = open_and_write(&pool, &[&b], b"left").unwrap().remove(0);
+    // The power fails between the two labels that call the first complete again.
+    let rams = rams_of(&[&a, &b]);
+    let platform = TestPlatform::new(3, Spawn::AtOnce);
+    let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
+    let recording = Recording::start(&rams);
+    let base: Vec<Image> = rams.iter().map(|ram| ram.image()).collect();
+    assert!(is_complete_in(&platform, 1000));
+    drop(mounted);
+    let epoch = |image: &Image| {
+        let ram = RamDevice::of("ram", image.clone());
+        probe(&*ram, 0).unwrap().identity.epoch
+    };
+    let caller = fs_core::vfs::Caller { uid: 0, gid: 0, umask: 0 };
+    let mut content = vec![0; 256 << 10];
+    Rng::new(1).fill(&mut content);
+    let mut seen = 0;
+    for state in Crashes::new(base, &recording.events(), Sampling { seed: 1, random: 1 }) {
+        for (there, other) in [(0, 1), (1, 0)] {
+            if epoch(&state.images[there]) >= epoch(&state.images[other]) {
+                continue;
+            }
+            // The other stays away while one group is published; then the power fails again.
+            let one = rams_of(&[&state.images[there]]);
+            let Ok(mounted) = pool.open(&refs(&one), &core()) else { continue };
+            let fs = mounted.fs();
+            let file = fs.mknod(fs.root(), b"new", 0o100_644, 0, &caller).unwrap();
+            let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+            fs.write(file.ino, 0, &content, flags).unwrap();
+            fs.sync().unwrap();
+            drop(fs);
+            let mut images = state.images.clone();
+            images[there] = one[0].image();
+            drop(mounted);
+            let both = open_and_write(&pool, &[&images[0], &images[1]], b"both").unwrap();
+            seen += 1;
+            match pool.open(&refs(&rams_of(&[&both[other]])), &core()) {
+                Err(Error::OnlyBehind { .. }) => {}
+                Err(error) => panic!("device {there} was there: {error}"),
+                Ok(mounted) => {
+                    let mut found = vec![0; content.len()];
+                    let file = mounted.fs().lookup(mounted.fs().root(), b"new").unwrap();
+                    mounted.fs().read(file.ino, 0, &mut found).unwrap();
+                    assert!(found == content, "device {there} was there");
+                }
+            }
+        }
+    }
+    assert!(seen > 0);
+}
+
 #[test]
 fn a_device_that_was_behind_gets_everything_and_counts_again() {
     for seed in seeds(8, 300) {
@@ -415,17 +629,7 @@ fn a_device_that_was_behind_gets_everything_and_counts_again() {
             images.iter().map(|image| RamDevice::of("ram", image.clone())).collect();
         let platform = TestPlatform::new(seed, Spawn::AtOnce);
         let mounted = pool.open(&refs(&rams), &platform.platform()).unwrap();
-        let is_told = || {
-            let told = platform.incidents.take();
-            told.iter().any(|incident| matches!(incident, Incident::DeviceComplete { .. }))
-        };
-        let mut ticks = 0;
-        while !is_told() {
-            platform.clock.advance_ms(300);
-            platform.workers.tick();
-            ticks += 1;
-            assert!(ticks < 1000, "seed {seed}: the device is still behind");
-        }
+        assert!(is_complete_in(&platform, 1000), "seed {seed}: the device is still behind");
         mounted.close().unwrap();
         let findings = pool.check(&refs(&rams), &core()).unwrap();
         assert_eq!(findings, Vec::<String>::new(), "seed {seed}");

@@ -13,6 +13,7 @@
 //! | `references` | extra references of shared runs |
 //! | `log`, `replay` | fsync, and what it is for |
 //! | `reclaim` | removing files without names |
+//! | `survey` | walking all that a pool names, in steps |
 //! | `resilver` | bringing devices up to date |
 //!
 //! Whoever waits for a group to be published does the work if nobody else is at it
@@ -32,6 +33,7 @@ mod reclaim;
 mod references;
 mod replay;
 mod resilver;
+mod survey;
 pub mod versions;
 
 #[cfg(test)]
@@ -39,6 +41,7 @@ mod tests;
 
 pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
+pub use resilver::ResilverProgress;
 
 use crate::btree::Tree;
 use crate::error::{Errno, Error, Incident};
@@ -119,6 +122,8 @@ pub struct Engine {
     resilver: Mutex<Option<Box<resilver::Resilver>>>,
     /// Somebody goes on with it.
     resilvering: AtomicBool,
+    /// How far it is.
+    resilver_shown: Mutex<Option<ResilverProgress>>,
     /// Counts rollbacks: each puts an older tree in a younger one's place.
     turns: AtomicU64,
     /// Whether there are, or were, snapshots.

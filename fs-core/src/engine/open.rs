@@ -208,6 +208,7 @@ fn make_engine(
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         resilver: Mutex::ranked(Rank::Short, None),
         resilvering: AtomicBool::new(false),
+        resilver_shown: Mutex::ranked(Rank::Short, None),
         turns: AtomicU64::new(0),
         store,
     })

@@ -1,39 +1,32 @@
 //! Bringing devices up to date that were behind when the pool was opened.
 //!
 //! What is written while the pool is open is written to such a device as well. So it has everything
-//! once all that was there at opening has been compared with it:
+//! once all that was there when this began has been compared with it:
 //!
 //! ```text
-//! pass 1: every tree, a step at a time, while it changes. Nodes born before it began are seen.
-//! pass 2: the trees as one group has them; what was born since pass 1 began, and all it names.
-//! then:   a commit, and the labels say that the devices are complete.
+//! pass 1:      every tree (`survey`)
+//! more passes: the nodes that are younger than the pass before, until these are few
+//! last pass:   the same once more, of the trees as one group has them
+//! then:        a commit, and the labels say that the devices are complete
 //! ```
 //!
-//! A node that stays where it is in its tree is seen by pass 1 however the tree changes around it.
-//! What moves (an extent that is cloned to a place the pass is past of) is named by a younger node,
-//! which pass 2 sees. A version shares with the snapshot it goes on from what is older than that;
-//! it is looked at after the snapshot, and only at what is younger. So it does no harm when a
-//! snapshot is deleted meanwhile: what is left of it was either seen with it, or now belongs to a
-//! version that was not looked at yet. One that is being taken apart is waited for. A rollback puts
-//! an older tree in the place of one that may have been seen: then all begins again.
+//! In the later passes only what moved is compared: an extent that is as old as the first pass and
+//! is named by a node younger than the pass before. Only for the last pass, which is short, trees
+//! are held as they are.
 //!
-//! A block that no copy is good of cannot be brought anywhere, and does not keep a device from
-//! having all that others have.
+//! What cannot be read is not the same as what is lost. A block whose copies are all there, and all
+//! bad at several tries, cannot be brought anywhere, and does not keep a device from having all
+//! that others have. But as long as a device that may have the only good copy does not give it out,
+//! nothing is called complete: after a while all is looked at again.
 
-use crate::btree::Tree;
-use crate::engine::commit::Turn;
-use crate::engine::{data, Engine};
+use crate::engine::survey::{Parts, Pass, Seen, Visitor};
+use crate::engine::Engine;
 use crate::error::Error;
-use crate::format::extent::Extent;
-use crate::format::key::{kind, Key};
-use crate::format::pool::version;
-use crate::format::ptr::BlockPtr;
+use crate::format::key::Key;
 use crate::pool::{DataSource, Pool};
-use crate::subvol::store::{Result, View};
-use crate::units::{Logical, TreeId, Txg};
+use crate::subvol::store::Result;
+use crate::units::{TreeId, Txg};
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, BTreeSet};
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
@@ -41,32 +34,14 @@ use core::sync::atomic::Ordering;
 const BUDGET_NS: u64 = 200_000_000;
 /// Bytes compared before it looks at the time.
 const STEP_BYTES: u64 = 4 << 20;
-
-/// A tree to look at.
-struct Part {
-    tree: Tree,
-    /// What is not younger is another part's.
-    since: Txg,
-    /// The part that has to be looked at before.
-    after: u64,
-    /// It is being taken apart.
-    is_going: bool,
-}
-
-/// All trees as one group has them. While this is held, nothing they reach is reused.
-struct Parts {
-    txg: Txg,
-    by_id: BTreeMap<u64, Part>,
-    residue: Option<BlockPtr>,
-    _view: Arc<View>,
-}
-
-/// Where a pass is.
-#[derive(Default)]
-struct Pass {
-    done: BTreeSet<u64>,
-    at: Option<(u64, Key)>,
-}
+/// How long it waits when something could not be read, in nanoseconds.
+const PAUSE_NS: u64 = 30_000_000_000;
+/// Trees are held as they are when a pass came to no more blocks than these.
+const LAST_BLOCKS: u64 = 4096;
+/// Passes before the last at most: more would not become shorter.
+const PASSES_MAX: usize = 8;
+/// How often a block is read before it is believed to be bad.
+const TRIES: usize = 3;
 
 /// A resilver under way.
 pub(super) struct Resilver {
@@ -74,27 +49,67 @@ pub(super) struct Resilver {
     devices: Vec<(u16, u64)>,
     /// How many rollbacks there had been.
     turns: u64,
-    /// The group that was published when pass 1 began.
+    /// The group that was published when it began: what is younger was written to the devices.
+    first: Txg,
+    /// The one when this pass began.
     began: Txg,
     pass: Pass,
-    /// In pass 2, what it looks at.
+    passes: usize,
+    /// Blocks that this pass came to.
+    blocks: u64,
+    /// Something could not be read.
+    has_gaps: bool,
+    /// Bytes compared.
+    bytes: u64,
+    /// In the last pass, what it looks at.
     last: Option<Parts>,
+    /// Uptime before which it rests.
+    resumes_ns: u64,
+}
+
+/// How far devices are that are brought up to date.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResilverProgress {
+    /// Bytes compared.
+    pub done_bytes: u64,
+    /// Bytes in use that were there to compare, about.
+    pub total_bytes: u64,
+    /// Something could not be read, so that it waits before it tries again.
+    pub waits: bool,
 }
 
 impl Resilver {
+    fn new(devices: Vec<(u16, u64)>, turns: u64, parts: &Parts) -> Resilver {
+        Resilver {
+            devices,
+            turns,
+            first: parts.txg,
+            began: parts.txg,
+            pass: Pass::default(),
+            passes: 1,
+            blocks: 0,
+            has_gaps: false,
+            bytes: 0,
+            last: None,
+            resumes_ns: 0,
+        }
+    }
+
     /// Whether it may go on: no tree was turned back, and it is about these devices.
     fn fits(&self, turns: u64, behind: &[u16]) -> bool {
         let devices = self.devices.iter().map(|(device, _)| *device);
         self.turns == turns && devices.eq(behind.iter().copied())
     }
-}
 
-/// How far a step came.
-enum Progress {
-    More,
-    /// Not now.
-    Later,
-    PassDone,
+    /// Begins the pass that looks at what is younger than this one.
+    fn next_pass(&mut self, parts: Parts) {
+        self.pass = Pass::younger_than(self.began);
+        self.began = parts.txg;
+        let is_short = self.blocks <= LAST_BLOCKS || self.passes >= PASSES_MAX;
+        self.last = is_short.then_some(parts);
+        self.passes += 1;
+        self.blocks = 0;
+    }
 }
 
 impl Engine {
@@ -104,231 +119,194 @@ impl Engine {
             // Somebody else is at it.
             return;
         }
-        let before = self.resilver.lock().take();
-        let after = self.resilver_for(BUDGET_NS, before);
-        *self.resilver.lock() = after;
+        let mut state = self.resilver.lock().take();
+        if self.resilver_for(BUDGET_NS, &mut state).is_none() {
+            state = None;
+        }
+        self.show_resilver(state.as_deref());
+        *self.resilver.lock() = state;
         self.resilvering.store(false, Ordering::Release);
     }
 
-    /// Goes on for so long; returns where it is then, unless it has ended or must begin again.
-    fn resilver_for(&self, ns: u64, mut state: Option<Box<Resilver>>) -> Option<Box<Resilver>> {
-        let until = self.store.platform.clock.uptime_ns().saturating_add(ns);
+    /// How far devices are that are brought up to date; `None` when there are none.
+    pub fn resilver_progress(&self) -> Option<ResilverProgress> {
+        *self.resilver_shown.lock()
+    }
+
+    fn show_resilver(&self, state: Option<&Resilver>) {
+        let usage = self.store.space.usage();
+        let kinds = [usage.data, usage.metadata, usage.system];
+        let used = kinds.iter().fold(0u64, |sum, kind| sum.saturating_add(kind.used_bytes));
+        *self.resilver_shown.lock() = state.map(|resilver| ResilverProgress {
+            done_bytes: resilver.bytes.min(used),
+            total_bytes: used,
+            waits: resilver.resumes_ns > self.store.platform.clock.uptime_ns(),
+        });
+    }
+
+    /// Goes on for so long; `None` when it has ended or must begin again.
+    fn resilver_for(&self, ns: u64, state: &mut Option<Box<Resilver>>) -> Option<()> {
+        let clock = &self.store.platform.clock;
+        let until = clock.uptime_ns().saturating_add(ns);
+        let behind = self.store.pool.behind();
+        if behind.is_empty() || self.store.writable().is_err() {
+            return None;
+        }
+        let turns = self.turns.load(Ordering::Acquire);
+        state.take_if(|resilver| !resilver.fits(turns, &behind));
+        // Held for this turn only, unless the last pass holds its own.
+        let parts = self.parts().ok()?;
+        let resilver = state.get_or_insert_with(|| self.begin_resilver(turns, &behind, &parts));
+        if resilver.resumes_ns > clock.uptime_ns() {
+            return Some(());
+        }
         loop {
-            let behind = self.store.pool.behind();
-            if behind.is_empty() || self.store.writable().is_err() {
-                return None;
+            match self.resilver_step(resilver, &parts) {
+                Ok(true) => {}
+                Ok(false) => return self.end_pass(resilver, parts),
+                // What it was at is tried again.
+                Err(Error::Memory) => return Some(()),
+                Err(_) => return None,
             }
-            let turns = self.turns.load(Ordering::Acquire);
-            let fitting = state.take().filter(|resilver| resilver.fits(turns, &behind));
-            let mut resilver = fitting.or_else(|| self.begin_resilver(turns, &behind))?;
-            match self.resilver_step(&mut resilver) {
-                Ok(Progress::More) => {}
-                Ok(Progress::Later) => return Some(resilver),
-                Ok(Progress::PassDone) if self.end_pass(&mut resilver) => {}
-                // It has ended; or memory is short, or a device failed: it begins again. What is
-                // lost was passed over.
-                Ok(Progress::PassDone) | Err(_) => return None,
+            if clock.uptime_ns() >= until {
+                return Some(());
             }
-            if self.store.platform.clock.uptime_ns() >= until {
-                return Some(resilver);
-            }
-            state = Some(resilver);
         }
     }
 
-    fn begin_resilver(&self, turns: u64, behind: &[u16]) -> Option<Box<Resilver>> {
-        let parts = self.parts().ok()??;
+    fn begin_resilver(&self, turns: u64, behind: &[u16], parts: &Parts) -> Box<Resilver> {
         let errors = |device: &u16| {
             let member = self.store.pool.members().get(usize::from(*device));
             (*device, member.map_or(0, |member| member.errors().write))
         };
-        Some(Box::new(Resilver {
-            devices: behind.iter().map(errors).collect(),
-            turns,
-            began: parts.txg,
-            pass: Pass::default(),
-            last: None,
-        }))
+        Box::new(Resilver::new(behind.iter().map(errors).collect(), turns, parts))
     }
 
-    /// All trees as the published group has them; none while a group is being written.
-    fn parts(&self) -> Result<Option<Parts>> {
-        let Some(committer) = self.try_committer() else { return Ok(None) };
-        self.parts_of(&committer).map(Some)
-    }
-
-    fn parts_of(&self, committer: &Turn<'_>) -> Result<Parts> {
-        let view = self.store.space_view();
-        let (txg, roots) = (committer.superblock.txg, &committer.roots);
-        let own = |tree: Tree| Part { tree, since: Txg(0), after: 0, is_going: false };
-        let mut by_id = BTreeMap::new();
-        for tree in [roots.pool, roots.chunk, view.tree, roots.refs, roots.dead] {
-            by_id.insert(tree.id.0, own(tree));
-        }
-        for (id, version) in self.versions.read().iter() {
-            let item = &version.item;
-            let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id))?;
-            let part = Part {
-                tree: Tree { id: item.lineage(TreeId(id)), root },
-                since: Txg(item.snapshot_txg),
-                after: item.parent,
-                is_going: item.flags & version::STARTED != 0,
-            };
-            by_id.insert(id, part);
-        }
-        Ok(Parts { txg, by_id, residue: roots.residue, _view: view })
-    }
-
-    /// Compares about [`STEP_BYTES`].
-    fn resilver_step(&self, resilver: &mut Resilver) -> Result<Progress> {
-        let now;
-        let (parts, least) = match &resilver.last {
-            Some(parts) => (parts, resilver.began),
-            None => {
-                let Some(parts) = self.parts()? else { return Ok(Progress::Later) };
-                now = parts;
-                (&now, Txg(0))
-            }
+    /// Compares about [`STEP_BYTES`]. False at the end of the pass.
+    fn resilver_step(&self, resilver: &mut Resilver, now: &Parts) -> Result<bool> {
+        let Resilver { pass, last, first, .. } = resilver;
+        let mut compared = Comparing {
+            pool: &self.store.pool,
+            first: *first,
+            node_bytes: self.store.node_bytes as u64,
+            blocks: 0,
+            bytes: 0,
+            work: 0,
+            has_gaps: false,
         };
-        let pass = &mut resilver.pass;
-        let (id, from) = match pass.next(parts, resilver.last.is_some()) {
-            Next::Part(id, from) => (id, from),
-            Next::Wait => return Ok(Progress::Later),
-            Next::End => return Ok(Progress::PassDone),
-        };
-        let part = &parts.by_id[&id];
-        let mut walk = Comparing { pool: &self.store.pool, part, bytes: 0, blob: Logical(0) };
-        let next =
-            part.tree.patrol(&*self.store, part.since.max(least), from, &mut |ptr, node| {
-                walk.block(ptr)?;
-                if let (Ok(node), true) = (node, TreeId(id).is_subvol()) {
-                    for index in (0..node.count()).filter(|_| node.level() == 0) {
-                        let key = node.key(index);
-                        if key.kind == kind::EXTENT {
-                            walk.extent(key, node.value(index), node.birth())?;
-                        }
-                    }
-                }
-                Ok(walk.bytes < STEP_BYTES)
-            })?;
-        match next {
-            Some(key) => pass.at = Some((id, key)),
-            None => pass.finish(id),
+        let outcome = pass.step(&self.store, last.as_ref().unwrap_or(now), &mut compared);
+        resilver.has_gaps |= compared.has_gaps;
+        if outcome.is_ok() {
+            resilver.blocks += compared.blocks;
+            resilver.bytes += compared.bytes;
         }
-        Ok(Progress::More)
+        outcome
     }
 
-    /// Begins pass 2, or ends the resilver: false.
-    fn end_pass(&self, resilver: &mut Resilver) -> bool {
+    /// Begins the next pass, or ends the resilver: `None`.
+    fn end_pass(&self, resilver: &mut Resilver, now: Parts) -> Option<()> {
+        if resilver.has_gaps {
+            *resilver = Resilver::new(resilver.devices.clone(), resilver.turns, &now);
+            resilver.resumes_ns = self.store.platform.clock.uptime_ns().saturating_add(PAUSE_NS);
+            return Some(());
+        }
         let Some(parts) = resilver.last.take() else {
-            // A pass that cannot begin now begins with the next step.
-            resilver.last = self.parts().ok().flatten();
-            if resilver.last.is_some() {
-                resilver.pass = Pass::default();
+            resilver.next_pass(now);
+            return Some(());
+        };
+        if let Some(ptr) = &parts.residue {
+            let mended = mended(|| self.store.pool.mend_block(ptr));
+            if !matches!(mended, Ok(Mended::Good | Mended::Lost)) {
+                resilver.last = Some(parts);
+                return Some(());
             }
-            return true;
-        };
-        let is_mended = match &parts.residue {
-            Some(ptr) => passed_over(self.store.pool.mend_block(ptr)).is_ok(),
-            None => true,
-        };
-        drop(parts);
+        }
+        drop((parts, now));
         // What is named by the superblock of an earlier opening, such as its log, is not needed
         // any more after this.
         self.want_commit();
-        if is_mended && self.commit().is_ok() {
+        if self.commit().is_ok() {
             // What fails now was told, or is tried again.
             let _ = self.store.pool.mark_complete(&resilver.devices);
         }
-        false
+        None
     }
 }
 
-/// What a pass looks at next.
-enum Next {
-    Part(u64, Key),
-    Wait,
-    End,
-}
-
-impl Pass {
-    /// `is_last` in a pass that looks at younger nodes only: what is being taken apart has none
-    /// that others need.
-    fn next(&mut self, parts: &Parts, is_last: bool) -> Next {
-        if let Some((id, key)) = self.at.take() {
-            match parts.by_id.get(&id) {
-                Some(part) if !part.is_going => return Next::Part(id, key),
-                _ => {}
-            }
-        }
-        let is_due = |id: u64| !self.done.contains(&id);
-        let is_ready = |part: &Part| {
-            let is_first = !parts.by_id.contains_key(&part.after);
-            is_last || part.after == 0 || is_first || self.done.contains(&part.after)
-        };
-        let mut waits = false;
-        for (id, part) in parts.by_id.iter().filter(|(id, _)| is_due(**id)) {
-            if part.is_going {
-                waits |= !is_last;
-            } else if is_ready(part) {
-                return Next::Part(*id, Key::MIN);
-            } else {
-                waits = true;
-            }
-        }
-        match waits {
-            true => Next::Wait,
-            false => Next::End,
-        }
-    }
-
-    fn finish(&mut self, id: u64) {
-        self.done.insert(id);
-    }
-}
-
-/// Compares what a tree names with all devices.
+/// Compares what a pass comes to with all devices.
 struct Comparing<'a> {
     pool: &'a Pool,
-    part: &'a Part,
+    /// What is younger was written to all devices.
+    first: Txg,
+    node_bytes: u64,
+    blocks: u64,
+    /// Bytes compared.
     bytes: u64,
-    /// The blob looked at last: neighbouring items name the same.
-    blob: Logical,
+    /// Bytes compared or passed over.
+    work: u64,
+    has_gaps: bool,
 }
 
-impl Comparing<'_> {
-    fn block(&mut self, ptr: &BlockPtr) -> Result<()> {
-        self.bytes += ptr.allocated();
-        passed_over(self.pool.mend_block(ptr))
-    }
-
-    fn extent(&mut self, key: Key, value: &[u8], newest: Txg) -> Result<()> {
-        // What cannot be decoded names nothing that could be compared.
-        let Ok((extent, birth)) = Extent::decode(value, key.offset, newest) else { return Ok(()) };
-        let Some(run) = data::run_of(&extent) else { return Ok(()) };
-        if birth <= self.part.since {
+impl Visitor for Comparing<'_> {
+    fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
+        self.blocks += 1;
+        self.work += self.node_bytes;
+        if seen.ptr.birth > self.first && seen.error.is_none() {
             return Ok(());
         }
-        let source = match extent {
-            Extent::Plain { addr, len, checksum_kind, checksums } => {
-                DataSource::Plain { addr, len, checksum_kind, checksums }
-            }
-            Extent::Packed { blob, .. } if blob.addr == self.blob => return Ok(()),
-            Extent::Packed { blob, .. } => {
-                self.blob = blob.addr;
-                DataSource::Packed { blob }
-            }
-            Extent::Inline { .. } | Extent::Promised { .. } => return Ok(()),
+        self.bytes += seen.ptr.allocated();
+        let mended = mended(|| self.pool.mend_block(seen.ptr))?;
+        self.has_gaps |= match (mended, seen.error) {
+            (Mended::Unread, _) => true,
+            // It is good now: what it names was passed over.
+            (Mended::Good, Some(Error::Device { .. } | Error::Checksum { .. })) => true,
+            (_, Some(Error::Memory)) => return Err(Error::Memory),
+            _ => false,
         };
-        self.bytes += run.bytes;
-        passed_over(self.pool.mend_data(&source))
+        Ok(())
+    }
+
+    fn data(&mut self, _: TreeId, _: &Key, source: &DataSource, birth: Txg) -> Result<()> {
+        if birth > self.first {
+            return Ok(());
+        }
+        self.bytes += source.run().bytes;
+        self.work += source.run().bytes;
+        let mended = mended(|| self.pool.mend_data(source))?;
+        self.has_gaps |= mended == Mended::Unread;
+        Ok(())
+    }
+
+    fn has_enough(&self) -> bool {
+        self.work >= STEP_BYTES
     }
 }
 
-/// What is lost is lost on all devices, and was told.
-fn passed_over(outcome: Result<()>) -> Result<()> {
-    match outcome {
-        Err(Error::Memory | Error::Failed | Error::ReadOnly) => outcome,
-        _ => Ok(()),
+/// What became of something that was compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mended {
+    /// All devices have it.
+    Good,
+    /// No copy is good, which was told.
+    Lost,
+    /// A device does not give it out, now.
+    Unread,
+}
+
+/// Tries to mend something.
+///
+/// # Errors
+/// What says nothing about the content.
+fn mended(mut mend: impl FnMut() -> Result<()>) -> Result<Mended> {
+    let mut left = TRIES;
+    loop {
+        left -= 1;
+        match mend() {
+            Ok(()) => return Ok(Mended::Good),
+            Err(error @ (Error::Memory | Error::Failed | Error::ReadOnly)) => return Err(error),
+            Err(Error::Device { .. }) if left == 0 => return Ok(Mended::Unread),
+            Err(_) if left == 0 => return Ok(Mended::Lost),
+            Err(_) => {}
+        }
     }
 }

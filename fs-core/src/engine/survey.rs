@@ -1,0 +1,235 @@
+//! Walking all that a pool names, in steps, while it changes.
+//!
+//! A *pass* visits every tree once, from its first key to its last, a bounded step at a time:
+//!
+//! ```text
+//! trees as the published group has them -> the next part of one of them -> a visitor
+//! ```
+//!
+//! - A node that stays where it is in its tree is seen by a pass however the tree changes around
+//!   it. What moves (an extent that is cloned to a place the pass is past of) is named by a node
+//!   that is younger than the pass; another pass over such nodes sees it.
+//! - A version shares with the snapshot it goes on from what is older than that. It is looked at
+//!   after the snapshot, and only at what is younger. When a snapshot is taken of a version in the
+//!   middle of which the pass is, all of that version is looked at again, after the snapshot: else
+//!   what they have in common would be seen by nobody if the snapshot were deleted meanwhile.
+//! - So it does no harm when a snapshot is deleted: what is left of it was either seen with it, or
+//!   belongs to a version that was not looked at yet. One that is being taken apart counts as gone:
+//!   what goes on from it is looked at as far as it is younger than what comes before.
+//! - A rollback puts an older tree in the place of one that may have been seen: whoever goes on
+//!   with a pass must begin again when [`Engine::turns`] has changed.
+
+#[cfg(test)]
+mod tests;
+
+use crate::btree::{Node, Tree};
+use crate::engine::{data, Engine};
+use crate::error::Error;
+use crate::format::extent::Extent;
+use crate::format::key::{kind, Key};
+use crate::format::pool::version;
+use crate::format::ptr::BlockPtr;
+use crate::pool::DataSource;
+use crate::subvol::store::{Result, Store, View};
+use crate::subvol::versions::Versions;
+use crate::units::{Logical, TreeId, Txg};
+use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::sync::Arc;
+
+/// A tree to look at.
+struct Part {
+    tree: Tree,
+    /// What is not younger is another part's.
+    since: Txg,
+    /// The part that has to be looked at before.
+    after: u64,
+}
+
+/// All trees as one group has them. While this is held, nothing they reach is reused.
+pub(super) struct Parts {
+    /// The group.
+    pub txg: Txg,
+    by_id: BTreeMap<u64, Part>,
+    /// The residue block.
+    pub residue: Option<BlockPtr>,
+    _view: Arc<View>,
+}
+
+/// What is shown what a pass comes to.
+pub(super) trait Visitor {
+    /// A block of a tree, before what it names.
+    fn block(&mut self, seen: &Seen<'_>) -> Result<()>;
+    /// File data, in the subvolume or snapshot `id`.
+    fn data(&mut self, id: TreeId, key: &Key, source: &DataSource, birth: Txg) -> Result<()>;
+    /// Whether that was enough for one step.
+    fn has_enough(&self) -> bool;
+}
+
+/// A block that a pass came to.
+pub(super) struct Seen<'a> {
+    /// What names it.
+    pub ptr: &'a BlockPtr,
+    /// Why what it names is not visited, if it cannot be read.
+    pub error: Option<&'a Error>,
+}
+
+/// A place in a pass.
+struct Spot {
+    id: u64,
+    /// The part's, when the place was left.
+    since: Txg,
+    key: Key,
+}
+
+/// How far a pass is.
+#[derive(Default)]
+pub(super) struct Pass {
+    done: BTreeSet<u64>,
+    at: Option<Spot>,
+    /// Nodes that are not younger are passed over.
+    least: Txg,
+}
+
+impl Engine {
+    /// All trees as the published group has them. Waits for a group that is being written.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`] for a version whose root cannot be.
+    pub(super) fn parts(&self) -> Result<Parts> {
+        let committer = self.committer();
+        let view = self.store.space_view();
+        let (txg, roots) = (committer.superblock.txg, &committer.roots);
+        let own = |tree: Tree| Part { tree, since: Txg(0), after: 0 };
+        let mut by_id = BTreeMap::new();
+        for tree in [roots.pool, roots.chunk, view.tree, roots.refs, roots.dead] {
+            by_id.insert(tree.id.0, own(tree));
+        }
+        let versions = self.versions.read();
+        for (id, version) in versions.iter() {
+            let item = &version.item;
+            if item.flags & version::STARTED != 0 {
+                continue;
+            }
+            let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id))?;
+            let tree = Tree { id: item.lineage(TreeId(id)), root };
+            let (after, since) = before(&versions, id);
+            by_id.insert(id, Part { tree, since, after });
+        }
+        drop(versions);
+        Ok(Parts { txg, by_id, residue: roots.residue, _view: view })
+    }
+}
+
+/// What a version goes on from, past snapshots that are being taken apart, and its group.
+fn before(versions: &Versions, id: u64) -> (u64, Txg) {
+    let mut place = (0, Txg(0));
+    let mut next = Some(id);
+    while let Some(version) = next.take().and_then(|id| versions.get(id)) {
+        place = (version.item.parent, Txg(version.item.snapshot_txg));
+        let is_going = |parent: &u64| {
+            versions.get(*parent).is_some_and(|v| v.item.flags & version::STARTED != 0)
+        };
+        next = Some(place.0).filter(is_going);
+    }
+    place
+}
+
+impl Pass {
+    /// A pass over nodes that are younger than a group.
+    pub(super) fn younger_than(least: Txg) -> Pass {
+        Pass { least, ..Pass::default() }
+    }
+
+    /// Visits the next part of what there is. False when that was all.
+    ///
+    /// # Errors
+    /// Those of the visitor; the same is visited again then.
+    pub(super) fn step(
+        &mut self,
+        store: &Store,
+        parts: &Parts,
+        visitor: &mut dyn Visitor,
+    ) -> Result<bool> {
+        let Some((id, from)) = self.next(parts) else { return Ok(false) };
+        let part = &parts.by_id[&id];
+        self.at = Some(Spot { id, since: part.since, key: from });
+        let mut walk = Walk { id: TreeId(id), since: part.since, blob: Logical(0), visitor };
+        let since = part.since.max(self.least);
+        let next = part.tree.patrol(store, since, from, &mut |ptr, node| {
+            walk.visitor.block(&Seen { ptr, error: node.err() })?;
+            if let Ok(node) = node {
+                walk.leaf(node)?;
+            }
+            Ok(!walk.visitor.has_enough())
+        })?;
+        match next {
+            Some(key) => self.at = Some(Spot { id, since: part.since, key }),
+            None => {
+                self.at = None;
+                self.done.insert(id);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Where to go on.
+    fn next(&mut self, parts: &Parts) -> Option<(u64, Key)> {
+        let is_ready =
+            |part: &Part| !parts.by_id.contains_key(&part.after) || self.done.contains(&part.after);
+        if let Some(Spot { id, since, key }) = self.at.take() {
+            let part = parts.by_id.get(&id);
+            // When it goes on from a younger snapshot than before, that has the older nodes.
+            if part.is_some_and(|part| part.since <= since && is_ready(part)) {
+                return Some((id, key));
+            }
+        }
+        let due = || parts.by_id.iter().filter(|(id, _)| !self.done.contains(id));
+        let ready = due().find(|(_, part)| is_ready(part));
+        // Of versions that go on from each other in a circle, none is ever ready.
+        ready.or_else(|| due().next()).map(|(id, _)| (*id, Key::MIN))
+    }
+}
+
+/// What is on the way from a tree to a visitor.
+struct Walk<'a> {
+    id: TreeId,
+    since: Txg,
+    /// The blob shown last: neighbouring items name the same.
+    blob: Logical,
+    visitor: &'a mut dyn Visitor,
+}
+
+impl Walk<'_> {
+    fn leaf(&mut self, node: &Node) -> Result<()> {
+        if !self.id.is_subvol() || node.level() != 0 {
+            return Ok(());
+        }
+        for index in 0..node.count() {
+            let key = node.key(index);
+            if key.kind == kind::EXTENT {
+                self.extent(&key, node.value(index), node.birth())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn extent(&mut self, key: &Key, value: &[u8], newest: Txg) -> Result<()> {
+        // What cannot be decoded names nothing that could be looked at.
+        let Ok((extent, birth)) = Extent::decode(value, key.offset, newest) else { return Ok(()) };
+        if data::run_of(&extent).is_none() || birth <= self.since {
+            return Ok(());
+        }
+        let source = match extent {
+            Extent::Plain { addr, len, checksum_kind, checksums } => {
+                DataSource::Plain { addr, len, checksum_kind, checksums }
+            }
+            Extent::Packed { blob, .. } if blob.addr == self.blob => return Ok(()),
+            Extent::Packed { blob, .. } => {
+                self.blob = blob.addr;
+                DataSource::Packed { blob }
+            }
+            Extent::Inline { .. } | Extent::Promised { .. } => return Ok(()),
+        };
+        self.visitor.data(self.id, key, &source, birth)
+    }
+}
