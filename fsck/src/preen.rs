@@ -7,29 +7,33 @@ use std::sync::Arc;
 
 /// Looks at labels and superblocks of each device; the exit code.
 pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
-    let each = devices.iter().fold(0, |code, device| code | preen_one(device, arguments));
-    each | preen_all(devices)
+    tell_missing(devices);
+    devices.iter().fold(0, |code, device| code | preen_one(device, arguments))
 }
 
-/// Looks whether devices are missing or lack something.
-fn preen_all(devices: &[Arc<FileDevice>]) -> u8 {
+/// Says which devices are missing or lack something. That is no error that a check could correct
+/// or has to leave: mounting mends the one, and says what to do about the other. With an exit code
+/// for it the system would not even try to mount at boot.
+fn tell_missing(devices: &[Arc<FileDevice>]) {
     let labels: Vec<_> =
         devices.iter().filter_map(|device| members::read_label(device.path())).collect();
-    let Some(newest) = labels.iter().max_by_key(|found| found.label.epoch) else { return 0 };
-    let mut code = 0;
+    let Some(newest) = labels.iter().max_by_key(|found| found.label.epoch) else { return };
     for (index, member) in newest.members.iter().enumerate() {
         let is_there = labels.iter().any(|found| found.label.device_id == member.id);
         let what = match (is_there, member.behind) {
-            (false, _) => "is missing",
+            (false, _) => {
+                "is missing; if it cannot be connected, mount the pool with the option degraded"
+            }
             (true, 0) => continue,
-            (true, _) => "lacks something that was written without it",
+            (true, _) => {
+                "lacks something that was written without it; it is brought up to date while the \
+                 pool is mounted"
+            }
         };
         let pool = probe::label_name(&newest.label);
         let pool = pool.unwrap_or_else(|| devices[0].name().to_string());
         eprintln!("fsck.cairn: {pool}: device {index} {what}");
-        code = ERRORS_LEFT;
     }
-    code
 }
 
 fn preen_one(device: &FileDevice, arguments: &Arguments) -> u8 {
