@@ -13,6 +13,7 @@ use fs_core::platform::{DeviceRef, Platform};
 use fs_core::vfs::{AccessTime, Filesystem, Volume};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A volume as the driver holds it.
 pub trait Mounted: Filesystem {
@@ -61,7 +62,16 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let mut paths = vec![source.to_path_buf()];
     paths.extend(options.devices.iter().map(PathBuf::from));
-    let paths = members::complete(&paths);
+    if options.degraded {
+        leave_out_missing(&mut paths);
+    }
+    // Image files do not appear by themselves.
+    let bound = match paths.iter().any(|path| members::is_block_device(path)) {
+        true => LATE_DEVICES_BOUND,
+        false => Duration::ZERO,
+    };
+    let wait = Wait { bound, ..Wait::usual() };
+    let paths = members::complete_in_time(&paths, &wait);
     let devices = cairn_host::open_devices(&paths, OpenOptions::new(access), &Wait::usual())
         .map_err(|error| error.to_string())?;
     let target = if background { LogTarget::System } else { LogTarget::Stderr };
@@ -104,6 +114,21 @@ fn volume_of(engine: &Arc<Engine>, options: &Options) -> Result<(Arc<Volume>, u6
     Volume::of_version(Arc::clone(engine), id, access_time(options))
         .map(|volume| (volume, id))
         .map_err(|error| error.to_string())
+}
+
+/// How long a mount waits for devices that are slow to appear.
+const LATE_DEVICES_BOUND: Duration = Duration::from_secs(15);
+
+/// Leaves out devices besides the first that were named and are not there.
+fn leave_out_missing(paths: &mut Vec<PathBuf>) {
+    let mut is_first = true;
+    paths.retain(|path| {
+        let keeps = core::mem::take(&mut is_first) || path.exists();
+        if !keeps {
+            eprintln!("{}: there is no such device; going on without it", path.display());
+        }
+        keeps
+    });
 }
 
 /// Memory for changes and requests, in bytes.

@@ -45,9 +45,11 @@ pub fn resolve(source: &str) -> Result<Vec<PathBuf>, String> {
 }
 
 fn paths(source: &str) -> Vec<PathBuf> {
-    let parts: Vec<PathBuf> = source.split(':').map(PathBuf::from).collect();
+    let mut parts: Vec<PathBuf> = source.split(':').map(PathBuf::from).collect();
     let is_list = parts.len() > 1 && !Path::new(source).exists();
-    match is_list && parts.iter().all(|part| part.exists()) {
+    // The first is the one that the mount shows: one that is there.
+    parts.sort_by_key(|part| !part.exists());
+    match is_list && parts[0].exists() {
         true => parts,
         false => vec![PathBuf::from(source)],
     }
@@ -89,6 +91,8 @@ mod tests {
         assert_eq!(resolve("/a/b=c"), Ok(vec![PathBuf::from("/a/b=c")]));
         assert_eq!(resolve("/a:/b"), Ok(vec![PathBuf::from("/a:/b")]));
         assert_eq!(resolve("/tmp:/dev").map(|paths| paths.len()), Ok(2));
+        // What is missing is named by whoever opens it, or done without.
+        assert_eq!(resolve("/not/there:/dev"), Ok(vec!["/dev".into(), "/not/there".into()]));
     }
 
     #[test]

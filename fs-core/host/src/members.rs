@@ -3,12 +3,14 @@
 //! Each label names all devices of its pool. So whoever is given one can look for the others: those
 //! of a block device among the block devices, those of an image file beside it.
 
+use crate::Wait;
 use fs_core::format::label::{decode_members, label_areas, Label, LabelMember};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// A label, and the devices that it names.
 #[derive(Clone, Debug)]
@@ -89,6 +91,51 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
     all
 }
 
+/// As [`complete`]; when devices are missing that have everything as far as the others know, waits
+/// for them as long as `wait` says: block devices appear one after the other. What is missing in
+/// spite of that is for whoever opens the pool to judge.
+pub fn complete_in_time(given: &[PathBuf], wait: &Wait<'_>) -> Vec<PathBuf> {
+    let begin = Instant::now();
+    let mut is_announced = false;
+    loop {
+        let all = complete(given);
+        let late = late(&all);
+        if late.is_empty() || begin.elapsed() >= wait.bound {
+            return all;
+        }
+        if !is_announced && begin.elapsed() >= UNNOTICED {
+            is_announced = true;
+            let late: Vec<String> = late.iter().map(ToString::to_string).collect();
+            let many = if late.len() == 1 { "" } else { "s" };
+            (wait.announce)(&format!("waiting for device{many} {} of the pool", late.join(", ")));
+        }
+        std::thread::sleep(RETRY_EVERY);
+    }
+}
+
+/// A wait shorter than this is not announced.
+const UNNOTICED: Duration = Duration::from_millis(500);
+/// Time between two looks.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
+
+/// Indices of the devices of the pool that are not among `paths`, and were not left behind.
+fn late(paths: &[PathBuf]) -> Vec<usize> {
+    let found: Vec<Found> = paths.iter().filter_map(|path| read_label(path)).collect();
+    let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else {
+        return Vec::new();
+    };
+    let is_there =
+        |member: &LabelMember| found.iter().any(|found| found.label.device_id == member.id);
+    let members = newest.members.iter().enumerate();
+    let late = members.filter(|(_, member)| member.behind == 0 && !is_there(member));
+    late.map(|(index, _)| index).collect()
+}
+
+/// Whether a path names a block device.
+pub fn is_block_device(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|data| data.file_type().is_block_device())
+}
+
 /// Where the others may be: among the block devices, and beside image files.
 fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
     let mut places = Vec::new();
@@ -126,7 +173,7 @@ fn candidates(given: &[PathBuf]) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{create_image, host_platform, open_devices, Access, OpenOptions, Wait};
+    use crate::{create_image, host_platform, open_devices, Access, OpenOptions};
     use fs_core::engine::{format, FormatOptions};
     use fs_core::format::chunk::Profile;
     use fs_core::platform::DeviceRef;
@@ -154,6 +201,26 @@ mod tests {
         std::fs::copy(&ours[1], dir.path().join("b-backup")).unwrap();
         assert_eq!(complete(&ours[..1]), ours[..1]);
         assert_eq!(complete(&ours), ours);
+    }
+
+    #[test]
+    fn a_device_that_comes_late_is_waited_for_and_no_longer_than_was_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = pool(dir.path(), &["a", "b"]);
+        let away = dir.path().join("sub");
+        fs::create_dir(&away).unwrap();
+        fs::rename(&ours[1], away.join("b")).unwrap();
+        let wait = |ms| Wait { bound: Duration::from_millis(ms), announce: &|_| {} };
+        let begin = Instant::now();
+        assert_eq!(complete_in_time(&ours[..1], &wait(300)).len(), 1);
+        assert!(begin.elapsed() >= Duration::from_millis(300));
+        let (from, to) = (away.join("b"), ours[1].clone());
+        let comes = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(400));
+            fs::rename(from, to).unwrap();
+        });
+        assert_eq!(complete_in_time(&ours[..1], &wait(60_000)), ours);
+        comes.join().unwrap();
     }
 
     #[test]
