@@ -6,6 +6,7 @@ use crate::target::Target;
 use crate::{output, Done, Failure};
 use cairn_host::admin::{DeviceState, PoolInfo};
 use cairn_host::mounts;
+use cairn_host::parse::format_size;
 use serde::Serialize;
 
 /// A pool and whether it is well.
@@ -68,7 +69,13 @@ fn state_of(info: &PoolInfo) -> &'static str {
 
 fn advice(info: &PoolInfo) -> Option<&'static str> {
     match state_of(info) {
-        "degraded" => Some("devices are missing; connect them and mount the pool again"),
+        "degraded" => Some(
+            "devices are missing or have failed; connect them, unmount the pool and mount it again",
+        ),
+        "resilvering" if info.resilver.is_some_and(|resilver| resilver.waits) => Some(
+            "something that a device lacks cannot be read, which is tried again; delete the files \
+             that the log names, or connect the device that has them",
+        ),
         "resilvering" => Some("a device that was away is brought up to date while mounted"),
         _ if errors(info) > 0 => Some("devices made errors that the copies made up for, or not"),
         _ => None,
@@ -81,6 +88,11 @@ fn table(row: &Row) -> String {
     let mut text = format!("  pool: {}\n state: {}\n", output::printable(name), row.state);
     if let Some(advice) = advice(info) {
         text.push_str(&format!("  note: {advice}\n"));
+    }
+    if let Some(resilver) = &info.resilver {
+        let sizes = [resilver.done_bytes, resilver.total_bytes].map(format_size);
+        let percent = resilver.done_bytes.saturating_mul(100) / resilver.total_bytes.max(1);
+        text.push_str(&format!("  done: {} of {} compared ({percent}%)\n", sizes[0], sizes[1]));
     }
     let width = info.devices.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max(6);
     let mut line = |name: &str, state: &str, counts: [&str; 3]| {
@@ -100,7 +112,7 @@ fn table(row: &Row) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_host::admin::DeviceInfo;
+    use cairn_host::admin::{DeviceInfo, ResilverInfo};
 
     fn device(name: &str, state: DeviceState) -> DeviceInfo {
         DeviceInfo { name: name.into(), state, ..DeviceInfo::default() }
@@ -116,10 +128,17 @@ mod tests {
         info.devices[0].checksum_errors = 0;
         info.devices.push(device("/dev/bcd", DeviceState::Missing));
         let text = table(&Row { state: state_of(&info), info });
-        let want = "  pool: tank\n state: degraded\n  note: devices are missing; connect them and \
-                    mount the pool again\n  device    state      read  write  checksum\n  \
+        let want = "  pool: tank\n state: degraded\n  note: devices are missing or have failed; \
+                    connect them, unmount the pool and mount it again\n  \
+                    device    state      read  write  checksum\n  \
                     /dev/a    online        0      0         0\n  \
                     /dev/bcd  missing       0      0         0\n";
         assert_eq!(text, want);
+        let mut info = PoolInfo { name: "tank".into(), ..PoolInfo::default() };
+        info.devices = vec![device("/dev/a", DeviceState::Behind)];
+        let (done_bytes, total_bytes) = (3 << 20, 4 << 20);
+        info.resilver = Some(ResilverInfo { done_bytes, total_bytes, waits: false });
+        let text = table(&Row { state: state_of(&info), info });
+        assert!(text.contains("  done: 3.00 MiB of 4.00 MiB compared (75%)\n"), "{text}");
     }
 }

@@ -1,7 +1,7 @@
 //! What the daemon tells the `cairn` command: the answers of `cairn_host::admin`.
 
 use cairn_host::admin::{
-    DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, SpaceInfo, Usage,
+    DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo, SpaceInfo, Usage,
 };
 use cairn_host::parse::format_uuid;
 use cairn_host::versions;
@@ -68,6 +68,11 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         checksum: checksum_name(settings.checksum).into(),
         device_count: superblock.device_count,
         devices: device_infos(engine),
+        resilver: engine.resilver_progress().map(|progress| ResilverInfo {
+            done_bytes: progress.done_bytes,
+            total_bytes: progress.total_bytes,
+            waits: progress.waits,
+        }),
     }
 }
 

@@ -146,6 +146,19 @@ pub struct PoolInfo {
     pub device_count: u16,
     /// Those that are known.
     pub devices: Vec<DeviceInfo>,
+    /// How far devices are that are brought up to date, if there are any.
+    pub resilver: Option<ResilverInfo>,
+}
+
+/// How far devices are that are brought up to date.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResilverInfo {
+    /// Bytes compared.
+    pub done_bytes: u64,
+    /// Bytes that there are to compare, about.
+    pub total_bytes: u64,
+    /// Something could not be read, so that it waits before it tries again.
+    pub waits: bool,
 }
 
 /// Whether a device has what was written to the pool.
