@@ -40,7 +40,7 @@
 //! thread of its own because others must be free to receive those very writes.
 
 use crate::log;
-use crate::ops::{self, Server, TRANSFER_BYTES_MAX};
+use crate::ops::{self, Afterwards, Server, TRANSFER_BYTES_MAX};
 use crate::options::Transport;
 use crate::reply::{Head, Reply};
 use crate::request::{Op, Request};
@@ -686,7 +686,17 @@ impl<'a> Worker<'a> {
                 }
                 match request.op {
                     Op::Seek { offset, what } => self.hand_on(&request, offset, what),
-                    _ => answer(server, self.device.as_fd(), &request, &mut self.body),
+                    _ => {
+                        let fd = self.device.as_fd();
+                        let (sent, after) = answer(server, fd, &request, &mut self.body);
+                        if let Some(after) = after {
+                            if !crew.somebody_waits() {
+                                crew.release();
+                            }
+                            carry_out(server, &after);
+                        }
+                        sent
+                    }
                 }
             }
             Err((Some(unique), errno)) => {
@@ -731,15 +741,19 @@ pub(crate) fn is_long(op: &Op<'_>) -> bool {
     }
 }
 
+/// Carries out a request and sends the reply. Gives back what is to be done after that.
 fn answer(
     server: &Server,
     device: BorrowedFd<'_>,
     request: &Request<'_>,
     body: &mut [u8],
-) -> Result<(), Errno> {
+) -> (Result<(), Errno>, Option<Afterwards>) {
     match handle(server, request, body) {
-        Ok(reply) => deliver(server, device, request.unique, &reply, body),
-        Err(errno) => send(device, &Head::error(request.unique, errno), &[]),
+        Ok(reply) => {
+            let sent = deliver(server, device, request.unique, &reply, body);
+            (sent, server.afterwards(request, &reply))
+        }
+        Err(errno) => (send(device, &Head::error(request.unique, errno), &[]), None),
     }
 }
 
@@ -751,6 +765,11 @@ pub(crate) fn handle(
 ) -> Result<Reply, Errno> {
     // The panic hook has told what it was.
     catch_unwind(AssertUnwindSafe(|| server.handle(request, body))).unwrap_or(Err(Errno::IO))
+}
+
+/// Does what is left after a reply. The panic hook has told of a bug; nobody waits for this.
+pub(crate) fn carry_out(server: &Server, after: &Afterwards) {
+    let _ = catch_unwind(AssertUnwindSafe(|| server.carry_out(after)));
 }
 
 fn deliver(

@@ -78,6 +78,21 @@ pub struct Server {
     closed: Mutex<Option<Result<(), Error>>>,
 }
 
+/// Work that nobody waits for.
+#[derive(Clone, Copy, Debug)]
+pub enum Afterwards {
+    /// [`Filesystem::readdir_ahead`].
+    ReadDirAhead {
+        /// The directory.
+        dir: Ino,
+        /// What the request that was answered asked for.
+        cookie: u64,
+    },
+}
+
+/// No entry takes more of a listing: a name of 255 bytes after attributes, padded.
+const LISTED_BYTES_MAX: usize = 448;
+
 impl Server {
     /// A server for a volume that has been opened.
     pub fn new(volume: Arc<dyn Mounted>) -> Server {
@@ -125,6 +140,27 @@ impl Server {
     /// The errno to answer with.
     pub fn handle(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Errno> {
         self.dispatch(request, body).map_err(|failure| failure.0)
+    }
+
+    /// What there is to do once the reply is on its way.
+    pub fn afterwards(&self, request: &Request<'_>, reply: &Reply) -> Option<Afterwards> {
+        match (&request.op, reply) {
+            // A directory that has not come to its end.
+            (
+                Op::ReadDir { cookie, size } | Op::ReadDirPlus { cookie, size },
+                Reply::Body(bytes),
+            ) if bytes + LISTED_BYTES_MAX > *size as usize => {
+                Some(Afterwards::ReadDirAhead { dir: self.ino(request.node), cookie: *cookie })
+            }
+            _ => None,
+        }
+    }
+
+    /// Does it.
+    pub fn carry_out(&self, afterwards: &Afterwards) {
+        match *afterwards {
+            Afterwards::ReadDirAhead { dir, cookie } => self.volume.readdir_ahead(dir, cookie),
+        }
     }
 
     /// Takes back what a reply granted, when the reply could not be delivered.

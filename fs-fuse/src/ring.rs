@@ -126,6 +126,13 @@ impl Ring {
         self.push(ring::COMMIT_AND_FETCH, self.buffers.headers.entry.commit_id, 0, 0)
     }
 
+    /// Gives the kernel what [`Ring::commit`] left for the next wait, now. That wait tells whether
+    /// it was taken.
+    pub fn submit(&mut self) {
+        // What cannot be submitted now is with the wait.
+        let _ = self.uring.submit();
+    }
+
     /// Submits what there is and waits for a request.
     ///
     /// # Errors

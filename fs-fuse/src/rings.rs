@@ -36,7 +36,7 @@
 
 use crate::device::{self, Threads};
 use crate::log;
-use crate::ops::{self, Server, TRANSFER_BYTES_MAX};
+use crate::ops::{self, Afterwards, Server, TRANSFER_BYTES_MAX};
 use crate::reply::{Head, Reply};
 use crate::request::{Op, Request};
 use crate::ring::Ring;
@@ -212,8 +212,13 @@ impl<'scope, 'env> Rings<'scope, 'env> {
             let waited = ring.wait();
             match waited {
                 Ok(()) => {
-                    granted = self.answer(&mut ring, &mut place, &mut input);
+                    let after;
+                    (granted, after) = self.answer(&mut ring, &mut place, &mut input);
                     if ring.commit().is_ok() {
+                        if let Some(after) = after {
+                            ring.submit();
+                            device::carry_out(&self.server, &after);
+                        }
                         continue;
                     }
                 }
@@ -232,16 +237,17 @@ impl<'scope, 'env> Rings<'scope, 'env> {
     }
 
     /// Answers the request in the ring's buffers. Gives back what is to be undone if the reply
-    /// cannot be delivered.
+    /// cannot be delivered, and what is to be done when it is on its way.
     fn answer(
         self: &Arc<Self>,
         ring: &mut Ring,
         place: &mut Place,
         input: &mut Vec<u8>,
-    ) -> Option<Reply> {
+    ) -> (Option<Reply>, Option<Afterwards>) {
         let (headers, payload) = ring.buffers();
         let (head, _) = wire::InHeader::read_from_prefix(&headers.in_out)
             .expect("the header's place is larger than the header");
+        let mut after = None;
         let (result, body_at) = match split(head.opcode, headers, payload, input) {
             Ok(parts) => {
                 let layout = self.server.layout();
@@ -250,7 +256,10 @@ impl<'scope, 'env> Rings<'scope, 'env> {
                     Op::Seek { offset, .. } => self.seek(place.cpu, &request, offset),
                     _ => {
                         place.suit(&request.op);
-                        device::handle(&self.server, &request, parts.body)
+                        let handled = device::handle(&self.server, &request, parts.body);
+                        let reply = handled.as_ref().ok();
+                        after = reply.and_then(|reply| self.server.afterwards(&request, reply));
+                        handled
                     }
                 });
                 (result, parts.body_at)
@@ -269,7 +278,8 @@ impl<'scope, 'env> Rings<'scope, 'env> {
         headers.in_out[..header.len()].copy_from_slice(header);
         payload[..fixed.len()].copy_from_slice(fixed);
         headers.entry.payload_bytes = (fixed.len() + body_bytes) as u32;
-        result.ok().filter(|reply| matches!(reply, Reply::Entry(..) | Reply::Created(..)))
+        let granted = |reply: &Reply| matches!(reply, Reply::Entry(..) | Reply::Created(..));
+        (result.ok().filter(granted), after)
     }
 
     /// Answers a seek, after the kernel has written back; see the module's documentation.

@@ -153,6 +153,11 @@ impl NodeCache {
         shard.nodes.get(&ptr.addr).is_some_and(|cached| cached.node.ptr() == ptr)
     }
 
+    /// About how many bytes it may hold.
+    pub fn limit(&self) -> usize {
+        self.shard_limit.load(Ordering::Relaxed) * SHARDS
+    }
+
     /// Adds a node, in place of any other at its address.
     pub fn insert(&self, node: Arc<Node>) {
         let limit = self.shard_limit.load(Ordering::Relaxed);

@@ -26,6 +26,8 @@ pub struct Cursor {
 
 /// Leaves read together: as many as one transfer of a disk makes worth while.
 const READ_AHEAD_BYTES: usize = 256 << 10;
+/// Groups of such leaves that are read before a reader comes to them.
+const GROUPS_AHEAD: usize = 4;
 
 /// Which way to go down.
 #[derive(Clone, Copy)]
@@ -153,6 +155,37 @@ fn read_ahead(source: &dyn NodeSource, above: &Place, index: usize) {
     let end = above.node.count().min(index + group);
     let ptrs: Vec<BlockPtr> = (index..end).map(|slot| above.node.child(slot)).collect();
     source.prefetch(above.node.tree(), &ptrs);
+}
+
+/// Has the leaves behind the one where `key` is, or would be, read together: those of the rest of
+/// its group and of a few groups more. What is in memory already costs no more than finding that
+/// out.
+///
+/// # Errors
+/// What loading an interior node gives.
+pub(super) fn read_on(tree: &Tree, source: &dyn NodeSource, key: &Key) -> Result<()> {
+    let group = (READ_AHEAD_BYTES / source.node_bytes()).max(1);
+    let Some(mut place) = above_leaf(tree, source, key)? else { return Ok(()) };
+    let mut next = place.node.slot_of(key) + 1;
+    let mut left = group - next % group + GROUPS_AHEAD * group;
+    loop {
+        let end = place.node.count().min(next + left);
+        let ptrs: Vec<BlockPtr> = (next..end).map(|slot| place.node.child(slot)).collect();
+        source.prefetch(place.node.tree(), &ptrs);
+        left -= ptrs.len();
+        let Some(upper) = place.upper.filter(|_| left > 0) else { return Ok(()) };
+        let Some(behind) = above_leaf(tree, source, &upper)? else { return Ok(()) };
+        (place, next) = (behind, 0);
+    }
+}
+
+/// The parent of the leaf where `key` is, or would be; none when the tree has less than two levels.
+pub(super) fn above_leaf(tree: &Tree, source: &dyn NodeSource, key: &Key) -> Result<Option<Place>> {
+    let Some(mut place) = tree.load_root(source)? else { return Ok(None) };
+    while place.node.level() > 1 {
+        place = place.load_child(source, place.node.slot_of(key))?;
+    }
+    Ok(Some(place).filter(|place| place.node.level() == 1))
 }
 
 fn item(leaf: &Step, index: usize) -> (Key, Value) {

@@ -165,6 +165,15 @@ impl Tree {
         cursor.seek_last(source, key)
     }
 
+    /// A reader that goes from item to item has come to `key`: has the leaves that it comes to next
+    /// read together, as far as they are not in memory. The caller waits, not the reader.
+    ///
+    /// # Errors
+    /// What loading an interior node gives. Those of leaves are left to the reader.
+    pub fn read_ahead(&self, source: &dyn NodeSource, key: &Key) -> Result<()> {
+        cursor::read_on(self, source, key)
+    }
+
     /// A cursor before the first item.
     pub fn cursor(&self) -> Cursor {
         Cursor::new(*self)

@@ -650,6 +650,39 @@ fn a_cursor_that_goes_on_hints_at_each_leaf_once() {
 }
 
 #[test]
+fn reading_ahead_asks_for_the_leaves_that_follow_across_parents() {
+    let store = Store::new(16384);
+    // Keys of leaves that hold three items each.
+    let tree = store.apply(&Tree::empty(TREE), &puts(0..3000, 4000));
+    assert!(tree.root.unwrap().level >= 2);
+    let mut leaves = Vec::new();
+    let mut parents = Vec::new();
+    let mut at = key(0);
+    while let Some(above) = cursor::above_leaf(&tree, &store, &at).unwrap() {
+        parents.push(leaves.len());
+        leaves.extend((0..above.node.count()).map(|slot| above.node.child(slot)));
+        match above.upper {
+            Some(upper) => at = upper,
+            None => break,
+        }
+    }
+    assert!(parents.len() > 1);
+    let first_key = |ptr: &BlockPtr| store.load(TREE, ptr).unwrap().first_key();
+    for from in [0, 7, 15, 16, parents[1] - 5, parents[1] - 1, leaves.len() - 3, leaves.len() - 1] {
+        store.blocks.lock().hints.clear();
+        tree.read_ahead(&store, &first_key(&leaves[from])).unwrap();
+        let hints = core::mem::take(&mut store.blocks.lock().hints);
+        let hinted: Vec<Logical> = hints.into_iter().flatten().collect();
+        let expected: Vec<Logical> = leaves[from + 1..].iter().map(|ptr| ptr.addr).collect();
+        assert_eq!(hinted[..], expected[..hinted.len()], "from leaf {from}");
+        assert!(hinted.len() >= 64.min(expected.len()), "{} from {from}", hinted.len());
+        assert!(hinted.len() <= 80, "{} from {from}", hinted.len());
+    }
+    let nothing = Tree::empty(TREE);
+    nothing.read_ahead(&store, &key(1)).unwrap();
+}
+
+#[test]
 fn a_failing_load_leaves_a_cursor_where_it_was() {
     let store = Store::new(16384);
     let tree = store.apply(&Tree::empty(TREE), &puts(0..1000, 100));

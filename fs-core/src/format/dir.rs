@@ -33,6 +33,17 @@ pub const FIRST_COOKIE: u64 = 3;
 /// How many names of one directory may share a hash.
 pub const HASH_COOKIES_MAX: usize = 256;
 
+/// A directory entry in the bytes of its item.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryRef<'a> {
+    /// As [`Entry::ino`].
+    pub ino: u64,
+    /// As [`Entry::file_type`].
+    pub file_type: u32,
+    /// As [`Entry::name`].
+    pub name: &'a [u8],
+}
+
 /// A directory entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -53,12 +64,12 @@ pub fn name_is_valid(name: &[u8]) -> bool {
         && !name.iter().any(|b| *b == b'/' || *b == 0)
 }
 
-impl Entry {
+impl EntryRef<'_> {
     /// Reads an entry whose fields can be trusted.
     ///
     /// # Errors
     /// The rule that is broken.
-    pub fn decode(bytes: &[u8]) -> Result<Entry, BadBytes> {
+    pub fn decode(bytes: &[u8]) -> Result<EntryRef<'_>, BadBytes> {
         rule(bytes.len() > EntryHeader::BYTES, "directory entry too short")?;
         let (head, name) = bytes.split_at(EntryHeader::BYTES);
         let raw = <EntryHeader as DiskField>::get(head);
@@ -70,7 +81,18 @@ impl Entry {
         )?;
         rule(raw.name_bytes as usize == name.len(), "name of the wrong length")?;
         rule(name_is_valid(name), "name not allowed in a directory")?;
-        Ok(Entry { ino: raw.ino, file_type: u32::from(raw.file_type) << 12, name: name.to_vec() })
+        Ok(EntryRef { ino: raw.ino, file_type: u32::from(raw.file_type) << 12, name })
+    }
+}
+
+impl Entry {
+    /// As [`EntryRef::decode`], with a name of its own.
+    ///
+    /// # Errors
+    /// The rule that is broken.
+    pub fn decode(bytes: &[u8]) -> Result<Entry, BadBytes> {
+        let EntryRef { ino, file_type, name } = EntryRef::decode(bytes)?;
+        Ok(Entry { ino, file_type, name: name.to_vec() })
     }
 
     /// The entry as an item's value.

@@ -9,6 +9,7 @@ use crate::units::Txg;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::ops::Deref;
+use core::sync::atomic::Ordering;
 
 /// Changes taken from an overlay at once.
 const BATCH: usize = 256;
@@ -52,6 +53,18 @@ impl Subvol {
         // The view is taken after the overlays were looked at: see the module's theory.
         let view = self.view();
         Ok(view.tree.lookup(&*self.store, key)?.map(ItemValue::Stored))
+    }
+
+    /// Has the leaves read that a scan which has come to `key` will need next. One caller at a time
+    /// reads; others go on without.
+    pub fn read_ahead(&self, key: &Key) {
+        let busy = &self.store.reading_ahead;
+        if busy.swap(true, Ordering::Acquire) {
+            return;
+        }
+        // Whoever needs the leaves meets the error.
+        let _ = self.view().tree.read_ahead(&*self.store, key);
+        busy.store(false, Ordering::Release);
     }
 
     /// Calls `each` for every current item from `from` to `to`, both of one object, ascending,

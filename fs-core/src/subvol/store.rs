@@ -77,6 +77,8 @@ pub struct Store {
     /// Runs taken by each group that nothing was written to yet.
     spare: [Mutex<Vec<Run>>; SLOTS],
     settings: [AtomicU8; 3],
+    /// Whether somebody reads leaves ahead of a scan.
+    pub reading_ahead: AtomicBool,
     failed: AtomicBool,
     shut_down: AtomicBool,
     read_only: AtomicBool,
@@ -138,6 +140,7 @@ impl Store {
             reserved: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
+            reading_ahead: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             shut_down: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),
@@ -282,9 +285,11 @@ impl Store {
     }
 }
 
-/// Most bytes of nodes that one hint makes the pool read: few enough that the first is still in
-/// the cache when the last is used.
+/// Most bytes of nodes that one hint makes the pool read.
 const PREFETCH_BYTES_MAX: usize = 4 << 20;
+/// Nor are they more than this part of the cache: few enough that the first is still there when
+/// the last is used. A node that was not yet used twice stays in a tenth of the cache.
+const PREFETCH_SHARE: usize = 32;
 
 impl Store {
     /// The node in a block that has been read, which is cached from now on.
@@ -314,7 +319,8 @@ impl NodeSource for Store {
     }
 
     fn prefetch(&self, tree: TreeId, ptrs: &[BlockPtr]) {
-        let most = PREFETCH_BYTES_MAX / self.node_bytes;
+        let bytes = PREFETCH_BYTES_MAX.min(self.cache.limit() / PREFETCH_SHARE);
+        let most = bytes / self.node_bytes;
         let missing = ptrs.iter().filter(|ptr| !self.cache.contains(ptr)).take(most);
         let missing: Vec<BlockPtr> = missing.copied().collect();
         if missing.len() < 2 {

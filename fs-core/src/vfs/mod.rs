@@ -279,6 +279,12 @@ pub trait Filesystem: Send + Sync {
         cookie: u64,
         each: &mut dyn FnMut(&DirEntry<'_>) -> bool,
     ) -> Result<()>;
+    /// Somebody has just got the entries after `cookie`, and will probably ask for more: reads from
+    /// the devices what that will need. A hint, given when the answer is on its way; errors are
+    /// left to the reader.
+    fn readdir_ahead(&self, dir: Ino, cookie: u64) {
+        let _ = (dir, cookie);
+    }
     /// As `readdir`, with attributes. Each entry for which `each` returns true, except `.` and
     /// `..`, adds one to its inode's lookup count. An entry whose inode is damaged comes without
     /// attributes.

@@ -1,7 +1,7 @@
 //! Operations on names: look up, make, link, remove, read a directory.
 
 use crate::error::{Errno, Error};
-use crate::format::dir::{Entry, FIRST_COOKIE};
+use crate::format::dir::{Entry, EntryRef, FIRST_COOKIE};
 use crate::format::inode::{flag, mode, InodeItem, NLINK_MAX};
 use crate::format::key::{kind, Key};
 use crate::format::node::VALUE_BYTES_MAX;
@@ -17,8 +17,9 @@ use crate::vfs::volume::{
 use crate::vfs::{Attr, Caller, DirEntry, Result};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Range;
 
-/// Entries taken from a directory at once.
+/// Entries taken from a directory at once, to look at the inode of each.
 const READDIR_BATCH: usize = 128;
 /// Longest symlink target, in bytes.
 const SYMLINK_BYTES_MAX: usize = 4095;
@@ -464,18 +465,21 @@ impl Volume {
         Ok(target)
     }
 
-    /// Entries after `cookie`, at most a batch.
-    fn entries(&self, dir: Ino, cookie: u64) -> Result<Vec<(u64, Entry)>> {
-        let mut batch = Vec::new();
-        let Some(next) = cookie.max(FIRST_COOKIE - 1).checked_add(1) else { return Ok(batch) };
+    /// Calls `each` for the entries after `cookie`, other than the dots, until it returns false.
+    fn entries(
+        &self,
+        dir: Ino,
+        cookie: u64,
+        each: &mut dyn FnMut(&DirEntry<'_>) -> bool,
+    ) -> Result<()> {
+        let Some(next) = cookie.max(FIRST_COOKIE - 1).checked_add(1) else { return Ok(()) };
         let from = Key::new(dir.0, kind::DIR_ENTRY, next);
         let to = Key::new(dir.0, kind::DIR_ENTRY, u64::MAX);
         self.subvol.scan(from, to, &mut |key, value| {
-            let entry = Entry::decode(value).map_err(|b| b.in_item(self.subvol.id, dir.0))?;
-            batch.push((key.offset, entry));
-            Ok(batch.len() < READDIR_BATCH)
-        })?;
-        Ok(batch)
+            let entry = EntryRef::decode(value).map_err(|b| b.in_item(self.subvol.id, dir.0))?;
+            let EntryRef { ino, file_type, name } = entry;
+            Ok(each(&DirEntry { ino: Ino(ino), cookie: key.offset, file_type, name }))
+        })
     }
 
     /// Calls `each` with the dots after `cookie`; false when it has had enough.
@@ -513,19 +517,12 @@ impl Volume {
         if !self.dots(&inode, cookie, each)? {
             return Ok(());
         }
-        let mut cookie = cookie;
-        loop {
-            let batch = self.entries(dir, cookie)?;
-            let Some((last, _)) = batch.last() else { return Ok(()) };
-            cookie = *last;
-            for (cookie, entry) in &batch {
-                let Entry { ino, file_type, name } = entry;
-                let (ino, file_type) = (Ino(*ino), *file_type);
-                if !each(&DirEntry { ino, cookie: *cookie, file_type, name }) {
-                    return Ok(());
-                }
-            }
-        }
+        self.entries(dir, cookie, each)
+    }
+
+    /// Has leaves read that a reader who has just got the entries from `cookie` on will come to.
+    pub(super) fn do_readdir_ahead(&self, dir: Ino, cookie: u64) {
+        self.subvol.read_ahead(&Key::new(dir.0, kind::DIR_ENTRY, cookie.max(FIRST_COOKIE)));
     }
 
     pub(super) fn do_readdir_plus(
@@ -541,19 +538,26 @@ impl Volume {
         }
         let mut cookie = cookie;
         loop {
-            let batch = self.entries(dir, cookie)?;
+            // Inodes are read after the scan, not within: that would take twice the stack.
+            let mut batch: Vec<(DirEntry<'_>, Range<usize>)> = Vec::new();
+            let mut names = Vec::new();
+            self.entries(dir, cookie, &mut |entry| {
+                let start = names.len();
+                names.extend_from_slice(entry.name);
+                batch.push((DirEntry { name: &[], ..*entry }, start..names.len()));
+                batch.len() < READDIR_BATCH
+            })?;
             let Some((last, _)) = batch.last() else { return Ok(()) };
-            cookie = *last;
-            for (cookie, entry) in &batch {
-                let ino = Ino(entry.ino);
+            cookie = last.cookie;
+            for (entry, name) in batch {
+                let ino = entry.ino;
                 // Held before it is looked at, so that it cannot be removed in between.
                 self.subvol.table.hold(ino);
                 let attr = self.inode(ino).ok().map(|inode| {
                     let state = inode.state.read();
                     self.attr(ino, &state)
                 });
-                let name = &entry.name;
-                let shown = DirEntry { ino, cookie: *cookie, file_type: entry.file_type, name };
+                let shown = DirEntry { name: &names[name], ..entry };
                 let go_on = each(&shown, attr.as_ref());
                 if !go_on || attr.is_none() {
                     self.do_forget(ino, 1);

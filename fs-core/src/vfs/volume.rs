@@ -411,6 +411,10 @@ impl Filesystem for Volume {
         self.do_readdir(dir, cookie, each)
     }
 
+    fn readdir_ahead(&self, dir: Ino, cookie: u64) {
+        self.do_readdir_ahead(dir, cookie);
+    }
+
     fn readdir_plus(
         &self,
         dir: Ino,
