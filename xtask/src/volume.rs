@@ -22,7 +22,7 @@ pub struct Volume<'a> {
     mounted: Option<Guard>,
     device: Option<(PathBuf, Guard)>,
     _mount_point: Guard,
-    _scratch: Guard,
+    _scratch: Option<Guard>,
     subject: &'a dyn Subject,
     image: PathBuf,
     dir: PathBuf,
@@ -58,11 +58,30 @@ impl<'a> Volume<'a> {
             mounted: None,
             device,
             _mount_point: mount_point,
-            _scratch: guard,
+            _scratch: Some(guard),
             subject,
             image,
             dir,
         })
+    }
+
+    /// A device that stays when the volume goes, with an empty filesystem on it, not mounted.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn on_device(subject: &'a dyn Subject, device: &Path) -> Result<Volume<'a>> {
+        let (dir, mount_point) = guard::mount_point()?;
+        let volume = Volume {
+            mounted: None,
+            device: None,
+            _mount_point: mount_point,
+            _scratch: None,
+            subject,
+            image: device.to_owned(),
+            dir,
+        };
+        volume.format()?;
+        Ok(volume)
     }
 
     /// The image file.

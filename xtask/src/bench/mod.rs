@@ -1,8 +1,10 @@
 //! `cargo xtask bench`: cairn next to other filesystems, in one run on one machine.
 //!
-//! Every measurement starts from a new filesystem on a loop device with direct I/O, over an image
-//! of the same size in the same directory. Within a round each workload goes through all subjects
-//! in turn, so that what drifts on the machine drifts for all; the median of the rounds is
+//! Every measurement starts from a new filesystem on the same loop device with direct I/O. Its
+//! image is written whole before the first, and nothing is discarded: the first write to a hole of
+//! a file costs the filesystem below an allocation, which no disk asks for, and which a filesystem
+//! that never overwrites would pay again and again. Within a round each workload goes through all
+//! subjects in turn, so that what drifts on the machine drifts for all; the median of the rounds is
 //! reported, and the ratio to Btrfs with zstd, the filesystem that promises the same. Caches are
 //! dropped before each workload, and the filesystem is mounted anew where reads are to be cold.
 //!
@@ -21,11 +23,12 @@ use crate::guard;
 use crate::need;
 use crate::run::Cmd;
 use crate::subject::{self, Subject};
-use crate::volume::{Backing, Volume};
+use crate::volume::Volume;
 use crate::{checkout, run};
 use anyhow::{bail, Context, Result};
 use report::{Metric, Results};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use workloads::{Place, Scale, Workload, WORKLOADS};
@@ -78,6 +81,7 @@ pub fn run(options: &Options) -> Result<()> {
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 3 });
     let scale = if options.quick { Scale::QUICK } else { Scale::FULL };
     let mut results = Results::new(contenders.iter().map(|(name, _)| name.clone()).collect());
+    let disk = Disk::new(scale.image_bytes)?;
     let _settings = if options.as_is { Vec::new() } else { settings()? };
     let start = Instant::now();
     for round in 1..=rounds {
@@ -85,7 +89,7 @@ pub fn run(options: &Options) -> Result<()> {
             let wanted = options.filter.is_empty()
                 || options.filter.iter().any(|word| workload.name.contains(word.as_str()));
             if wanted {
-                one_workload(workload, &scale, &contenders, round, &mut results);
+                one_workload(workload, (&scale, &disk), &contenders, round, &mut results);
             }
         }
     }
@@ -154,16 +158,16 @@ fn contenders(names: &[String]) -> Result<Vec<(String, Contender)>> {
 /// rest goes on.
 fn one_workload(
     workload: &Workload,
-    scale: &Scale,
+    (scale, disk): (&Scale, &Disk),
     contenders: &[(String, Contender)],
     round: usize,
     results: &mut Results,
 ) {
     for (name, contender) in contenders {
         let measured = match contender {
-            Contender::Mounted(subject) => on_a_mount(workload, scale, &**subject),
+            Contender::Mounted(subject) => on_a_mount(workload, scale, &**subject, disk),
             Contender::NoOp if workload.floor_is_fuse => on_no_op(workload, scale),
-            Contender::Device if workload.floor_is_device => on_the_device(workload, scale),
+            Contender::Device if workload.floor_is_device => on_the_device(workload, scale, disk),
             Contender::NoOp | Contender::Device => continue,
         };
         match measured {
@@ -183,8 +187,13 @@ fn one_workload(
     }
 }
 
-fn on_a_mount(workload: &Workload, scale: &Scale, subject: &dyn Subject) -> Result<Vec<Metric>> {
-    let mut volume = Volume::create(subject, Backing::Loop, scale.image_bytes)?;
+fn on_a_mount(
+    workload: &Workload,
+    scale: &Scale,
+    subject: &dyn Subject,
+    disk: &Disk,
+) -> Result<Vec<Metric>> {
+    let mut volume = Volume::on_device(subject, &disk.device)?;
     volume.mount()?;
     let place = Place { path: volume.dir().to_owned(), is_device: false };
     (workload.prepare)(&place, scale).context("preparation")?;
@@ -215,29 +224,37 @@ fn on_no_op(workload: &Workload, scale: &Scale) -> Result<Vec<Metric>> {
     (workload.measure)(&place, scale)
 }
 
-fn on_the_device(workload: &Workload, scale: &Scale) -> Result<Vec<Metric>> {
-    let blank = Blank::new(scale.image_bytes)?;
-    let place = Place { path: blank.device.clone(), is_device: true };
+fn on_the_device(workload: &Workload, scale: &Scale, disk: &Disk) -> Result<Vec<Metric>> {
+    let place = Place { path: disk.device.clone(), is_device: true };
     (workload.prepare)(&place, scale).context("preparation")?;
     drop_caches()?;
     (workload.measure)(&place, scale)
 }
 
-/// A loop device without a filesystem.
-struct Blank {
+/// The loop device that all are measured on.
+struct Disk {
     // Dropped in this order.
     _attached: guard::Guard,
     _scratch: guard::Guard,
     device: PathBuf,
 }
 
-impl Blank {
-    fn new(bytes: u64) -> Result<Blank> {
+impl Disk {
+    /// A disk that has been in use: no byte of it is a hole.
+    fn new(bytes: u64) -> Result<Disk> {
         let (scratch, removal) = guard::temp_dir(&checkout::artefacts("scratch")?, "device")?;
         let image = scratch.join("image");
-        fs::File::create(&image)?.set_len(bytes)?;
+        let mut file = fs::File::create(&image)?;
+        let part = vec![0xa5; 4 << 20];
+        for _ in 0..bytes / part.len() as u64 {
+            file.write_all(&part)?;
+        }
+        file.sync_all()?;
         let (device, attached) = guard::loop_device(&image, false)?;
-        Ok(Blank { _attached: attached, _scratch: removal, device })
+        let name = device.file_name().context("a loop device has a name")?;
+        let limit = Path::new("/sys/block").join(name).join("queue/discard_max_bytes");
+        fs::write(&limit, "0").with_context(|| format!("cannot write {}", limit.display()))?;
+        Ok(Disk { _attached: attached, _scratch: removal, device })
     }
 }
 
