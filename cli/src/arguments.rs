@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Df(Df),
     /// Show whether pools are well: the state and the errors of each device
     Status(Status),
+    /// Count the errors of the devices of pools anew from zero
+    Clear(Clear),
     /// Make everything that is complete now durable
     Sync(Sync),
     /// Discard free space: tell the devices of mounted pools what they need not keep
@@ -95,6 +97,13 @@ pub(crate) struct Df {
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Clear {
+    /// Mount point, device or image file; all devices of a pool with several
+    #[arg(value_name = "POOL", required = true)]
+    pub(crate) pool: Vec<PathBuf>,
 }
 
 #[derive(Args, Clone, Debug)]

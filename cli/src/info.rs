@@ -19,7 +19,15 @@ use std::sync::Arc;
 pub(crate) fn of_target(target: Target) -> Result<(PoolInfo, Done), Failure> {
     match target {
         Target::Mounted(mount) => match ask(&mount, Request::Info) {
-            Ok(Reply::Info(info)) => Ok((info, Done::Whole)),
+            Ok(Reply::Info(mut info)) => {
+                // Names of files are not for everybody.
+                if info.damaged_count > 0 {
+                    if let Ok(Reply::Damaged(files)) = ask(&mount, Request::Damaged) {
+                        info.damaged = files;
+                    }
+                }
+                Ok((info, Done::Whole))
+            }
             Ok(_) => Err(Failure::new("the daemon answered another question")),
             // The kernel module has no daemon; what it published last is on the device.
             Err(AdminError::NoDaemon) => of_devices(&open_to_look(&[mount.source])?),

@@ -1,8 +1,9 @@
 //! `cairn`: looks at pools and administers them.
 //!
 //! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon
-//! is asked; of one that is not mounted the device is read, and written only by what changes
-//! subvolumes and snapshots. Standard output carries data only, as text for people or as JSON.
+//! is asked; of one that is not mounted the device is read, and written only by `clear` and what
+//! changes subvolumes and snapshots. Standard output carries data only, as text for people or as
+//! JSON.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
@@ -13,6 +14,7 @@
 //! | 4 | part of the answer could not be had |
 
 mod arguments;
+mod clear;
 mod df;
 mod documents;
 mod id;
@@ -91,6 +93,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Clear(arguments) => clear::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),

@@ -53,7 +53,7 @@ fn errors(info: &PoolInfo) -> u64 {
 }
 
 fn is_well(info: &PoolInfo) -> bool {
-    state_of(info) == "online" && errors(info) == 0
+    state_of(info) == "online" && errors(info) == 0 && info.damaged_count == 0
 }
 
 fn state_of(info: &PoolInfo) -> &'static str {
@@ -77,7 +77,13 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
              that the log names, or connect the device that has them",
         ),
         "resilvering" => Some("a device that was away is brought up to date while mounted"),
-        _ if errors(info) > 0 => Some("devices made errors that the copies made up for, or not"),
+        _ if info.damaged_count > 0 => {
+            Some("files are damaged; restore them from a backup, and clear this with cairn clear")
+        }
+        _ if errors(info) > 0 => Some(
+            "devices made errors, and every file that was read was served from a good copy; clear \
+             the counts with cairn clear, and replace a device whose counts go on growing",
+        ),
         _ => None,
     }
 }
@@ -106,13 +112,20 @@ fn table(row: &Row) -> String {
         let [read, write, sum] = &counts;
         line(&output::printable(&device.name), device.state.name(), [read, write, sum]);
     }
+    if info.damaged_count > 0 {
+        text.push_str(&format!("  damaged files: {}\n", info.damaged_count));
+    }
+    for file in &info.damaged {
+        let path = output::printable(&file.path);
+        text.push_str(&format!("  {path} (subvolume {}, inode {})\n", file.subvol, file.ino));
+    }
     text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cairn_host::admin::{DeviceInfo, ResilverInfo};
+    use cairn_host::admin::{DamagedInfo, DeviceInfo, ResilverInfo};
 
     fn device(name: &str, state: DeviceState) -> DeviceInfo {
         DeviceInfo { name: name.into(), state, ..DeviceInfo::default() }
@@ -139,6 +152,11 @@ mod tests {
         let (done_bytes, total_bytes) = (3 << 20, 4 << 20);
         info.resilver = Some(ResilverInfo { done_bytes, total_bytes, waits: false });
         let text = table(&Row { state: state_of(&info), info });
+        let file = DamagedInfo { subvol: 256, ino: 7, path: "/a/b".into() };
+        let info = PoolInfo { damaged_count: 1, damaged: vec![file], ..PoolInfo::default() };
+        assert!(!is_well(&info));
+        let damaged = table(&Row { state: state_of(&info), info });
+        assert!(damaged.contains("  damaged files: 1\n  /a/b (subvolume 256, inode 7)\n"));
         assert!(text.contains("  done: 3.00 MiB of 4.00 MiB compared (75%)\n"), "{text}");
     }
 }

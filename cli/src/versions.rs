@@ -164,7 +164,7 @@ pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
 }
 
 /// Opens the pool on devices that are not mounted.
-fn open(paths: &[PathBuf], read_only: bool) -> Result<Arc<Engine>, Failure> {
+pub(crate) fn open(paths: &[PathBuf], read_only: bool) -> Result<Arc<Engine>, Failure> {
     let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
     let wait = Wait { bound: PATIENCE, announce: &|message| eprintln!("cairn: {message}") };
     let all = members::complete(paths);

@@ -313,6 +313,26 @@ fn manuals_and_completions_cover_every_command() {
 }
 
 #[test]
+fn counts_of_errors_are_shown_until_they_are_cleared() {
+    let image = Image::of_pool();
+    let noise = image.json(&["inspect", "file"], &["/dir/noise"], 0);
+    let place = noise["extents"][0]["places"][0].as_str().unwrap().to_string();
+    image.damage(place.rsplit_once('@').unwrap().1.parse().unwrap(), 100);
+    let volume = open(&image);
+    let dir = volume.lookup(volume.root(), b"dir").unwrap().ino;
+    let file = volume.lookup(dir, b"noise").unwrap().ino;
+    volume.read(file, 0, &mut [0; 4096]).unwrap_err();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    volume.mkdir(volume.root(), b"more", 0o755, &caller).unwrap();
+    volume.close().unwrap();
+    drop(volume);
+    let said = contains("cairn clear");
+    cairn().args(["status", "-x"]).arg(image.path()).assert().code(3).stdout(said);
+    cairn().arg("clear").arg(image.path()).assert().code(0).stdout("");
+    cairn().args(["status", "-x"]).arg(image.path()).assert().code(0).stdout("");
+}
+
+#[test]
 fn properties_come_before_paths_and_one_path_is_needed() {
     let run = |words: &[&str]| cairn().arg("set").args(words).assert().failure();
     run(&["compression=zstd", "checksum=blake3"]).stderr(contains("needs a path"));

@@ -1,17 +1,21 @@
 //! What the daemon tells the `cairn` command: the answers of `cairn_host::admin`.
 
 use cairn_host::admin::{
-    DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo, SpaceInfo, Usage,
+    DamagedInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo,
+    SpaceInfo, Usage,
 };
 use cairn_host::parse::format_uuid;
 use cairn_host::versions;
-use fs_core::engine::Engine;
+use fs_core::engine::{DamagedFile, Engine};
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::format::FORMAT_VERSION;
 use fs_core::space::KindUsage;
 use fs_core::subvol::store::DataSettings;
 use fs_core::vfs::{Filesystem, Volume};
 use std::sync::Arc;
+
+/// Bytes of names of damaged files that are told at once: a message has a bound.
+const DAMAGED_BYTES_MAX: usize = 512 << 10;
 
 /// Answers requests about `volume`, which is the subvolume or snapshot with number `version`.
 pub fn handler(volume: Arc<Volume>, version: u64) -> Arc<Handler> {
@@ -22,6 +26,19 @@ pub fn handler(volume: Arc<Volume>, version: u64) -> Arc<Handler> {
             Ok(()) => Reply::Synced,
             Err(error) => Reply::Failed(error.to_string()),
         },
+        Request::ClearErrors => match volume.engine().clear_errors() {
+            Ok(()) => Reply::Changed,
+            Err(error) => Reply::Failed(error.to_string()),
+        },
+        Request::Damaged => {
+            let files = volume.engine().damaged_files().into_iter().map(damaged_info);
+            let mut bytes = 0;
+            let fits = |file: &DamagedInfo| {
+                bytes += file.path.len() + 32;
+                bytes <= DAMAGED_BYTES_MAX
+            };
+            Reply::Damaged(files.take_while(fits).collect())
+        }
         Request::Versions(skip) => Reply::Versions {
             base: versions::name_at(volume.engine(), version),
             next: versions::page(versions::list(volume.engine()), skip),
@@ -68,12 +85,19 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         checksum: checksum_name(settings.checksum).into(),
         device_count: superblock.device_count,
         devices: device_infos(engine),
+        damaged_count: engine.damaged_files().len() as u64,
+        damaged: Vec::new(),
         resilver: engine.resilver_progress().map(|progress| ResilverInfo {
             done_bytes: progress.done_bytes,
             total_bytes: progress.total_bytes,
             waits: progress.waits,
         }),
     }
+}
+
+fn damaged_info(file: DamagedFile) -> DamagedInfo {
+    let path = String::from_utf8_lossy(&file.path).into_owned();
+    DamagedInfo { subvol: file.tree.0, ino: file.ino.0, path }
 }
 
 fn device_infos(engine: &Engine) -> Vec<DeviceInfo> {

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -67,13 +67,18 @@ pub enum Request {
     /// The identity of a state's content, for which all of it is read. Answered by
     /// [`Reply::Identity`].
     Identity(VersionName),
+    /// Count errors of the devices anew from zero, and forget which files were found damaged.
+    /// Answered by [`Reply::Changed`].
+    ClearErrors,
+    /// Which files were found damaged. Answered by [`Reply::Damaged`].
+    Damaged,
 }
 
 impl Request {
     /// Whether only some may ask: it changes the pool, or shows what not everybody may see.
     fn is_guarded(&self) -> bool {
-        use Request::{Change, Differences, Identity};
-        matches!(self, Change(_) | Differences { .. } | Identity(_))
+        use Request::{Change, ClearErrors, Damaged, Differences, Identity};
+        matches!(self, Change(_) | ClearErrors | Damaged | Differences { .. } | Identity(_))
     }
 
     /// How long to wait for the reply: a sync may have much to write, an identity all to read.
@@ -101,8 +106,10 @@ pub enum Reply {
         /// The next of them; none when these were all.
         next: Vec<VersionInfo>,
     },
-    /// To [`Request::Change`]: all is done and durable.
+    /// To [`Request::Change`] and [`Request::ClearErrors`]: all is done and durable.
     Changed,
+    /// To [`Request::Damaged`].
+    Damaged(Vec<DamagedInfo>),
     /// To [`Request::Differences`].
     Differences(Differences),
     /// To [`Request::Identity`].
@@ -148,6 +155,21 @@ pub struct PoolInfo {
     pub devices: Vec<DeviceInfo>,
     /// How far devices are that are brought up to date, if there are any.
     pub resilver: Option<ResilverInfo>,
+    /// How many files were found damaged since the pool was mounted.
+    pub damaged_count: u64,
+    /// Which, for those whom [`Request::Damaged`] tells; empty in a reply to [`Request::Info`].
+    pub damaged: Vec<DamagedInfo>,
+}
+
+/// A file of which something could not be read.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DamagedInfo {
+    /// Number of the subvolume or snapshot.
+    pub subvol: u64,
+    /// Number of the file.
+    pub ino: u64,
+    /// Where it was then, from the root of the subvolume.
+    pub path: String,
 }
 
 /// How far devices are that are brought up to date.
@@ -478,7 +500,8 @@ mod tests {
             Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
             Request::Sync => Reply::Failed("the pool is read-only".into()),
             Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
-            Request::Change(_) => Reply::Changed,
+            Request::Change(_) | Request::ClearErrors => Reply::Changed,
+            Request::Damaged => Reply::Damaged(Vec::new()),
             Request::Differences { .. } => {
                 Reply::Differences(Differences { all: Vec::new(), next: None })
             }

@@ -121,6 +121,8 @@ pub struct Member {
     /// How a flush failed. What was written before it may be lost, and the system need not say so
     /// again: the next flush may well succeed. Leaf lock.
     flush_failed: Mutex<Option<DeviceError>>,
+    /// Writes and flushes that failed since the pool was opened.
+    failures: AtomicU64,
     /// Bytes of reads under way.
     reading: AtomicU64,
     /// There is no device.
@@ -142,6 +144,7 @@ impl Member {
             standing: AtomicU8::new(Standing::Complete as u8),
             seems_gone: AtomicBool::new(false),
             flush_failed: Mutex::new(None),
+            failures: AtomicU64::new(0),
             reading: AtomicU64::new(0),
             is_missing: false,
         }
@@ -233,6 +236,23 @@ impl Member {
         }
     }
 
+    /// Writes and flushes that failed since the pool was opened, whatever was cleared meanwhile.
+    pub fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    /// Counts errors anew from zero.
+    pub fn clear_errors(&self) {
+        for counter in [&self.errors.read, &self.errors.write, &self.errors.checksum] {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
+
+    fn count_failures(&self, count: u64) {
+        self.failures.fetch_add(count, Ordering::Relaxed);
+        self.add_errors(ErrorCounts { write: count, ..ErrorCounts::default() });
+    }
+
     /// Adds errors counted in an earlier life of the pool.
     pub fn add_errors(&self, counts: ErrorCounts) {
         let add = |counter: &AtomicU64, count: u64| {
@@ -283,7 +303,7 @@ impl Member {
         self.device.write(batch);
         let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
         if failed > 0 {
-            self.add_errors(ErrorCounts { write: failed, ..ErrorCounts::default() });
+            self.count_failures(failed);
         }
         batch.iter().try_for_each(|op| op.result.map_err(|cause| self.error(op.at, cause)))
     }
@@ -320,7 +340,7 @@ impl Member {
         self.device.flush().map_err(|cause| {
             if cause != DeviceError::Memory {
                 self.flush_failed.lock().get_or_insert(cause);
-                self.add_errors(ErrorCounts { write: 1, ..ErrorCounts::default() });
+                self.count_failures(1);
             }
             self.error(Physical(0), cause)
         })

@@ -87,6 +87,20 @@ pub struct Room {
     pub available: u64,
 }
 
+/// A file of which something could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DamagedFile {
+    /// The subvolume or snapshot.
+    pub tree: TreeId,
+    /// The file.
+    pub ino: Ino,
+    /// Where it was then, from the root of the subvolume.
+    pub path: Vec<u8>,
+}
+
+/// Damaged files that are remembered at most.
+const DAMAGED_FILES_MAX: usize = 1000;
+
 /// An open pool.
 pub struct Engine {
     /// What all subvolumes share.
@@ -124,6 +138,8 @@ pub struct Engine {
     resilvering: AtomicBool,
     /// How far it is.
     resilver_shown: Mutex<Option<ResilverProgress>>,
+    /// Files that were found damaged since the pool was opened.
+    damaged: Mutex<BTreeMap<(TreeId, Ino), Vec<u8>>>,
     /// Counts rollbacks: each puts an older tree in a younger one's place.
     turns: AtomicU64,
     /// Whether there are, or were, snapshots.
@@ -379,6 +395,39 @@ impl Engine {
     pub fn set_name(&self, name: &[u8]) -> Result<()> {
         self.store.writable()?;
         self.store.pool.set_name(format::name_field(name)?)
+    }
+
+    /// Remembers a damaged file.
+    pub fn note_damaged(&self, file: DamagedFile) {
+        let mut damaged = self.damaged.lock();
+        let DamagedFile { tree, ino, path } = file;
+        if damaged.len() < DAMAGED_FILES_MAX || damaged.contains_key(&(tree, ino)) {
+            damaged.insert((tree, ino), path);
+        }
+    }
+
+    /// Files that were found damaged since the pool was opened, or errors were cleared. There may
+    /// be more, which nobody has read.
+    pub fn damaged_files(&self) -> Vec<DamagedFile> {
+        let damaged = self.damaged.lock();
+        let file = |(&(tree, ino), path): (&(TreeId, Ino), &Vec<u8>)| DamagedFile {
+            tree,
+            ino,
+            path: path.clone(),
+        };
+        damaged.iter().map(file).collect()
+    }
+
+    /// Counts errors of devices anew from zero, durably, and forgets which files were damaged.
+    ///
+    /// # Errors
+    /// Those of [`Store::writable`]; [`Error::Failed`] when the commit fails.
+    pub fn clear_errors(&self) -> Result<()> {
+        self.store.writable()?;
+        self.store.pool.clear_errors()?;
+        self.damaged.lock().clear();
+        self.want_commit();
+        self.commit()
     }
 
     /// Tells the devices what they need not keep: what is free of their bytes `offset` to

@@ -210,6 +210,7 @@ fn make_engine(
         resilvering: AtomicBool::new(false),
         resilver_shown: Mutex::ranked(Rank::Short, None),
         turns: AtomicU64::new(0),
+        damaged: Mutex::ranked(Rank::Short, BTreeMap::new()),
         store,
     })
 }

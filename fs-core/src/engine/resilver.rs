@@ -19,6 +19,7 @@
 //! that others have. But as long as a device that may have the only good copy does not give it out,
 //! nothing is called complete: after a while all is looked at again.
 
+use crate::device::Member;
 use crate::engine::survey::{Parts, Pass, Seen, Visitor};
 use crate::engine::Engine;
 use crate::error::Error;
@@ -45,7 +46,7 @@ const TRIES: usize = 3;
 
 /// A resilver under way.
 pub(super) struct Resilver {
-    /// The devices, each with the write errors it had.
+    /// The devices, each with the failures it had.
     devices: Vec<(u16, u64)>,
     /// How many rollbacks there had been.
     turns: u64,
@@ -175,11 +176,11 @@ impl Engine {
     }
 
     fn begin_resilver(&self, turns: u64, behind: &[u16], parts: &Parts) -> Box<Resilver> {
-        let errors = |device: &u16| {
+        let failures = |device: &u16| {
             let member = self.store.pool.members().get(usize::from(*device));
-            (*device, member.map_or(0, |member| member.errors().write))
+            (*device, member.map_or(0, Member::failures))
         };
-        Box::new(Resilver::new(behind.iter().map(errors).collect(), turns, parts))
+        Box::new(Resilver::new(behind.iter().map(failures).collect(), turns, parts))
     }
 
     /// Compares about [`STEP_BYTES`]. False at the end of the pass.

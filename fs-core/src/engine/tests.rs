@@ -709,3 +709,35 @@ fn many_files_made_and_removed_in_one_group_leave_it_room_to_commit() {
     fs.write(last, 0, &noise(8 << 10, 9), WriteFlags::default()).unwrap();
     fs.sync().unwrap();
 }
+
+#[test]
+fn errors_of_devices_are_kept_until_they_are_cleared() {
+    let (device, test) = new_pool(64 << 20);
+    let errors = |fs: &Volume| fs.engine().store.pool.members()[0].errors();
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    fs.write(file, 0, &noise(1 << 20, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    device.faults(|faults| faults.fail_reads = std::vec![1 << 20..60 << 20]);
+    let mut buf = [0; 4096];
+    fs.read(file, 8192, &mut buf).unwrap_err();
+    device.faults(|faults| *faults = Default::default());
+    assert!(errors(&fs).read > 0);
+    let damaged = fs.engine().damaged_files();
+    assert_eq!(damaged.len(), 1);
+    assert_eq!((damaged[0].ino, &damaged[0].path[..]), (file, &b"/file"[..]));
+    let seen = errors(&fs);
+    create(&fs, fs.root(), b"more");
+    fs.close().unwrap();
+    drop(fs);
+
+    let fs = mount(&device, &test);
+    assert_eq!(errors(&fs), seen);
+    fs.engine().clear_errors().unwrap();
+    assert_eq!(fs.engine().damaged_files(), std::vec![]);
+    // It is durable then.
+    fs.shutdown();
+    drop(fs);
+    let fs = mount(&device, &test);
+    assert_eq!(errors(&fs), Default::default());
+}

@@ -467,6 +467,16 @@ impl Pool {
         ring.valid
     }
 
+    /// Counts errors of all devices anew from zero. The next group that is written has it.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`].
+    pub fn clear_errors(&self) -> Result<()> {
+        self.check_writable()?;
+        self.members.iter().for_each(Member::clear_errors);
+        Ok(())
+    }
+
     /// Maps chunks that the chunk tree has. Those already mapped, as system chunks are, are
     /// skipped.
     ///

@@ -309,7 +309,7 @@ impl Pool {
     ///
     /// # Errors
     /// Errors of devices that cannot be done without; [`Error::Memory`]. One of `devices` that
-    /// failed meanwhile is passed over: each comes with the write errors it had in the beginning.
+    /// failed meanwhile is passed over: each comes with the failures it had in the beginning.
     pub fn mark_complete(&self, devices: &[(u16, u64)]) -> Result<()> {
         self.check_writable()?;
         let mut gone = Gone::new();
@@ -320,7 +320,7 @@ impl Pool {
                 let member = self.member(*index);
                 // Who saw it fail may still wait to say so.
                 let before = devices.iter().find(|(device, _)| device == index);
-                let is_well = before.is_some_and(|(_, errors)| member.errors().write == *errors);
+                let is_well = before.is_some_and(|(_, failures)| member.failures() == *failures);
                 is_well && member.standing() == Standing::Behind
             };
             let back: Vec<u16> = devices.iter().map(|(device, _)| *device).collect();

@@ -173,6 +173,8 @@ impl Volume {
             return;
         }
         let path = self.subvol.path_of(inode);
+        let (tree, ino) = (self.subvol.id, inode.ino);
+        self.engine.note_damaged(crate::engine::DamagedFile { tree, ino, path: path.clone() });
         self.engine.store.platform.report.incident(&Incident::FileDamaged {
             tree: self.subvol.id,
             ino: inode.ino,
