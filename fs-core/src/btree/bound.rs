@@ -4,6 +4,49 @@ use super::{NodeSource, Tree, Walk};
 use crate::format::node::{capacity, footprint, ENTRY_BYTES};
 use crate::format::ptr::LEVELS_MAX;
 use crate::platform::Result;
+use core::cmp::Ordering;
+
+/// As [`Tree::apply_bound`], for a tree of so many leaves with a root of that level, for edits and
+/// the bytes of their values.
+pub fn leaves_bound(
+    (leaves, height): (u64, u8),
+    (edits, value_bytes): (u64, u64),
+    node_bytes: usize,
+) -> u64 {
+    let existing = |level: u8| match height.cmp(&level) {
+        Ordering::Greater => leaves,
+        Ordering::Equal if level > 0 => 1,
+        Ordering::Equal => leaves,
+        Ordering::Less => 0,
+    };
+    bound(height, (edits, value_bytes), node_bytes, &existing)
+}
+
+fn bound(
+    height: u8,
+    (edits, value_bytes): (u64, u64),
+    node_bytes: usize,
+    existing: &dyn Fn(u8) -> u64,
+) -> u64 {
+    if edits == 0 {
+        return 0;
+    }
+    let capacity = capacity(node_bytes) as u64;
+    let nodes_for = |bytes: u64| bytes.saturating_mul(2).div_ceil(capacity);
+
+    let mut new_bytes = edits.saturating_mul(footprint(0, 0) as u64).saturating_add(value_bytes);
+    let mut total: u64 = 0;
+    for level in 0..LEVELS_MAX {
+        let touched = existing(level).min(edits).saturating_mul(2);
+        let written = touched.saturating_add(nodes_for(new_bytes));
+        total = total.saturating_add(written);
+        if level >= height && written <= 1 {
+            break;
+        }
+        new_bytes = written.saturating_mul(ENTRY_BYTES as u64);
+    }
+    total
+}
 
 impl Tree {
     /// An upper bound on the nodes that [`apply`](Tree::apply) allocates for `edits` edits that put
@@ -20,7 +63,7 @@ impl Tree {
             Some(above) => fanout.saturating_pow(u32::from(above)),
             None => 0,
         };
-        self.bound(edits, value_bytes, node_bytes, &existing)
+        bound(height, (edits as u64, value_bytes as u64), node_bytes, &existing)
     }
 
     /// As [`apply_bound`](Tree::apply_bound), with the nodes there really are: reads the interior
@@ -49,33 +92,7 @@ impl Tree {
             })?;
         }
         let existing = |level: u8| counts.get(usize::from(level)).copied().unwrap_or(0);
-        Ok(self.bound(edits, value_bytes, source.node_bytes(), &existing))
-    }
-
-    fn bound(
-        &self,
-        edits: usize,
-        value_bytes: usize,
-        node_bytes: usize,
-        existing: &dyn Fn(u8) -> u64,
-    ) -> u64 {
-        if edits == 0 {
-            return 0;
-        }
-        let capacity = capacity(node_bytes) as u64;
         let height = self.root.map_or(0, |root| root.level);
-        let nodes_for = |bytes: u64| (2 * bytes).div_ceil(capacity);
-
-        let mut new_bytes = edits as u64 * footprint(0, 0) as u64 + value_bytes as u64;
-        let mut total = 0;
-        for level in 0..LEVELS_MAX {
-            let written = 2 * existing(level).min(edits as u64) + nodes_for(new_bytes);
-            total += written;
-            if level >= height && written <= 1 {
-                break;
-            }
-            new_bytes = written * ENTRY_BYTES as u64;
-        }
-        total
+        Ok(bound(height, (edits as u64, value_bytes as u64), source.node_bytes(), &existing))
     }
 }

@@ -473,6 +473,8 @@ impl Engine {
         drop(old_view);
         store.pool.published(txg);
         committer.roots = written.roots;
+        // It was written just now. If it cannot be read, who drops references finds out.
+        let _ = store.note_references(store, &committer.roots.refs);
         self.metadata_used.store(superblock.metadata_used, Ordering::Relaxed);
         committer.superblock = superblock;
         for part in written.subvols {

@@ -336,6 +336,8 @@ impl Engine {
             (committer.roots.pool, committer.superblock.txg, committer.superblock.next_subvol)
         };
         self.load_versions(&tree, next, options)?;
+        let refs = self.committer.lock().roots.refs;
+        self.store.note_references(&*self.store, &refs)?;
         let mut subvols = BTreeMap::new();
         for (id, version) in self.versions.read().iter() {
             if !version.item.is_snapshot() && !version.item.is_deleted() {

@@ -100,13 +100,13 @@ impl Engine {
             Err(error) => return Err(error),
         };
         let stored = inode.state.read().item.stored_bytes / SECTOR_BYTES;
-        let mut most = match subvol.has_parent() {
+        let mut most = match subvol.shares() {
             true => stored.clamp(EXTENTS_TRIED, EXTENTS_PER_GROUP),
             false => EXTENTS_PER_GROUP,
         };
-        let room = |extents: u64| 8 * self.store.node_bytes as u64 + subvol.dead_room(extents);
+        let room = |extents: u64| 8 * self.store.node_bytes as u64 + subvol.drop_room(extents);
         let reservation = match self.reserve_committing(0, room(most), Class::Delete) {
-            Err(Error::NoSpace) if subvol.has_parent() => {
+            Err(Error::NoSpace) if subvol.shares() => {
                 most = EXTENTS_PER_GROUP_MIN;
                 self.reserve_committing(0, room(most), Class::Delete)?
             }

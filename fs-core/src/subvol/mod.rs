@@ -23,6 +23,7 @@
 //! | `overlay`, `scan` | changed items, and reading through the layers |
 //! | `inode`, `table` | inodes in memory |
 //! | `ranges`, `extents` | what files are made of; resolving a group's ranges into items |
+//! | `room` | room in trees for what happens to extents |
 //! | `names`, `xattrs` | directories and attributes |
 //! | `intents` | the list the intent log is written from |
 //! | `versions` | the subvolumes and snapshots there are |
@@ -35,6 +36,7 @@ pub mod intents;
 pub mod names;
 pub mod overlay;
 pub mod ranges;
+pub mod room;
 pub mod scan;
 pub mod store;
 pub mod table;
@@ -56,7 +58,7 @@ use crate::subvol::store::{Result, Store};
 use crate::subvol::table::Table;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, SLOTS};
-use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
+use crate::units::{Ino, TreeId, Txg};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
@@ -84,13 +86,6 @@ pub struct Subvol {
     /// How many use it; [`SHUT`] when nobody may begin to.
     users: AtomicUsize,
 }
-
-/// Bytes of an item of a dead list with one entry, at most.
-const DEAD_ITEM_BYTES: u64 = 96;
-/// Nodes above the leaves of dead lists that a change touches.
-const DEAD_PATH_NODES: u64 = 3;
-/// So few extents need not be counted.
-const COUNTED_EXTENTS: u64 = 64;
 
 /// Value of `Subvol::users` when the subvolume is about to be deleted or rolled back.
 const SHUT: usize = usize::MAX;
@@ -244,38 +239,6 @@ impl Subvol {
     /// Whether it goes on from a snapshot, which has what is dropped here.
     pub fn has_parent(&self) -> bool {
         self.has_parent.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of nodes that dropping so many references may take, because a snapshot has them: they
-    /// become entries of the dead list, each maybe of another birth and so in another place.
-    pub fn dead_room(&self, references: u64) -> u64 {
-        if !self.has_parent() {
-            return 0;
-        }
-        let node = self.store.node_bytes as u64;
-        let nodes = |entries: u64| entries.saturating_mul(2 * DEAD_ITEM_BYTES).div_ceil(node);
-        let listed = nodes(self.dead_entries.load(Ordering::Relaxed));
-        let touched = references.min(listed).saturating_add(DEAD_PATH_NODES);
-        touched.saturating_add(nodes(references)).saturating_mul(node)
-    }
-
-    /// How many extents of a file lie behind an offset at most; zero when nobody else has them.
-    ///
-    /// # Errors
-    /// Errors of the device or the tree.
-    pub fn extents_behind(&self, inode: &Inode, from: u64) -> Result<u64> {
-        let stored = inode.state.read().item.stored_bytes;
-        let most = stored / SECTOR_BYTES;
-        if !self.has_parent() || most <= COUNTED_EXTENTS {
-            return Ok(most);
-        }
-        let mut count = 0;
-        let (view, ino) = (self.view(), inode.ino);
-        extents::each_extent(&*self.store, &view.tree, ino, from, u64::MAX, &mut |_, _, _| {
-            count += 1;
-            Ok(true)
-        })?;
-        Ok(count)
     }
 
     /// Group `txg` is published with this tree: readers see it from now on.

@@ -46,6 +46,14 @@ pub struct Piece {
 }
 
 impl Piece {
+    fn checksum_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Written(Extent::Plain { checksums, .. })
+            | Content::Shared(Extent::Plain { checksums, .. }) => checksums.len() as u64,
+            _ => 0,
+        }
+    }
+
     fn part(&self, from: u64, len: u64) -> Piece {
         let content = match &self.content {
             Content::Bytes { data, id } => {
@@ -67,13 +75,15 @@ pub struct RangeMap {
     /// Where the pieces begin that the intent log lacks: `fsync` looks at these only.
     fresh: BTreeSet<u64>,
     data_bytes: u64,
+    /// Bytes of the checksums of extents, which become part of items.
+    checksum_bytes: u64,
     next_id: u64,
     /// Bytes that the last early write left in memory.
     left_early: u64,
 }
 
-/// What a piece costs in memory beside its bytes: keys and value, a share of the maps' nodes, and
-/// of the checksums of what was written.
+/// What a piece costs in memory beside its bytes and checksums: keys and value, and a share of the
+/// maps' nodes.
 const PIECE_BYTES: u64 = 2 * (2 * 8 + core::mem::size_of::<Piece>() as u64);
 
 /// Where an item's or piece's blob begins in the file: items of one blob with one anchor share one
@@ -95,7 +105,7 @@ impl RangeMap {
 
     /// Memory that the map takes, in bytes: those of the file, and what its pieces cost.
     pub fn memory(&self) -> u64 {
-        self.data_bytes + self.pieces.len() as u64 * PIECE_BYTES
+        self.data_bytes + self.checksum_bytes + self.pieces.len() as u64 * PIECE_BYTES
     }
 
     /// Bytes that came since the last early write. What that one left is scattered, and looking at
@@ -144,12 +154,17 @@ impl RangeMap {
             true => self.fresh.remove(&at),
             false => self.fresh.insert(at),
         };
-        self.pieces.insert(at, piece);
+        self.checksum_bytes += piece.checksum_bytes();
+        if let Some(old) = self.pieces.insert(at, piece) {
+            self.checksum_bytes -= old.checksum_bytes();
+        }
     }
 
     fn remove(&mut self, at: u64) -> Option<Piece> {
         self.fresh.remove(&at);
-        self.pieces.remove(&at)
+        let piece = self.pieces.remove(&at)?;
+        self.checksum_bytes -= piece.checksum_bytes();
+        Some(piece)
     }
 
     /// The pieces that overlap `start..end`, ascending; the first may begin before `start`.

@@ -15,6 +15,7 @@ use crate::platform::{Platform, Timestamp};
 use crate::pool::Pool;
 use crate::space::{BitmapSource, Reservation, Space};
 use crate::subvol::intents::Intents;
+use crate::subvol::room::RefsShape;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, Dirty, Groups, SLOTS};
 use crate::units::{Logical, TreeId, Txg};
@@ -79,6 +80,7 @@ pub struct Store {
     settings: [AtomicU8; 3],
     /// Whether somebody reads leaves ahead of a scan.
     pub reading_ahead: AtomicBool,
+    pub(super) refs_shape: RefsShape,
     failed: AtomicBool,
     shut_down: AtomicBool,
     read_only: AtomicBool,
@@ -141,6 +143,7 @@ impl Store {
             spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             reading_ahead: AtomicBool::new(false),
+            refs_shape: RefsShape::default(),
             failed: AtomicBool::new(false),
             shut_down: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),

@@ -15,6 +15,7 @@ use crate::subvol::change::Change;
 use crate::subvol::extents::{Place, Segment, INLINE_LIMIT};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::Content;
+use crate::subvol::room::Pieces;
 use crate::subvol::View;
 use crate::units::{align_down, sector_round, Ino, SECTOR_BYTES};
 use crate::vfs::attrs::without_set_id;
@@ -30,10 +31,6 @@ const EARLY_BYTES_PRESSED: u64 = 1 << 20;
 
 /// How far a seek looks at once among extents.
 const SEEK_STEP: u64 = 64 << 20;
-
-/// Metadata that moving one extent may take: an item deleted and one written, in nodes that have
-/// just been split.
-const MOVED_ITEM_BYTES: u64 = 1536;
 
 fn check_file(state: &State) -> Result<()> {
     if state.gone {
@@ -244,7 +241,7 @@ impl Volume {
             return Ok(offset);
         }
         let room = sector_round(bytes.len() as u64) + 2 * SECTOR_BYTES;
-        let items = 3 + room.div_ceil(4 << 20);
+        let items = 3 + room.div_ceil(512 << 10);
         let inode = self.inode(ino)?;
         let mut reservation = match self.reserve(room, items, Class::Normal) {
             Err(Error::NoSpace) => self.promised_room(&inode, offset, bytes.len() as u64, items)?,
@@ -451,19 +448,26 @@ impl Volume {
     fn promise(&self, ino: Ino, offset: u64, end: u64, keep_size: bool) -> Result<()> {
         let (start, stop) = (align_down(offset, SECTOR_BYTES), sector_round(end));
         let inode = self.inode(ino)?;
-        let missing = |state: &State| -> Result<Vec<(u64, u64)>> {
+        // Items that stand between the holes are written again with their leaves.
+        let look = |state: &State| -> Result<(Vec<(u64, u64)>, Pieces)> {
             let view = self.subvol.view();
             let segments = self.subvol.layout(&view.tree, ino, state, start, stop)?;
-            let hole = |s: &Segment| matches!(s.place, Place::Zeros { promised: false });
-            Ok(segments.iter().filter(|s| hole(s)).map(|s| (s.at, s.len)).collect())
+            let hole = |s: &&Segment| matches!(s.place, Place::Zeros { promised: false });
+            let holes = segments.iter().filter(hole).map(|s| (s.at, s.len)).collect();
+            Ok((holes, Pieces::of(&segments)))
         };
+        let sum = |holes: &[(u64, u64)]| holes.iter().map(|(_, len)| len).sum::<u64>();
         loop {
-            let wanted: u64 = missing(&inode.state.read())?.iter().map(|(_, len)| len).sum();
-            let reservation = self.reserve(wanted + SECTOR_BYTES, 6, Class::Normal)?;
+            let (holes, expected) = look(&inode.state.read())?;
+            let wanted = sum(&holes);
+            // Nothing is shared.
+            let mut items = expected;
+            items.extents = 0;
+            let reservation = self.reserve_pieces(wanted + SECTOR_BYTES, 5, &items, 0)?;
             let mut state = inode.state.write();
             check_writable(&state)?;
-            let holes = missing(&state)?;
-            if holes.iter().map(|(_, len)| len).sum::<u64>() > wanted {
+            let (holes, pieces) = look(&state)?;
+            if sum(&holes) > wanted || !pieces.is_within(&expected) {
                 continue;
             }
             let new_size = if keep_size { state.item.size } else { state.item.size.max(end) };
@@ -543,28 +547,30 @@ impl Volume {
     }
 
     /// Collapses (`down`) or inserts a range: what follows moves by sharing its extents at the new
-    /// place and dropping them at the old.
+    /// place and dropping them at the old. Bytes that have no extent yet may be written at both.
     fn shift(&self, ino: Ino, offset: u64, len: u64, down: bool) -> Result<()> {
         if offset % SECTOR_BYTES != 0 || len % SECTOR_BYTES != 0 {
             return Err(Errno::Inval.into());
         }
         let inode = self.inode(ino)?;
-        let count = |state: &State| -> Result<u64> {
+        let count = |state: &State| -> Result<Pieces> {
             let view = self.subvol.view();
             let stop = sector_round(state.item.size);
             let moved = self.subvol.layout(&view.tree, ino, state, offset.min(stop), stop)?;
-            Ok(moved.len() as u64)
+            Ok(Pieces::of(&moved))
         };
         let (reservation, mut state) = loop {
             let expected = count(&inode.state.read())?;
-            let metadata = 16 * self.engine.store.node_bytes as u64
-                + expected * MOVED_ITEM_BYTES
-                + self.subvol.dead_room(expected);
-            self.writable()?;
-            let reservation = self.engine.reserve(2 * SECTOR_BYTES, metadata, Class::Normal)?;
+            let room = 2 * SECTOR_BYTES + expected.unwritten;
+            let reserved = self.reserve_pieces(room, 11, &expected, expected.extents);
+            if is_full(&reserved) && count(&inode.state.read())?.unwritten < expected.unwritten {
+                // Looking for room has written some of them.
+                continue;
+            }
+            let reservation = reserved?;
             let state = inode.state.write();
             check_writable(&state)?;
-            if count(&state)? <= expected {
+            if count(&state)?.is_within(&expected) {
                 break (reservation, state);
             }
         };
@@ -707,26 +713,27 @@ impl Volume {
         if source % SECTOR_BYTES != 0 || target % SECTOR_BYTES != 0 {
             return Ok(0);
         }
-        // Bytes that have no extent to share yet are written twice.
-        let unwritten = |state: &State| -> Result<u64> {
-            let stop = sector_round(source + len.min(state.item.size.saturating_sub(source)));
+        let layout = |ino: Ino, state: &State, at: u64| {
+            let stop = sector_round(at + len.min(state.item.size.saturating_sub(at)));
             let view = self.subvol.view();
-            let segments = self.subvol.layout(&view.tree, from.ino, state, source, stop)?;
-            let in_memory = |s: &&Segment| matches!(s.place, Place::Memory(_));
-            Ok(segments.iter().filter(in_memory).map(|s| s.len).sum())
+            self.subvol.layout(&view.tree, ino, state, at, stop).map(|all| Pieces::of(&all))
         };
-        let items = 8 + len.div_ceil(8 << 20);
+        // Bytes that have no extent to share yet are written twice.
+        let shared = |state: &State| layout(from.ino, state, source);
+        let replaced = |state: &State| layout(to.ino, state, target).map(|pieces| pieces.extents);
         let (reservation, mut locked) = loop {
-            let expected = unwritten(&from.state.read())?;
-            let reserved = self.reserve(expected + 2 * SECTOR_BYTES, items, Class::Normal);
-            let is_full = matches!(reserved, Err(Error::NoSpace));
-            if is_full && unwritten(&from.state.read())? < expected {
+            let expected = shared(&from.state.read())?;
+            let dropped = replaced(&to.state.read())?;
+            let room = expected.unwritten + 2 * SECTOR_BYTES;
+            let reserved = self.reserve_pieces(room, 4, &expected, dropped);
+            if is_full(&reserved) && shared(&from.state.read())?.unwritten < expected.unwritten {
                 // Looking for room has written some of them.
                 continue;
             }
             let reservation = reserved?;
             let locked = Locked::new(&[from, to]);
-            if unwritten(locked.get(from.ino))? <= expected {
+            let is_within = shared(locked.get(from.ino))?.is_within(&expected);
+            if is_within && replaced(locked.get(to.ino))? <= dropped {
                 break (reservation, locked);
             }
         };
@@ -795,6 +802,10 @@ impl Volume {
         }
         Ok(done)
     }
+}
+
+fn is_full(reserved: &Result<Reservation>) -> bool {
+    matches!(reserved, Err(Error::NoSpace))
 }
 
 /// Gives back what a write reserved and does not need: data beyond the `more` bytes by which it

@@ -16,6 +16,7 @@ use crate::format::pool::{INO_MAX, ROOT_INO};
 use crate::platform::{DeviceRef, Platform, Timestamp};
 use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
+use crate::subvol::room::Pieces;
 use crate::subvol::{InUse, Subvol};
 use crate::sync::{Mutex, Rank, WriteGuard};
 use crate::units::{Ino, SECTOR_BYTES};
@@ -163,8 +164,27 @@ impl Volume {
     ) -> Result<Reservation> {
         self.writable()?;
         let nodes = items * self.engine.store.node_bytes as u64;
-        let metadata = nodes.saturating_add(self.subvol.dead_room(dropped));
+        let metadata = nodes.saturating_add(self.subvol.drop_room(dropped));
         self.engine.reserve(data, metadata, class)
+    }
+
+    /// As [`Volume::reserve`], for an operation that puts pieces of files, which may share extents,
+    /// and drops so many references.
+    pub(super) fn reserve_pieces(
+        &self,
+        data: u64,
+        items: u64,
+        pieces: &Pieces,
+        dropped: u64,
+    ) -> Result<Reservation> {
+        self.writable()?;
+        let subvol = &self.subvol;
+        let nodes = items * self.engine.store.node_bytes as u64;
+        let metadata = nodes
+            .saturating_add(subvol.pieces_room(pieces))
+            .saturating_add(self.engine.store.references_room(pieces.extents, dropped))
+            .saturating_add(subvol.dead_room(dropped));
+        self.engine.reserve(data, metadata, Class::Normal)
     }
 
     /// Names a damaged file to the administrator.
