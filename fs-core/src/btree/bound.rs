@@ -6,20 +6,26 @@ use crate::format::ptr::LEVELS_MAX;
 use crate::platform::Result;
 use core::cmp::Ordering;
 
-/// As [`Tree::apply_bound`], for a tree of so many leaves with a root of that level, for edits and
-/// the bytes of their values.
-pub fn leaves_bound(
-    (leaves, height): (u64, u8),
-    (edits, value_bytes): (u64, u64),
-    node_bytes: usize,
-) -> u64 {
-    let existing = |level: u8| match height.cmp(&level) {
-        Ordering::Greater => leaves,
-        Ordering::Equal if level > 0 => 1,
-        Ordering::Equal => leaves,
-        Ordering::Less => 0,
-    };
-    bound(height, (edits, value_bytes), node_bytes, &existing)
+/// How large a tree is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Leaves at most.
+    pub leaves: u64,
+    /// Level of the root.
+    pub height: u8,
+}
+
+impl Shape {
+    /// As [`Tree::apply_bound`], for a tree of that shape: for edits and the bytes of their values.
+    pub fn apply_bound(&self, edits: u64, value_bytes: u64, node_bytes: usize) -> u64 {
+        let existing = |level: u8| match self.height.cmp(&level) {
+            Ordering::Greater => self.leaves,
+            Ordering::Equal if level > 0 => 1,
+            Ordering::Equal => self.leaves,
+            Ordering::Less => 0,
+        };
+        bound(self.height, (edits, value_bytes), node_bytes, &existing)
+    }
 }
 
 fn bound(
@@ -49,6 +55,21 @@ fn bound(
 }
 
 impl Tree {
+    /// How large the tree is. Reads the root only: of a tree of more than two levels it says that
+    /// it has more leaves than are ever touched.
+    ///
+    /// # Errors
+    /// What loading a node gives.
+    pub fn shape(&self, source: &dyn NodeSource) -> Result<Shape> {
+        let Some(root) = self.root else { return Ok(Shape::default()) };
+        let leaves = match root.level {
+            0 => 1,
+            1 => source.load(self.id, &root)?.count() as u64,
+            _ => u64::MAX,
+        };
+        Ok(Shape { leaves, height: root.level })
+    }
+
     /// An upper bound on the nodes that [`apply`](Tree::apply) allocates for `edits` edits that put
     /// `value_bytes` bytes of values in all.
     ///

@@ -43,7 +43,7 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use bound::leaves_bound;
+pub use bound::Shape;
 pub use cache::NodeCache;
 pub use cursor::Cursor;
 pub use diff::{Difference, Differences};

@@ -18,6 +18,7 @@ use alloc::vec::Vec;
 /// A blob as the file refers to it: blob and anchor, until the window ends.
 struct Window {
     blob: Blob,
+    birth: Txg,
     anchor: u64,
 }
 
@@ -118,13 +119,15 @@ impl Extents {
         self.windows.retain(|window| window.reaches(at));
         let known = |w: &&Window| w.anchor == anchor && w.blob.addr == blob.addr;
         if let Some(window) = self.windows.iter().find(known) {
+            // In pools of an early version an item that joins a reference may have another birth.
+            checker.mixed_births |= window.birth != birth;
             if window.blob != blob {
                 let detail = format!("at byte {at}");
                 checker.findings.add(&rules::BLOB_WINDOW, spot.clone().at(blob.addr), detail);
             }
             return Ok(());
         }
-        push(&mut self.windows, Window { blob, anchor })?;
+        push(&mut self.windows, Window { blob, birth, anchor })?;
         let run = Run { addr: blob.addr, bytes: blob.allocated() };
         self.sums.stored = self.sums.stored.saturating_add(run.bytes);
         met(checker, birth, Job { spot: spot.clone(), at, run, proof: Proof::Blob(blob) })

@@ -209,6 +209,7 @@ fn examine(
         extra: Vec::new(),
         met: versions::Met::default(),
         incomplete: false,
+        mixed_births: false,
         queue: DataQueue::default(),
         stats: CheckStats::default(),
         total_bytes: superblock.metadata_used.saturating_add(superblock.data_used),
@@ -238,6 +239,8 @@ struct Checker<'a> {
     met: versions::Met,
     /// Some block could not be had: what is below it was not met.
     incomplete: bool,
+    /// Items that hold one reference together have several births.
+    mixed_births: bool,
     queue: DataQueue,
     stats: CheckStats,
     total_bytes: u64,

@@ -3,6 +3,9 @@
 use super::findings::rules::{self, TABLE};
 use super::forge::{Built, Forge, Items, SECRET, SUBVOL, TXG};
 use super::*;
+use crate::engine::versions::VersionOp;
+use crate::engine::OpenOptions;
+use crate::error::Errno;
 use crate::format::chunk::{DeviceItem, Profile};
 use crate::format::dead::{key as dead_key, DeadHeader, DeadRef, Part};
 use crate::format::dir::{encode_cookies, name_hash, Entry};
@@ -10,14 +13,16 @@ use crate::format::extent::Extent;
 use crate::format::inode::{mode, LinkItem};
 use crate::format::key::kind;
 use crate::format::label::{label_areas, ring_slot};
-use crate::format::pool::ROOT_INO;
+use crate::format::pool::{INO_MAX, ROOT_INO};
 use crate::format::ptr::CompressionKind;
 use crate::format::space::RefItem;
 use crate::format::superblock::LogStart;
 use crate::format::DiskField;
 use crate::units::{Ino, Physical, SECTOR_BYTES};
+use crate::vfs::{AccessTime, Caller, Filesystem, Volume};
 use alloc::boxed::Box;
 use alloc::collections::BTreeSet;
+use alloc::sync::Arc;
 use alloc::vec;
 
 fn check_built(built: &Built) -> CheckReport {
@@ -642,4 +647,48 @@ fn no_flipped_byte_makes_the_check_panic_or_look_away() {
         }
     }
     assert_eq!(unnoticed, []);
+}
+
+fn opened(change: impl FnOnce(&mut Forge)) -> crate::platform::Result<Arc<Volume>> {
+    let mut forge = Forge::sound(Profile::Single);
+    change(&mut forge);
+    let built = forge.build();
+    let (devices, platform) = (vec![built.device.device()], built.platform.platform.clone());
+    Volume::open(devices, platform, &OpenOptions::default(), AccessTime::Never)
+}
+
+#[test]
+fn a_pool_whose_versions_break_a_rule_is_not_opened() {
+    assert!(opened(|_| {}).is_ok());
+    let named = opened(|forge| {
+        forge.pool_tree.insert(Key::new(SUBVOL.0, kind::NAME, 0), b"name".to_vec());
+    });
+    assert!(matches!(named.err(), Some(Error::BadItem { .. })));
+}
+
+#[test]
+fn numbers_that_are_used_up_are_never_given_again() {
+    let beyond = opened(|forge| forge.item.next_ino = u64::MAX);
+    assert!(matches!(beyond.err(), Some(Error::BadItem { .. })));
+
+    let fs = opened(|forge| {
+        forge.item.next_ino = INO_MAX;
+        forge.change_superblock = Box::new(|superblock| superblock.next_subvol = u64::MAX - 1);
+    });
+    let fs = fs.unwrap();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let make = |name: &[u8]| fs.mknod(fs.root(), name, 0o100644, 0, &caller);
+    assert_eq!(make(b"last").unwrap().ino.0, INO_MAX);
+    let subvolume = |name: &[u8]| {
+        let (name, mode) = (name.to_vec(), 0o755);
+        let op = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
+        fs.engine().change_versions(vec![op]).map(|ids| ids[0])
+    };
+    assert_eq!(subvolume(b"last"), Ok(u64::MAX - 1));
+    for _ in 0..3 {
+        assert_eq!(make(b"more").map_err(|error| error.errno()), Err(Errno::NoSpc));
+        assert_eq!(subvolume(b"more").map_err(|error| error.errno()), Err(Errno::NoSpc));
+    }
+    fs.sync().unwrap();
+    fs.close().unwrap();
 }

@@ -8,7 +8,9 @@
 //! references of P - references of X that were born not after P = entries of dead(X)
 //! ```
 //!
-//! Both sides are compared as sums of a hash of each sector, which costs no memory.
+//! Both sides are compared as sums of hashes of where runs begin and end, which costs no memory and
+//! does not depend on how references are cut into runs: where one ends and the next begins, the
+//! hashes cancel out. Births are compared as well, in a sum of its own.
 //!
 //! What was deleted and has one successor is not walked: what only it had is in the dead list of
 //! the successor, which is compared with the parent above, together with the list of what was
@@ -28,7 +30,7 @@ use crate::format::space::Run;
 use crate::platform::Result;
 use crate::subvol::extents::last_named;
 use crate::subvol::versions::Versions;
-use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
+use crate::units::{Ino, TreeId, Txg};
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::sync::Arc;
@@ -41,25 +43,35 @@ pub(super) struct Found {
     pub root: Option<BlockPtr>,
 }
 
-/// A sum of hashes of sectors.
+/// A sum over references: how often each sector is referred to, and how often with which birth.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Sum([u64; 2]);
+pub(super) struct Sum {
+    sectors: u64,
+    births: u64,
+}
 
 impl Sum {
-    fn add(&mut self, run: Run, salt: u64) {
-        for addr in (run.addr.0..run.end().0).step_by(SECTOR_BYTES as usize) {
-            let sector = mix(addr ^ mix(salt));
-            self.0[0] = self.0[0].wrapping_add(sector);
-            self.0[1] = self.0[1].wrapping_add(mix(sector ^ 0x6a09_e667_f3bc_c908));
-        }
+    /// Adds a reference, in the same time however long it is. The counts of all sectors follow from
+    /// where they rise and fall.
+    fn add(&mut self, run: Run, birth: Txg, is_node: bool) {
+        let kind = u64::from(is_node);
+        let step = |salt: u64| mix(run.end().0 ^ salt).wrapping_sub(mix(run.addr.0 ^ salt));
+        self.sectors = self.sectors.wrapping_add(step(mix(kind)));
+        self.births = self.births.wrapping_add(step(mix(mix(kind) ^ birth.0)));
     }
 
     fn minus(self, other: Sum) -> Sum {
-        Sum([self.0[0].wrapping_sub(other.0[0]), self.0[1].wrapping_sub(other.0[1])])
+        Sum {
+            sectors: self.sectors.wrapping_sub(other.sectors),
+            births: self.births.wrapping_sub(other.births),
+        }
     }
 
     fn plus(self, other: Sum) -> Sum {
-        Sum([self.0[0].wrapping_add(other.0[0]), self.0[1].wrapping_add(other.0[1])])
+        Sum {
+            sectors: self.sectors.wrapping_add(other.sectors),
+            births: self.births.wrapping_add(other.births),
+        }
     }
 }
 
@@ -69,16 +81,6 @@ fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
-}
-
-/// The hash of a node tells its birth; that of data does not, since an extent that joins a
-/// reference in a pool of an early version may have another.
-fn salt(birth: Txg, is_node: bool) -> u64 {
-    if is_node {
-        birth.0
-    } else {
-        0
-    }
 }
 
 /// What a walk of a version has met.
@@ -97,10 +99,9 @@ pub(super) struct Met {
 impl Met {
     /// Takes note of a reference or node.
     pub fn add(&mut self, run: Run, birth: Txg, is_node: bool) {
-        let salt = salt(birth, is_node);
-        self.all.add(run, salt);
+        self.all.add(run, birth, is_node);
         if birth <= self.since {
-            self.old.add(run, salt);
+            self.old.add(run, birth, is_node);
         }
         if birth > self.own_since {
             self.own_bytes = self.own_bytes.saturating_add(run.bytes);
@@ -407,7 +408,7 @@ fn entry_met(
         met.own_bytes = met.own_bytes.saturating_add(entry.run.bytes);
     }
     if entry.birth <= since {
-        met.sum.add(entry.run, salt(entry.birth, entry.is_node));
+        met.sum.add(entry.run, entry.birth, entry.is_node);
         return Ok(());
     }
     // Only what is deleted held it.
@@ -465,10 +466,48 @@ fn compare(checker: &mut Checker<'_>, family: &Family) {
             Some(above) => above.all.minus(met.old),
             None => Sum::default(),
         };
-        if sums.get(id).copied().unwrap_or_default() != dropped {
+        let listed = sums.get(id).copied().unwrap_or_default();
+        let is_misdated = listed.births != dropped.births && !checker.mixed_births;
+        if listed.sectors != dropped.sectors || is_misdated {
             let shared = if inherited.contains(id) { ", with what it takes over" } else { "" };
-            let detail = format!("that of {id}{shared}");
+            let which = if listed.sectors == dropped.sectors { ": births" } else { "" };
+            let detail = format!("that of {id}{shared}{which}");
             checker.findings.add(&rules::DEAD_LIST, Spot::object(TreeId::POOL, *id), detail);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Logical;
+
+    fn sum(runs: &[(u64, u64, u64)]) -> Sum {
+        let mut sum = Sum::default();
+        for (addr, end, birth) in runs {
+            let run = Run { addr: Logical(*addr), bytes: end - addr };
+            sum.add(run, Txg(*birth), false);
+        }
+        sum
+    }
+
+    #[test]
+    fn sums_count_sectors_however_they_are_cut_into_runs() {
+        let whole = sum(&[(0, 1 << 60, 5), (8192, 12288, 5)]);
+        assert_eq!(whole, sum(&[(0, 12288, 5), (8192, 1 << 60, 5)]));
+        assert_eq!(whole, sum(&[(0, 4096, 5), (4096, 12288, 5), (8192, 1 << 60, 5)]));
+        assert_ne!(whole.sectors, sum(&[(0, 1 << 60, 5)]).sectors);
+        assert_ne!(whole.sectors, sum(&[(0, 1 << 60, 5), (4096, 8192, 5)]).sectors);
+    }
+
+    #[test]
+    fn sums_tell_births_and_kinds_apart() {
+        let one = sum(&[(0, 4096, 5)]);
+        let other = sum(&[(0, 4096, 6)]);
+        assert_eq!(one.sectors, other.sectors);
+        assert_ne!(one.births, other.births);
+        let mut node = Sum::default();
+        node.add(Run { addr: Logical(0), bytes: 4096 }, Txg(5), true);
+        assert_ne!(one.sectors, node.sectors);
     }
 }

@@ -233,8 +233,7 @@ impl Engine {
         let mut debts = GroupDebts::default();
         let mut written = Vec::new();
         let mut dead_nodes = Vec::new();
-        let (old_dead, old_refs) = (committer.roots.dead, committer.roots.refs);
-        let mut lists = Lists::new(sink, old_dead);
+        let mut lists = Lists::new(sink, committer.roots.dead);
         let counts = committer.superblock.features[2] & features::VERSIONS != 0;
         for (subvol, dirty) in subvols {
             if dirty.is_empty() && subvol.overlay(txg).is_empty() {
@@ -247,7 +246,7 @@ impl Engine {
             written.push(part);
         }
         self.carry_out(committer, sink, txg)?;
-        let (dead, given_up) = self.destroy_some(sink, (&old_dead, &old_refs), &mut lists, txg)?;
+        let (dead, given_up) = self.destroy_some(sink, &committer.roots, &mut lists, txg)?;
         let pool_edits = self.take_pool_edits(committer)?;
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
@@ -473,8 +472,7 @@ impl Engine {
         drop(old_view);
         store.pool.published(txg);
         committer.roots = written.roots;
-        // It was written just now. If it cannot be read, who drops references finds out.
-        let _ = store.note_references(store, &committer.roots.refs);
+        self.note_shapes(&committer.roots);
         self.metadata_used.store(superblock.metadata_used, Ordering::Relaxed);
         committer.superblock = superblock;
         for part in written.subvols {
@@ -495,6 +493,17 @@ impl Engine {
         self.settle_promises();
         store.groups.publish(txg);
         self.release_views(committer);
+    }
+
+    /// Takes note of how large trees are that others reserve room in. What cannot be read of them
+    /// now, though it was just written, is met by who needs it.
+    #[inline(never)]
+    fn note_shapes(&self, roots: &Roots) {
+        let store = &*self.store;
+        let _ = store.note_references(store, &roots.refs);
+        if let Ok(shape) = roots.pool.shape(store) {
+            self.pool_shape.set(shape);
+        }
     }
 
     /// Makes freed space usable that no reader can reach any more.

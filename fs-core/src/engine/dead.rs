@@ -4,7 +4,7 @@
 //! All changes of a group, whoever makes them, are collected in one [`Lists`] and applied to the
 //! tree once. Steps that may turn out not to be possible are taken back with [`Lists::undo`].
 
-use crate::btree::{Edit, NodeSource, Tree};
+use crate::btree::{Edit, NodeSource, Tree, Value};
 use crate::error::Error;
 use crate::format::dead::{birth_and_part, key, DeadHeader, DeadRef, Part, PART_ENTRIES};
 use crate::format::key::{kind, Key};
@@ -45,6 +45,27 @@ fn bytes_of(edit: Option<&Edit>) -> usize {
         Some(Edit::Put(value)) => value.len(),
         _ => 0,
     }
+}
+
+/// The first of what is stored under what has changed, in an order in which a key `comes_before`
+/// another.
+fn first_of<'e>(
+    mut stored: impl FnMut() -> Result<Option<(Key, Value)>>,
+    changed: impl Iterator<Item = (&'e Key, &'e Edit)>,
+    comes_before: fn(&Key, &Key) -> bool,
+) -> Result<Option<(Key, Part)>> {
+    let mut next = stored()?;
+    for (at, edit) in changed {
+        match &next {
+            Some((key, _)) if comes_before(key, at) => break,
+            Some((key, _)) if key == at => next = stored()?,
+            _ => {}
+        }
+        if let Edit::Put(value) = edit {
+            return Ok(Some((*at, read(*at, value)?)));
+        }
+    }
+    next.map(|(key, value)| Ok((key, read(key, &value)?))).transpose()
 }
 
 /// A sum of entries of a list.
@@ -124,53 +145,15 @@ impl<'a> Lists<'a> {
     fn first_from(&self, from: Key) -> Result<Option<(Key, Part)>> {
         let mut cursor = self.tree.cursor();
         cursor.seek(self.source, &from)?;
-        let mut stored = cursor.next(self.source)?;
-        let mut changed = self.edits.range(from..).peekable();
-        loop {
-            let change = changed.peek().map(|(key, edit)| (**key, *edit));
-            match (&stored, change) {
-                (Some((key, value)), None) => return Ok(Some((*key, read(*key, value)?))),
-                (Some((key, value)), Some((at, _))) if *key < at => {
-                    return Ok(Some((*key, read(*key, value)?)));
-                }
-                (_, Some((at, edit))) => {
-                    if let Edit::Put(value) = edit {
-                        return Ok(Some((at, read(at, value)?)));
-                    }
-                    changed.next();
-                    if stored.as_ref().is_some_and(|(key, _)| *key == at) {
-                        stored = cursor.next(self.source)?;
-                    }
-                }
-                (None, None) => return Ok(None),
-            }
-        }
+        first_of(|| cursor.next(self.source), self.edits.range(from..), Key::lt)
     }
 
     /// The last part up to a key.
     fn last_upto(&self, to: Key) -> Result<Option<(Key, Part)>> {
         let mut cursor = self.tree.cursor();
-        let mut stored = cursor.seek_last(self.source, &to)?;
-        let mut changed = self.edits.range(..=to).rev().peekable();
-        loop {
-            let change = changed.peek().map(|(key, edit)| (**key, *edit));
-            match (&stored, change) {
-                (Some((key, value)), None) => return Ok(Some((*key, read(*key, value)?))),
-                (Some((key, value)), Some((at, _))) if *key > at => {
-                    return Ok(Some((*key, read(*key, value)?)));
-                }
-                (_, Some((at, edit))) => {
-                    if let Edit::Put(value) = edit {
-                        return Ok(Some((at, read(at, value)?)));
-                    }
-                    changed.next();
-                    if stored.as_ref().is_some_and(|(key, _)| *key == at) {
-                        stored = cursor.prev(self.source)?;
-                    }
-                }
-                (None, None) => return Ok(None),
-            }
-        }
+        let mut last = Some(cursor.seek_last(self.source, &to)?);
+        let stored = || last.take().map_or_else(|| cursor.prev(self.source), Ok);
+        first_of(stored, self.edits.range(..=to).rev(), Key::gt)
     }
 
     /// Adds entries to a list.

@@ -31,19 +31,28 @@
 //!
 //! A step is tried first: what it changes of dead lists is collected, what it would give up is
 //! looked up in the reference tree and in the bitmaps, and room is reserved for writing all of it,
-//! as for any delete. If there is none, a smaller step is tried; if there is none even for the
-//! smallest, that was all for this group. So deleting goes on in a full pool, and never makes a
-//! group fail.
+//! as for any delete: dead lists, references, items of versions, and bitmaps. If there is none, a
+//! smaller step is tried; if there is none even for the smallest, that was all for this group. So
+//! deleting goes on in a full pool, and never makes a group fail. When dead lists cannot be written
+//! after all, those of the group's operations are written without the steps: room for that is
+//! reserved as well.
+//!
+//! # Time
+//!
+//! Whoever waits for a commit waits for the steps in it. So only commits take steps along that are
+//! made for that, in the background or because somebody needs room; never those that an fsync, a
+//! sync or a snapshot asks for. And as an fsync may come while one is under way, no step is begun
+//! after [`STEPS_NS`], and a step is at most [`WORK_PER_STEP`] references, items and entries.
 //!
 //! # Damage
 //!
 //! What cannot be read, or makes no sense, ends the deletion of that version, until the pool is
 //! opened again: this is reported, and others go on.
 
-use crate::btree::{FreshVisitor, Node, NodeSource, Tree};
+use crate::btree::{FreshVisitor, Node, NodeSource, Shape, Tree};
 use crate::engine::dead::{self, Lists, Sum};
 use crate::engine::nodes::GroupSink;
-use crate::engine::{references, Engine};
+use crate::engine::{references, Engine, Roots};
 use crate::error::{Error, Incident};
 use crate::format::chunk::ChunkKind;
 use crate::format::dead::DeadRef;
@@ -51,12 +60,13 @@ use crate::format::extent::Extent;
 use crate::format::key::{kind, Key};
 use crate::format::pool::{version, SubvolItem};
 use crate::format::ptr::BlockPtr;
-use crate::format::space::Run;
+use crate::format::space::{Run, REGION_BYTES};
 use crate::space::Class;
 use crate::subvol::extents::last_named;
 use crate::subvol::store::Result;
-use crate::units::{Ino, TreeId, Txg};
+use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
+use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
@@ -65,10 +75,20 @@ use core::sync::atomic::Ordering;
 pub(super) const REFS_PER_GROUP: usize = 8192;
 /// Steps made by one group.
 const STEPS_PER_GROUP: usize = 1024;
+/// How long after the first step of a group another is begun, in nanoseconds.
+const STEPS_NS: u64 = 20_000_000;
+/// What one step does at most: references given up, entries moved, reference items looked up.
+const WORK_PER_STEP: usize = 1024;
+/// Items of trees that may be looked at instead of giving a reference up.
+const ITEMS_PER_WORK: usize = 16;
 /// The cursor of a version whose tree is gone.
 const TREE_GONE: [u8; 24] = [0xff; 24];
-/// Nodes of the pool tree that a group writes because something is deleted.
-const POOL_NODES: u64 = 4;
+/// Nodes of roots and of the residue that a group writes because something is deleted.
+const ROOT_NODES: u64 = 4;
+/// Versions that a step changes.
+const VERSIONS_PER_STEP: usize = 3;
+/// Bytes of a bitmap item.
+const BITMAP_BYTES: u64 = REGION_BYTES / SECTOR_BYTES / 8;
 /// How long to wait after there was no room or no memory, in nanoseconds.
 const PAUSE_NS: u64 = 5_000_000_000;
 
@@ -79,8 +99,10 @@ pub(super) struct GivenUp {
     pub data: Vec<Run>,
     /// Nodes.
     pub nodes: Vec<Run>,
-    /// Entries that were moved or dropped, and births that were summed up.
+    /// Entries that were moved or dropped, births that were summed up, reference items.
     moved: usize,
+    /// Items of trees that were looked at.
+    looked: usize,
     /// By which versions.
     pub ids: Vec<u64>,
 }
@@ -96,7 +118,7 @@ impl GivenUp {
     }
 
     fn work(&self) -> usize {
-        self.data.len() + self.nodes.len() + self.moved
+        self.data.len() + self.nodes.len() + self.moved + self.looked / ITEMS_PER_WORK
     }
 
     fn bytes(&self) -> u64 {
@@ -108,19 +130,33 @@ impl GivenUp {
         self.data.append(&mut other.data);
         self.nodes.append(&mut other.nodes);
         self.moved += other.moved;
+        self.looked += other.looked;
     }
 }
 
 /// What a group does about deleted versions.
 struct Work<'w, 'a> {
     sink: &'w GroupSink<'a>,
-    refs: &'w Tree,
+    roots: &'w Roots,
     txg: Txg,
+    /// Of the pool tree and the space tree.
+    shapes: [Shape; 2],
+    /// Nodes of dead lists that are written in any case.
+    base_nodes: u64,
     /// Metadata bytes that were reserved.
     reserved: u64,
     /// Reference items that what is given up lies in.
     ref_items: usize,
+    /// Regions that what is given up lies in.
+    regions: BTreeSet<u64>,
     out: GivenUp,
+}
+
+/// What came of trying a step.
+enum Tried {
+    Done,
+    /// It was more than a step may be.
+    TooMuch,
 }
 
 impl Engine {
@@ -148,6 +184,7 @@ impl Engine {
     pub fn destroy_all(&self) -> Result<()> {
         self.destroy_after_ns.store(0, Ordering::Relaxed);
         while self.next_to_destroy().is_some() {
+            self.want_destroying();
             self.want_commit();
             self.commit_upto(self.store.groups.open())?;
             self.release();
@@ -156,6 +193,11 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// The next commit takes steps along.
+    pub(super) fn want_destroying(&self) {
+        self.destroys.store(true, Ordering::Relaxed);
     }
 
     fn pause_destroying(&self) {
@@ -218,18 +260,29 @@ impl Engine {
     pub(super) fn destroy_some(
         &self,
         sink: &GroupSink<'_>,
-        (tree, refs): (&Tree, &Tree),
+        roots: &Roots,
         lists: &mut Lists<'_>,
         txg: Txg,
     ) -> Result<(Tree, GivenUp)> {
-        if !self.has_to_destroy() {
+        let tree = &roots.dead;
+        if !self.destroys.swap(false, Ordering::Relaxed) || !self.has_to_destroy() {
             return Ok((tree.apply(sink, &lists.batch())?, GivenUp::default()));
         }
         let base = lists.batch();
+        let space = self.store.space_view().tree;
+        let mut work = Box::new(Work {
+            sink,
+            roots,
+            txg,
+            shapes: [roots.pool.shape(sink)?, space.shape(sink)?],
+            base_nodes: lists.nodes_bound(),
+            reserved: 0,
+            ref_items: 0,
+            regions: BTreeSet::new(),
+            out: GivenUp::default(),
+        });
         sink.mark();
         self.versions.write().begin();
-        let mut work =
-            Box::new(Work { sink, refs, txg, reserved: 0, ref_items: 0, out: GivenUp::default() });
         self.make_steps(&mut work, lists)?;
         let edits = lists.batch();
         match tree.apply(sink, &edits) {
@@ -255,19 +308,24 @@ impl Engine {
 
     fn make_steps(&self, work: &mut Work<'_, '_>, lists: &mut Lists<'_>) -> Result<()> {
         let most = self.deletion_refs;
-        let mut budget = most;
+        let mut budget = most.min(WORK_PER_STEP);
+        let clock = &self.store.platform.clock;
+        let until = clock.uptime_ns().saturating_add(STEPS_NS);
         for _ in 0..STEPS_PER_GROUP {
-            let left = most.saturating_sub(work.out.work());
+            let left = match clock.uptime_ns() <= until {
+                true => most.saturating_sub(work.out.work()),
+                false => 0,
+            };
             let Some(id) = self.next_to_destroy().filter(|_| left > 0) else { return Ok(()) };
             lists.begin();
             match self.try_step(work, lists, id, budget.min(left)) {
-                Ok(()) if work.out.ids.last() != Some(&id) => work.out.ids.push(id),
-                Ok(()) => {}
-                Err(Error::NoSpace) if budget > 1 => {
+                Ok(Tried::Done) if work.out.ids.last() != Some(&id) => work.out.ids.push(id),
+                Ok(Tried::Done) => {}
+                Ok(Tried::TooMuch) | Err(Error::NoSpace) if budget > 1 => {
                     lists.undo();
                     budget = (budget / 8).max(1);
                 }
-                Err(Error::NoSpace | Error::Memory) => {
+                Ok(Tried::TooMuch) | Err(Error::NoSpace | Error::Memory) => {
                     lists.undo();
                     // What was done makes room for more.
                     if work.out.ids.is_empty() {
@@ -291,7 +349,7 @@ impl Engine {
         lists: &mut Lists<'_>,
         id: u64,
         most: usize,
-    ) -> Result<()> {
+    ) -> Result<Tried> {
         let mut given_up = GivenUp::default();
         let child = self.versions.read().only_child(id);
         let step = match child {
@@ -299,11 +357,16 @@ impl Engine {
             Some(child) => self.middle_step(lists, (id, child), most, &mut given_up)?,
         };
         let ref_items = self.prove(work, &given_up)?;
-        self.make_room(work, lists, ref_items)?;
+        // One reference may lie in as many items as it has sectors: it goes whatever that takes.
+        if ref_items > ITEMS_PER_WORK * most && given_up.work() > 1 && most > 1 {
+            return Ok(Tried::TooMuch);
+        }
+        self.make_room(work, lists, &given_up, ref_items)?;
         self.take_step(step)?;
+        given_up.moved += ref_items;
         work.ref_items += ref_items;
         work.out.append(&mut given_up);
-        Ok(())
+        Ok(Tried::Done)
     }
 
     /// What is given up is there, and can be looked up where that will be done. Returns how many
@@ -319,23 +382,38 @@ impl Engine {
                 }
             }
         }
-        references::items_of(work.sink, work.refs, &given_up.data)
+        references::items_of(work.sink, &work.roots.refs, &given_up.data)
     }
 
-    /// Reserves room for writing the dead lists and the references as they are now.
+    /// Reserves room for writing what the group's steps change, this one among them.
     fn make_room(
         &self,
         work: &mut Work<'_, '_>,
         lists: &Lists<'_>,
+        given_up: &GivenUp,
         ref_items: usize,
     ) -> Result<()> {
+        let node_bytes = self.store.node_bytes;
+        let mut regions = work.regions.clone();
+        for run in given_up.data.iter().chain(&given_up.nodes) {
+            regions.extend(run.addr.0 / REGION_BYTES..=(run.end().0 - 1) / REGION_BYTES);
+        }
         // An item may be cut in three.
         let edits = 3 * (work.ref_items + ref_items);
         let value = edits * crate::format::space::RefItem::BYTES;
+        // Items of a version are neighbours: two leaves at most.
+        let touched = self.versions.read().touched_count() + VERSIONS_PER_STEP;
+        let versions = 2 * touched as u64;
+        // A bitmap, and the summary of its chunk.
+        let bitmaps = 2 * regions.len() as u64;
+        let [pool, space] = work.shapes;
         let nodes = lists.nodes_bound()
-            + work.refs.apply_bound(edits, value, self.store.node_bytes)
-            + POOL_NODES;
-        let need = nodes * self.store.node_bytes as u64;
+            + work.base_nodes
+            + work.roots.refs.apply_bound(edits, value, node_bytes)
+            + pool.apply_bound(versions, versions * SubvolItem::BYTES as u64 / 2, node_bytes)
+            + space.apply_bound(bitmaps, bitmaps * BITMAP_BYTES / 2, node_bytes)
+            + ROOT_NODES;
+        let need = nodes * node_bytes as u64;
         let more = need.saturating_sub(work.reserved);
         if more > 0 {
             let (space, cap) = (&self.store.space, || self.metadata_bound());
@@ -343,6 +421,7 @@ impl Engine {
             self.store.keep(work.txg, reservation);
             work.reserved = need;
         }
+        work.regions = regions;
         Ok(())
     }
 
@@ -542,12 +621,13 @@ struct Taker<'a> {
 impl FreshVisitor for Taker<'_> {
     fn leaf(&mut self, node: &Arc<Node>, from: usize) -> Result<usize> {
         for index in from..node.count() {
+            if self.out.work() >= self.most {
+                return Ok(index);
+            }
+            self.out.looked += 1;
             let key = node.key(index);
             if key.kind != kind::EXTENT {
                 continue;
-            }
-            if self.out.work() >= self.most {
-                return Ok(index);
             }
             let (extent, birth) = Extent::decode(node.value(index), key.offset, node.birth())
                 .map_err(|bad| bad.in_item(self.tree.id, key.object))?;

@@ -51,6 +51,7 @@ use crate::format::chunk::ChunkKind;
 use crate::format::ptr::BlockPtr;
 use crate::format::superblock::Superblock;
 use crate::space::{Class, Reservation, Trim};
+use crate::subvol::room::KnownShape;
 use crate::subvol::store::{DataSettings, Result, Store};
 use crate::subvol::versions::Versions;
 use crate::subvol::Subvol;
@@ -146,6 +147,12 @@ pub struct Engine {
     turns: AtomicU64,
     /// Whether there are, or were, snapshots.
     has_versions: AtomicBool,
+    /// Whether somebody asked for some.
+    awaits_versions: AtomicBool,
+    /// How large the published pool tree is.
+    pool_shape: KnownShape,
+    /// The next commit takes a part of what was deleted along.
+    destroys: AtomicBool,
 }
 
 /// Adds to what is held.
@@ -254,6 +261,7 @@ impl Engine {
         // What was deleted goes a part a group, as a large file does: the next waits for this one.
         let destroys = self.store.writable().is_ok() && self.has_to_destroy();
         if destroys {
+            self.want_destroying();
             self.want_commit();
         }
         let waits =
@@ -297,6 +305,7 @@ impl Engine {
                 Err(Error::NoSpace) => {}
                 other => return other,
             }
+            self.want_destroying();
             self.commit_upto(self.store.groups.open())
                 .or_else(|error| self.store.writable().and(Err(error)))?;
             self.release();
@@ -310,7 +319,7 @@ impl Engine {
     /// have just been split, and what is added is dirty memory.
     fn metadata_bound(&self) -> u64 {
         let mut existing = self.metadata_used.load(Ordering::Relaxed);
-        if self.has_versions.load(Ordering::Relaxed) {
+        if self.counts_versions() || self.awaits_versions.load(Ordering::Relaxed) {
             // What is dropped and goes to a dead list had an item, which took more.
             existing = existing.saturating_mul(2);
         }

@@ -20,6 +20,7 @@ use crate::format::superblock::Superblock;
 use crate::platform::{DeviceRef, Platform};
 use crate::pool::{Pool, PoolOptions};
 use crate::space::{self, ChunkSource, Space};
+use crate::subvol::room::KnownShape;
 use crate::subvol::store::{DataSettings, Result, Store, StoreParts};
 use crate::subvol::versions::{Version, Versions};
 use crate::subvol::Subvol;
@@ -205,6 +206,9 @@ fn make_engine(
         wanted: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         has_versions: AtomicBool::new(has_versions),
+        awaits_versions: AtomicBool::new(false),
+        pool_shape: KnownShape::default(),
+        destroys: AtomicBool::new(false),
         metadata_used: AtomicU64::new(store.space.usage().metadata.used_bytes),
         resilver: Mutex::ranked(Rank::Short, None),
         resilvering: AtomicBool::new(false),
@@ -338,6 +342,7 @@ impl Engine {
         self.load_versions(&tree, next, options)?;
         let refs = self.committer.lock().roots.refs;
         self.store.note_references(&*self.store, &refs)?;
+        self.pool_shape.set(tree.shape(&*self.store)?);
         let mut subvols = BTreeMap::new();
         for (id, version) in self.versions.read().iter() {
             if !version.item.is_snapshot() && !version.item.is_deleted() {
@@ -370,6 +375,7 @@ impl Engine {
             Ok(())
         })?;
         versions.check(next)?;
+        versions.check_all_rules()?;
         if let Some((kind, level)) = options.compression {
             (settings.compression, settings.level) = (kind, level);
         }

@@ -93,7 +93,7 @@ impl Engine {
 
     fn reclaim_step(&self, subvol: &Arc<Subvol>, ino: Ino) -> Result<Progress> {
         // What is about to be deleted or rolled back is left alone.
-        let Ok(_in_use) = subvol.begin_use() else { return Ok(Progress::Done) };
+        let Some(_at_work) = subvol.begin_work() else { return Ok(Progress::Done) };
         let inode = match subvol.inode(ino) {
             Ok(inode) => inode,
             Err(Error::Posix(_)) => return Ok(Progress::Done),

@@ -169,6 +169,8 @@ pub(super) struct Request {
 pub(super) struct Asked {
     after: Txg,
     shut: Vec<Arc<Subvol>>,
+    /// Subvolumes of which snapshots are taken.
+    awaited: Vec<Arc<Subvol>>,
     done: Arc<Mutex<Option<Result<Vec<u64>>>>>,
 }
 
@@ -218,13 +220,18 @@ impl Engine {
     /// Asks for operations to be carried out with the open group.
     pub(super) fn ask(&self, ops: Vec<VersionOp>) -> Result<Asked> {
         self.store.writable()?;
-        let nodes = NODES_PER_OP * (ops.len() as u64 + 1) + self.renamed_by(&ops);
-        let reservation = self.reserve(0, nodes * self.store.node_bytes as u64, Class::Admin)?;
-        let promise = match self.promised_by(&ops) {
-            0 => None,
-            promised => Some(self.reserve(promised, 0, Class::Normal)?),
-        };
         let shut = self.shut_for(&ops)?;
+        let (reservation, promise) = match self.room_for(&ops, &shut) {
+            Ok(room) => room,
+            Err(error) => {
+                self.reopen(&shut);
+                return Err(error);
+            }
+        };
+        // Before any operation can be of a group that comes after: what those drop is counted.
+        self.awaits_versions.store(true, Ordering::Relaxed);
+        let awaited = self.taken_of(&ops);
+        awaited.iter().for_each(|subvol| subvol.await_snapshot());
         let done = Arc::new(Mutex::new(None));
         let ids = ops.iter().map(|_| {
             let mut id = [0; 16];
@@ -246,13 +253,50 @@ impl Engine {
             self.requests.lock().push(request);
             handle.txg()
         };
-        Ok(Asked { after, shut, done })
+        Ok(Asked { after, shut, awaited, done })
+    }
+
+    /// Room for what operations write, and for what they promise. Nobody uses what is in `shut`.
+    #[inline(never)]
+    fn room_for(
+        &self,
+        ops: &[VersionOp],
+        shut: &[Arc<Subvol>],
+    ) -> Result<(Reservation, Option<Reservation>)> {
+        let items = self.touched_by(ops);
+        let values = items.saturating_mul((SubvolItem::BYTES + NAME_BYTES_MAX) as u64);
+        let nodes = NODES_PER_OP * (ops.len() as u64 + 1)
+            + self.pool_shape.get().apply_bound(items, values, self.store.node_bytes);
+        let reservation = self.reserve(0, nodes * self.store.node_bytes as u64, Class::Admin)?;
+        // What is promised by groups that are not published is not in the items yet.
+        let is_changed = |subvol: &Arc<Subvol>| {
+            let (first, last) = (self.store.groups.published().next(), self.store.groups.open());
+            (first.0..=last.0).any(|txg| subvol.changed_in(Txg(txg)))
+        };
+        if shut.iter().any(is_changed) {
+            self.commit_upto(self.store.groups.open())?;
+        }
+        let promise = match self.promised_by(ops) {
+            0 => None,
+            promised => Some(self.reserve(promised, 0, Class::Normal)?),
+        };
+        Ok((reservation, promise))
+    }
+
+    /// The subvolumes that snapshots are taken of.
+    fn taken_of(&self, ops: &[VersionOp]) -> Vec<Arc<Subvol>> {
+        let subvol = |op: &VersionOp| match op {
+            VersionOp::Snapshot { subvolume, .. } => self.subvol(TreeId(*subvolume)),
+            _ => None,
+        };
+        ops.iter().filter_map(subvol).collect()
     }
 
     /// Waits for what was asked for.
     pub(super) fn answer(&self, asked: Asked) -> Result<Vec<u64>> {
-        let Asked { after, shut, done } = asked;
+        let Asked { after, shut, awaited, done } = asked;
         let published = self.commit_upto(after);
+        awaited.iter().for_each(|subvol| subvol.end_await());
         let outcome = done.lock().take();
         if published.is_err() || !matches!(outcome, Some(Ok(_))) {
             self.reopen(&shut);
@@ -261,14 +305,15 @@ impl Engine {
         outcome.unwrap_or(Err(Error::Failed))
     }
 
-    /// Subvolumes that are renamed with others.
-    fn renamed_by(&self, ops: &[VersionOp]) -> u64 {
+    /// How many versions and bookmarks are renamed or go with those that operations name.
+    fn touched_by(&self, ops: &[VersionOp]) -> u64 {
         let versions = self.versions.read();
-        let nested = |op: &VersionOp| match op {
+        let count = |op: &VersionOp| match op {
             VersionOp::Rename { id, .. } => versions.nested(*id).len() as u64,
+            VersionOp::Delete { id } => versions.bookmarks_of(*id).len() as u64,
             _ => 0,
         };
-        ops.iter().map(nested).sum()
+        ops.iter().map(count).sum()
     }
 
     /// Bytes promised to files of what operations make, beyond what is promised already.
@@ -465,7 +510,7 @@ impl Engine {
         match op {
             VersionOp::CreateSubvolume { name, mode, uid, gid } => {
                 check_subvolume_name(name)?;
-                let id = draft.new_id();
+                let id = draft.new_id()?;
                 let item = draft.first_item(identity);
                 add(versions, id, item, name)?;
                 let root = self.root_item(draft.txg, (*mode, *uid, *gid));
@@ -514,7 +559,7 @@ impl Engine {
                     id: from.id,
                     reserved: [0; 24],
                 };
-                let id = draft.new_id();
+                let id = draft.new_id()?;
                 versions.insert_bookmark(id, Bookmark { item, name: name.clone() })?;
                 Ok(id)
             }
@@ -659,9 +704,12 @@ impl Engine {
 }
 
 impl Draft<'_> {
-    fn new_id(&mut self) -> u64 {
-        self.next += 1;
-        self.next - 1
+    /// # Errors
+    /// ENOSPC when all ids have been given.
+    fn new_id(&mut self) -> Result<u64> {
+        let id = self.next;
+        self.next = id.checked_add(1).ok_or(Error::Posix(Errno::NoSpc))?;
+        Ok(id)
     }
 
     /// What is there and was there before the request.
@@ -701,7 +749,7 @@ impl Draft<'_> {
         identity: [u8; 16],
     ) -> Result<u64> {
         check_part(name)?;
-        let id = self.new_id();
+        let id = self.new_id()?;
         let head = Box::new(versions.need(subvolume)?.item);
         let mut item = head.clone();
         item.flags |= version::SNAPSHOT;
@@ -728,7 +776,7 @@ impl Draft<'_> {
         name: &[u8],
         identity: [u8; 16],
     ) -> Result<u64> {
-        let id = self.new_id();
+        let id = self.new_id()?;
         let from = &self.snapshot_of(versions, snapshot)?.item;
         let mut item = going_on_from(from, snapshot, id);
         (item.birth, item.created, item.id) = (self.txg.0, self.now, identity);

@@ -101,7 +101,7 @@ impl SubvolItem {
             "a snapshot that is older than its parent",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;
-        rule(item.next_ino >= super::pool::FIRST_INO, "next inode number out of range")?;
+        rule((FIRST_INO..=INO_MAX + 1).contains(&item.next_ino), "next inode number out of range")?;
         Ok(item)
     }
 

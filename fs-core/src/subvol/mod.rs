@@ -50,7 +50,7 @@ use crate::btree::Tree;
 use crate::error::{Errno, Error};
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
-use crate::format::pool::SubvolItem;
+use crate::format::pool::{SubvolItem, INO_MAX};
 use crate::subvol::inode::{Inode, State, INODE_BYTES};
 use crate::subvol::overlay::Overlay;
 pub use crate::subvol::store::View;
@@ -83,8 +83,12 @@ pub struct Subvol {
     /// Whether it goes on from a snapshot, and entries of its dead list.
     has_parent: AtomicBool,
     dead_entries: AtomicU64,
+    /// Snapshots of it that were asked for: what is dropped after them is theirs.
+    awaited: AtomicUsize,
     /// How many use it; [`SHUT`] when nobody may begin to.
     users: AtomicUsize,
+    /// How many work in it for a moment, in the background.
+    workers: AtomicUsize,
 }
 
 /// Value of `Subvol::users` when the subvolume is about to be deleted or rolled back.
@@ -97,6 +101,16 @@ pub struct InUse(Arc<Subvol>);
 impl Drop for InUse {
     fn drop(&mut self) {
         self.0.users.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Working in a subvolume for a moment: who is to delete it or roll it back waits for the end.
+pub struct AtWork(Arc<Subvol>);
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.workers.fetch_sub(1, Ordering::SeqCst);
+        self.0.store.groups.notify();
     }
 }
 
@@ -122,7 +136,9 @@ impl Subvol {
             dead_entries: AtomicU64::new(item.dead_entries),
             item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
+            awaited: AtomicUsize::new(0),
             users: AtomicUsize::new(0),
+            workers: AtomicUsize::new(0),
         })
     }
 
@@ -138,9 +154,24 @@ impl Subvol {
         Ok(InUse(self.clone()))
     }
 
+    /// Begins to work in the subvolume for a moment; `None` when it is about to be deleted or rolled
+    /// back.
+    pub fn begin_work(self: &Arc<Subvol>) -> Option<AtWork> {
+        // First counted, then looked: who shuts it does that the other way round, so that one of
+        // the two sees the other.
+        self.workers.fetch_add(1, Ordering::SeqCst);
+        let work = AtWork(self.clone());
+        (self.users.load(Ordering::SeqCst) != SHUT).then_some(work)
+    }
+
     /// Keeps everybody from using it from now on; false, and nothing changes, when somebody does.
+    /// Waits for those who work in it for a moment. No lock may be held.
     pub fn shut(&self) -> bool {
-        self.users.compare_exchange(0, SHUT, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        let shut = self.users.compare_exchange(0, SHUT, Ordering::SeqCst, Ordering::SeqCst);
+        if shut.is_ok() {
+            self.store.groups.wait_until(|| self.workers.load(Ordering::SeqCst) == 0);
+        }
+        shut.is_ok()
     }
 
     /// Takes [`Subvol::shut`] back.
@@ -160,11 +191,9 @@ impl Subvol {
 
     /// A new inode number.
     pub fn new_ino(&self) -> Result<Ino> {
-        let ino = self.next_ino.fetch_add(1, Ordering::Relaxed);
-        if ino > crate::format::pool::INO_MAX {
-            return Err(Errno::NoSpc.into());
-        }
-        Ok(Ino(ino))
+        let next = |ino: u64| (ino <= INO_MAX).then_some(ino + 1);
+        let ino = self.next_ino.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        ino.map(Ino).map_err(|_| Errno::NoSpc.into())
     }
 
     /// The next inode number that will be handed out.
@@ -174,7 +203,7 @@ impl Subvol {
 
     /// Replay has seen this inode number: it must not be handed out again.
     pub fn saw_ino(&self, ino: Ino) {
-        self.next_ino.fetch_max(ino.0.saturating_add(1), Ordering::Relaxed);
+        self.next_ino.fetch_max(ino.0.min(INO_MAX) + 1, Ordering::Relaxed);
     }
 
     /// The overlay of an unpublished group.
@@ -236,9 +265,20 @@ impl Subvol {
         *self.item.lock() = item;
     }
 
-    /// Whether it goes on from a snapshot, which has what is dropped here.
+    /// Whether it goes on from a snapshot, or soon will, which has what is dropped here.
     pub fn has_parent(&self) -> bool {
-        self.has_parent.load(Ordering::Relaxed)
+        self.has_parent.load(Ordering::Relaxed) || self.awaited.load(Ordering::Relaxed) > 0
+    }
+
+    /// A snapshot of it is asked for: what operations drop that begin from now on may be what the
+    /// snapshot has.
+    pub fn await_snapshot(&self) {
+        self.awaited.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The snapshot is there, or will not come.
+    pub fn end_await(&self) {
+        self.awaited.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Group `txg` is published with this tree: readers see it from now on.

@@ -10,7 +10,7 @@
 //! Who counts pieces does it before room is reserved, which may wait, and counts again when nothing
 //! can change any more.
 
-use crate::btree::{leaves_bound, NodeSource, Tree};
+use crate::btree::{NodeSource, Shape, Tree};
 use crate::format::extent::{Extent, ExtentHeader};
 use crate::format::node::{capacity, footprint};
 use crate::format::space::RefItem;
@@ -86,13 +86,33 @@ fn value_bytes(extent: &Extent) -> usize {
     ExtentHeader::BYTES + tail
 }
 
-/// How large the published tree of references is.
+/// How large a published tree is, for who reserves room in it.
 #[derive(Default)]
-pub(super) struct RefsShape {
+pub struct KnownShape {
     leaves: AtomicU64,
     height: AtomicU8,
-    /// There are, or may soon be, further references.
-    is_used: AtomicBool,
+}
+
+impl KnownShape {
+    /// What it is from now on.
+    pub fn set(&self, shape: Shape) {
+        self.leaves.store(shape.leaves, Ordering::Relaxed);
+        self.height.store(shape.height, Ordering::Relaxed);
+    }
+
+    /// What it is.
+    pub fn get(&self) -> Shape {
+        let (leaves, height) = (&self.leaves, &self.height);
+        Shape { leaves: leaves.load(Ordering::Relaxed), height: height.load(Ordering::Relaxed) }
+    }
+}
+
+/// What is known of the tree of references.
+#[derive(Default)]
+pub(super) struct References {
+    shape: KnownShape,
+    /// There are, or may soon be, some.
+    are_used: AtomicBool,
 }
 
 impl Store {
@@ -101,45 +121,35 @@ impl Store {
     /// # Errors
     /// Errors of the device or the tree.
     pub fn note_references(&self, source: &dyn NodeSource, tree: &Tree) -> Result<()> {
-        let Some(root) = tree.root else {
-            self.refs_shape.leaves.store(0, Ordering::Relaxed);
-            return Ok(());
-        };
-        let leaves = match root.level {
-            0 => 1,
-            1 => source.load(tree.id, &root)?.count() as u64,
-            // More than any operation touches.
-            _ => u64::MAX,
-        };
-        self.refs_shape.leaves.store(leaves, Ordering::Relaxed);
-        self.refs_shape.height.store(root.level, Ordering::Relaxed);
-        self.refs_shape.is_used.store(true, Ordering::Relaxed);
+        self.references.shape.set(tree.shape(source)?);
+        if tree.root.is_some() {
+            self.references.are_used.store(true, Ordering::Relaxed);
+        }
         Ok(())
     }
 
     /// Whether runs may have further references.
     pub fn has_references(&self) -> bool {
-        self.refs_shape.is_used.load(Ordering::Relaxed)
+        self.references.are_used.load(Ordering::Relaxed)
     }
 
     /// Bytes of nodes that the tree of references may take when so many runs gain a reference, and
     /// so many lose one.
     pub fn references_room(&self, gained: u64, lost: u64) -> u64 {
-        let shape = &self.refs_shape;
         if gained > 0 {
-            shape.is_used.store(true, Ordering::Relaxed);
+            self.references.are_used.store(true, Ordering::Relaxed);
         } else if !self.has_references() {
             return 0;
         }
         let node = self.node_bytes as u64;
+        let mut shape = self.references.shape.get();
         // What groups that are not published add to it is dirty: at least as many bytes as half
         // of what it takes.
         let coming = 2 * self.dirty.bytes() / node;
-        let leaves = shape.leaves.load(Ordering::Relaxed).saturating_add(coming);
+        shape.leaves = shape.leaves.saturating_add(coming);
         let edits = gained.saturating_add(lost).saturating_mul(REF_EDITS);
         let values = edits.saturating_mul(RefItem::BYTES as u64);
-        let height = shape.height.load(Ordering::Relaxed);
-        leaves_bound((leaves, height), (edits, values), self.node_bytes).saturating_mul(node)
+        shape.apply_bound(edits, values, self.node_bytes).saturating_mul(node)
     }
 }
 

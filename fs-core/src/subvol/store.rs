@@ -15,7 +15,7 @@ use crate::platform::{Platform, Timestamp};
 use crate::pool::Pool;
 use crate::space::{BitmapSource, Reservation, Space};
 use crate::subvol::intents::Intents;
-use crate::subvol::room::RefsShape;
+use crate::subvol::room::References;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::txg::{slot, Dirty, Groups, SLOTS};
 use crate::units::{Logical, TreeId, Txg};
@@ -80,7 +80,7 @@ pub struct Store {
     settings: [AtomicU8; 3],
     /// Whether somebody reads leaves ahead of a scan.
     pub reading_ahead: AtomicBool,
-    pub(super) refs_shape: RefsShape,
+    pub(super) references: References,
     failed: AtomicBool,
     shut_down: AtomicBool,
     read_only: AtomicBool,
@@ -143,7 +143,7 @@ impl Store {
             spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             settings: [const { AtomicU8::new(0) }; 3],
             reading_ahead: AtomicBool::new(false),
-            refs_shape: RefsShape::default(),
+            references: References::default(),
             failed: AtomicBool::new(false),
             shut_down: AtomicBool::new(false),
             read_only: AtomicBool::new(parts.read_only),

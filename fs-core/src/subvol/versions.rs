@@ -160,6 +160,20 @@ impl Versions {
         self.all.keys().try_for_each(|id| self.check_one(*id))
     }
 
+    /// After [`Versions::check`]: what users rely on holds of all versions and bookmarks.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`].
+    pub fn check_all_rules(&self) -> Result<()> {
+        self.all.keys().try_for_each(|id| self.check_rules(*id))?;
+        self.bookmarks.keys().try_for_each(|id| self.check_bookmark(*id))
+    }
+
+    /// How many versions changed since the edits were taken.
+    pub fn touched_count(&self) -> usize {
+        self.touched.len()
+    }
+
     /// What changed since the edits were taken is as it must be, and what it says can be read back.
     ///
     /// # Errors
