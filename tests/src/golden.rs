@@ -32,6 +32,7 @@ pub const ALL: &[Golden] = &[
     Golden { name: "v1-plain-blake3-single", make: || closed(&plain(), 3) },
     Golden { name: "v1-large-nodes-dup", make: || closed(&large_nodes(), 4) },
     Golden { name: "v1-versions", make: || with_versions(5) },
+    Golden { name: "v1-limits", make: || with_limits(6) },
 ];
 
 fn plain() -> Pool {
@@ -88,6 +89,26 @@ fn with_versions(seed: u64) -> Result<(Image, Tree), String> {
         clears: false,
     };
     let mut world = World::new(plan)?;
+    world.tell()?;
+    world.close()
+}
+
+/// Limits of the root subvolume that it has not reached.
+fn with_limits(seed: u64) -> Result<(Image, Tree), String> {
+    let options = Options { file_bytes: 8 << 10, ..Options::CRASH };
+    let plan = Plan {
+        seed,
+        steps: 20,
+        ops_per_step: 5,
+        options,
+        device_bytes: 24 << 20,
+        pool: Pool::default(),
+        checks: false,
+        trims: false,
+        clears: false,
+    };
+    let mut world = World::new(plan)?;
+    world.limit(1 << 30, 1 << 29)?;
     world.tell()?;
     world.close()
 }

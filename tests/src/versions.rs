@@ -629,6 +629,15 @@ impl World {
         Ok((self.devices[0].image(), root.expect("the root subvolume is always there")))
     }
 
+    /// Limits what the root subvolume may refer to, and may have of its own.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn limit(&self, referenced: u64, own: u64) -> Result<(), String> {
+        let op = VersionOp::SetLimits { subvolume: ROOT_SUBVOLUME, referenced, own };
+        self.engine.change_versions(vec![op]).map(|_| ()).map_err(show)
+    }
+
     /// All states that a crash may leave.
     pub fn crashes(&self, random: u32) -> impl Iterator<Item = CrashState> {
         let sampling = Sampling { seed: self.plan.seed, random };

@@ -239,6 +239,10 @@ fn check_rules(checker: &mut Checker<'_>, family: &Family) -> Result<()> {
             checker.findings.add_error(&rules::VERSION, spot.clone(), error)?;
         }
         let item = &version.item;
+        if item.has_limits() && checker.superblock.features[2] & features::LIMITS == 0 {
+            let detail = "it has limits, and the pool says that there are none";
+            checker.findings.add(&rules::VERSION, spot.clone(), detail);
+        }
         if item.txg.max(item.birth).max(item.snapshot_txg) > newest {
             checker.findings.add(&rules::VERSION, spot, "it is of a group to come");
         }

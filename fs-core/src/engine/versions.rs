@@ -144,6 +144,18 @@ pub enum VersionOp {
         /// Which.
         id: u64,
     },
+    /// Limits what a subvolume may refer to; 0 for any number of bytes. Nothing is lost when it has
+    /// more already, but nothing can be added then. What operations under way at one time add, and
+    /// the tree nodes of a group, may go beyond a limit.
+    SetLimits {
+        /// Which.
+        subvolume: u64,
+        /// Bytes of data and tree, one copy counted, shared with others or not.
+        referenced: u64,
+        /// Bytes of those that were born after its newest snapshot, or the one that it was cloned
+        /// from or rolled back to.
+        own: u64,
+    },
     /// Makes a subvolume the one that is mounted unless another is asked for.
     SetDefault {
         /// Which.
@@ -188,6 +200,8 @@ struct Draft<'r> {
     first: u64,
     next: u64,
     default_subvol: u64,
+    /// It sets limits.
+    has_limits: bool,
     /// Subvolumes that begin, or begin anew, with their root directories if they have none yet.
     fresh: Vec<(u64, Option<InodeItem>)>,
     gone: Vec<u64>,
@@ -464,6 +478,7 @@ impl Engine {
             first: committer.superblock.next_subvol,
             next: committer.superblock.next_subvol,
             default_subvol: committer.superblock.default_subvol,
+            has_limits: false,
             fresh: Vec::new(),
             gone: Vec::new(),
         };
@@ -482,6 +497,9 @@ impl Engine {
         self.versions.write().keep();
         committer.superblock.next_subvol = draft.next;
         committer.superblock.default_subvol = draft.default_subvol;
+        if draft.has_limits {
+            committer.superblock.features[2] |= features::LIMITS;
+        }
         let comings = &mut committer.comings;
         for (id, _) in draft.fresh {
             comings.fresh.insert(id);
@@ -569,6 +587,14 @@ impl Engine {
                 there.ok_or(Error::Posix(Errno::NoEnt))?;
                 versions.remove_bookmark(*id);
                 Ok(0)
+            }
+            VersionOp::SetLimits { subvolume: id, referenced, own } => {
+                draft.subvolume(versions, *id)?;
+                draft.has_limits |= (*referenced, *own) != (0, 0);
+                let limit = |item: &mut SubvolItem| {
+                    (item.limit_referenced, item.limit_own) = (*referenced, *own);
+                };
+                versions.change(*id, limit).map(|()| 0)
             }
             VersionOp::SetDefault { subvolume: id } => {
                 draft.subvolume(versions, *id)?;
@@ -753,6 +779,7 @@ impl Draft<'_> {
         let head = Box::new(versions.need(subvolume)?.item);
         let mut item = head.clone();
         item.flags |= version::SNAPSHOT;
+        (item.limit_referenced, item.limit_own) = (0, 0);
         item.lineage = head.lineage(TreeId(subvolume)).0;
         item.dead_list = head.dead_list(subvolume);
         (item.owner, item.txg) = (subvolume, self.txg.0);
@@ -802,6 +829,7 @@ impl Draft<'_> {
         item.origin = old.origin;
         // A number is never used again, so that a file handle never names another file.
         item.next_ino = item.next_ino.max(old.next_ino);
+        (item.limit_referenced, item.limit_own) = (old.limit_referenced, old.limit_own);
         versions.change(owner, |there| *there = *item)?;
         self.fresh.push((owner, None));
         Ok(kept)

@@ -214,8 +214,10 @@ pub mod features {
     pub const VERSIONS: u64 = 1 << 0;
     /// Incompat: the pool has several devices, or had when it was made.
     pub const DEVICES: u64 = 1 << 1;
+    /// Incompat: there is, or was, a limit to what a subvolume may refer to.
+    pub const LIMITS: u64 = 1 << 2;
     /// Bits that forbid opening when unknown.
-    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES;
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

@@ -70,8 +70,12 @@ disk_struct! {
         /// First birth that `dead_own_bytes` counts while that is being changed; 0 when it is the
         /// one after the parent's parent.
         0x110 dead_own_from: u64,
-        /// Reserved for quotas and the content hash.
-        0x118 reserved: Skipped<232>,
+        /// Bytes that it may refer to, data and tree; 0 for any number.
+        0x118 limit_referenced: u64,
+        /// Bytes of its own that it may have, born after the parent; 0 for any number.
+        0x120 limit_own: u64,
+        /// Reserved for reservations and the content hash.
+        0x128 reserved: Skipped<216>,
     }
 }
 
@@ -101,6 +105,7 @@ impl SubvolItem {
             "a snapshot that is older than its parent",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;
+        rule(!item.is_snapshot() || !item.has_limits(), "a snapshot with limits")?;
         rule((FIRST_INO..=INO_MAX + 1).contains(&item.next_ino), "next inode number out of range")?;
         Ok(item)
     }
@@ -122,6 +127,22 @@ impl SubvolItem {
     /// apart.
     pub fn is_deleted(&self) -> bool {
         self.flags & version::DELETED != 0
+    }
+
+    /// Whether there is a limit to how much it may refer to.
+    pub fn has_limits(&self) -> bool {
+        (self.limit_referenced, self.limit_own) != (0, 0)
+    }
+
+    /// How many bytes more its limits let it have; `None` without limits.
+    pub fn left(&self) -> Option<u64> {
+        let left = |limit: u64, used: u64| (limit != 0).then(|| limit.saturating_sub(used));
+        let referenced = left(self.limit_referenced, self.referenced_bytes());
+        let own = left(self.limit_own, self.own_bytes);
+        match (referenced, own) {
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        }
     }
 
     /// Tree id of the nodes of the version with that id.

@@ -83,6 +83,10 @@ pub struct Subvol {
     /// Whether it goes on from a snapshot, and entries of its dead list.
     has_parent: AtomicBool,
     dead_entries: AtomicU64,
+    /// Whether it has limits.
+    is_limited: AtomicBool,
+    /// Bytes that each unpublished group adds to what counts against the limits, at most.
+    coming: [AtomicU64; SLOTS],
     /// Snapshots of it that were asked for: what is dropped after them is theirs.
     awaited: AtomicUsize,
     /// How many use it; [`SHUT`] when nobody may begin to.
@@ -136,6 +140,8 @@ impl Subvol {
             dead_entries: AtomicU64::new(item.dead_entries),
             item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
+            is_limited: AtomicBool::new(item.has_limits()),
+            coming: [const { AtomicU64::new(0) }; SLOTS],
             awaited: AtomicUsize::new(0),
             users: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
@@ -222,6 +228,24 @@ impl Subvol {
         self.inode_delta[slot(txg)].fetch_add(delta, Ordering::Relaxed);
     }
 
+    /// Takes note that group `txg` adds data, so many bytes at most.
+    pub fn note_data(&self, txg: Txg, bytes: u64) {
+        if self.is_limited.load(Ordering::Relaxed) {
+            self.coming[slot(txg)].fetch_add(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// How many bytes more its limits let it have, as far as is known before groups under way are
+    /// published; `None` without limits.
+    pub fn left(&self) -> Option<u64> {
+        if !self.is_limited.load(Ordering::Relaxed) {
+            return None;
+        }
+        let coming = self.coming.iter().map(|bytes| bytes.load(Ordering::Relaxed));
+        let coming = coming.fold(0, |sum: u64, bytes| sum.saturating_add(bytes));
+        self.item.lock().left().map(|left| left.saturating_sub(coming))
+    }
+
     /// Puts an inode on the list of those group `txg` changed.
     pub fn list_dirty(&self, txg: Txg, inode: Arc<Inode>) {
         self.store.dirty.adjust(0, INODE_BYTES);
@@ -262,6 +286,7 @@ impl Subvol {
     pub fn set_item_fields(&self, item: SubvolItem) {
         self.dead_entries.store(item.dead_entries, Ordering::Relaxed);
         self.has_parent.store(item.parent != 0, Ordering::Relaxed);
+        self.is_limited.store(item.has_limits(), Ordering::Relaxed);
         *self.item.lock() = item;
     }
 
@@ -288,6 +313,7 @@ impl Subvol {
         self.overlay(txg).clear();
         let freed = self.overlay_bytes[slot(txg)].swap(0, Ordering::Relaxed);
         self.store.dirty.adjust(freed, 0);
+        self.coming[slot(txg)].store(0, Ordering::Relaxed);
         old
     }
 

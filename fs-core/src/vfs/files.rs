@@ -286,7 +286,8 @@ impl Volume {
         let more = state.ranges.data_bytes().saturating_sub(before);
         let adds_items = is_first || is_new_mode || more > 0;
         give_back_surplus(&inode, &mut reservation, more, adds_items);
-        self.engine.keep(change.txg(), reservation);
+        let data = reservation.data();
+        self.keep(change.txg(), reservation, data);
         change.finish();
         let came = state.ranges.bytes_since_early();
         drop(state);
@@ -460,6 +461,7 @@ impl Volume {
         loop {
             let (holes, expected) = look(&inode.state.read())?;
             let wanted = sum(&holes);
+            self.within_limits(wanted)?;
             // Nothing is shared.
             let mut items = expected;
             items.extents = 0;
@@ -721,6 +723,7 @@ impl Volume {
         // Bytes that have no extent to share yet are written twice.
         let shared = |state: &State| layout(from.ino, state, source);
         let replaced = |state: &State| layout(to.ino, state, target).map(|pieces| pieces.extents);
+        self.within_limits(sector_round(len))?;
         let (reservation, mut locked) = loop {
             let expected = shared(&from.state.read())?;
             let dropped = replaced(&to.state.read())?;
@@ -782,7 +785,7 @@ impl Volume {
         item.size = item.size.max(end);
         self.stamp(&mut item);
         state.item = item;
-        self.engine.keep(change.txg(), reservation);
+        self.keep(change.txg(), reservation, sector_round(len));
         change.finish();
         Ok(len)
     }

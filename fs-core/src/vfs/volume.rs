@@ -19,7 +19,7 @@ use crate::subvol::inode::{Inode, State};
 use crate::subvol::room::Pieces;
 use crate::subvol::{InUse, Subvol};
 use crate::sync::{Mutex, Rank, WriteGuard};
-use crate::units::{Ino, SECTOR_BYTES};
+use crate::units::{Ino, Txg, SECTOR_BYTES};
 use crate::vfs::{
     Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
     WriteFlags, XattrMode,
@@ -163,9 +163,35 @@ impl Volume {
         class: Class,
     ) -> Result<Reservation> {
         self.writable()?;
+        if class == Class::Normal {
+            self.within_limits(data)?;
+        }
         let nodes = items * self.engine.store.node_bytes as u64;
         let metadata = nodes.saturating_add(self.subvol.drop_room(dropped));
         self.engine.reserve(data, metadata, class)
+    }
+
+    /// Whether the limits of the subvolume let it have so many bytes more. Where estimates of what
+    /// is under way do not, a commit turns them into facts first. No lock may be held.
+    ///
+    /// # Errors
+    /// EDQUOT.
+    pub(super) fn within_limits(&self, more: u64) -> Result<()> {
+        let is_over = || self.subvol.left().is_some_and(|left| left < more.max(1));
+        if is_over() {
+            self.engine.commit()?;
+            if is_over() {
+                return Err(Errno::DQuot.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps the reservation of an operation until its group is published; so many bytes of data
+    /// may count against the limits of the subvolume then.
+    pub(super) fn keep(&self, txg: Txg, reservation: Reservation, data: u64) {
+        self.subvol.note_data(txg, data);
+        self.engine.keep(txg, reservation);
     }
 
     /// As [`Volume::reserve`], for an operation that puts pieces of files, which may share extents,
@@ -308,7 +334,14 @@ impl Filesystem for Volume {
     }
 
     fn statfs(&self) -> Result<StatFs> {
-        let room = self.engine.room();
+        let mut room = self.engine.room();
+        if let Some(left) = self.subvol.left() {
+            // What is left of the limits, on top of what there is already.
+            let has = self.subvol.item().referenced_bytes();
+            room.available = room.available.min(left);
+            room.free = room.free.min(left);
+            room.total = room.total.min(has.saturating_add(left));
+        }
         let inodes = self.subvol.inodes();
         Ok(StatFs {
             total_bytes: room.total,

@@ -653,3 +653,143 @@ fn a_birth_that_a_dead_list_has_wrong_is_found() {
     assert!(!findings.is_empty(), "it is not found");
     assert!(findings.iter().all(|found| found.contains("births")), "{findings:?}");
 }
+
+fn limits(id: u64, referenced: u64, own: u64) -> VersionOp {
+    VersionOp::SetLimits { subvolume: id, referenced, own }
+}
+
+/// Appends noise to a file until it is refused; returns why.
+fn append(fs: &Volume, file: Ino, bytes: u64) -> Result<()> {
+    let size = fs.getattr(file).unwrap().size;
+    for at in (size..size + bytes).step_by(1 << 15) {
+        fs.write(file, at, &noise(1 << 15, at + 1), WriteFlags::default())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_subvolume_takes_what_its_limits_let_it_and_no_more() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let work = one(&engine, subvolume("work"));
+    let fs = volume(&engine, work);
+    let file = create(&fs, fs.root(), b"file");
+    append(&fs, file, 1 << 20).unwrap();
+    fs.sync().unwrap();
+    let limit = 4 << 20;
+    one(&engine, limits(work, limit, 0));
+    let used = || engine.with_versions(|all| all.get(work).unwrap().item.referenced_bytes());
+    let shown = fs.statfs().unwrap();
+    assert_eq!((shown.total_bytes, shown.available_bytes), (limit, limit - used()));
+    assert_eq!(append(&fs, file, 8 << 20).map_err(|error| error.errno()), Err(Errno::DQuot));
+    fs.sync().unwrap();
+    // Nothing is refused that fits, and nodes are all that goes beyond.
+    assert!(used() >= limit - (1 << 15) && used() <= limit + (1 << 18), "{} bytes", used());
+    let other = fs.mknod(fs.root(), b"other", 0o100644, 0, &crate::engine::tests::ROOT);
+    if let Ok(other) = other {
+        let shared = fs.copy_range(file, 0, other.ino, 0, 1 << 20);
+        assert_eq!(shared.map_err(|error| error.errno()), Err(Errno::DQuot));
+    }
+    // Others have no such limit, and what makes room is never refused.
+    let home = volume(&engine, HOME);
+    let elsewhere = create(&home, home.root(), b"file");
+    append(&home, elsewhere, 8 << 20).unwrap();
+    let set = SetAttr { size: Some(1 << 20), ..SetAttr::default() };
+    fs.setattr(file, &set, &crate::engine::tests::ROOT).unwrap();
+    append(&fs, file, 2 << 20).unwrap();
+    fs.close().unwrap();
+    drop((fs, home, engine));
+    is_sound(&device, &test);
+
+    // It lasts until it is taken away.
+    let engine = self::engine(&device, &test);
+    let fs = volume(&engine, work);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert_eq!(append(&fs, file, 4 << 20).map_err(|error| error.errno()), Err(Errno::DQuot));
+    one(&engine, limits(work, 0, 0));
+    append(&fs, file, 8 << 20).unwrap();
+    engine.close().unwrap();
+}
+
+#[test]
+fn a_limit_of_what_is_its_own_begins_anew_with_a_snapshot_but_holds_for_what_is_changed() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let fs = volume(&engine, HOME);
+    let file = create(&fs, fs.root(), b"file");
+    one(&engine, limits(HOME, 0, 2 << 20));
+    append(&fs, file, 3 << 19).unwrap();
+    assert_eq!(append(&fs, file, 1 << 20).map_err(|error| error.errno()), Err(Errno::DQuot));
+    let first = one(&engine, snapshot("first"));
+    let has_limits = |id| engine.with_versions(|all| all.get(id).unwrap().item.has_limits());
+    assert!(has_limits(HOME) && !has_limits(first));
+    append(&fs, file, 1 << 20).unwrap();
+    // Changing what the snapshot has takes room of its own.
+    let overwrite = |at| fs.write(file, at, &noise(1 << 15, 3), WriteFlags::default());
+    let changed = (0..2 << 20).step_by(1 << 15).try_for_each(|at| overwrite(at).map(|_| ()));
+    assert_eq!(changed.map_err(|error| error.errno()), Err(Errno::DQuot));
+    // A clone has none, and what is rolled back keeps them.
+    let ops = vec![VersionOp::Clone { snapshot: first, name: b"clone".to_vec() }];
+    let clone = engine.change_versions(ops).unwrap()[0];
+    assert!(!has_limits(clone));
+    drop(fs);
+    one(&engine, VersionOp::Rollback { snapshot: first, keep: b"kept".to_vec() });
+    assert!(has_limits(HOME));
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn whatever_is_done_limits_hold_at_every_commit() {
+    for seed in 0..4u64 {
+        let (device, test) = new_pool(64 << 20);
+        let engine = engine(&device, &test);
+        let work = one(&engine, subvolume("work"));
+        let fs = volume(&engine, work);
+        let files: Vec<Ino> = (0..4u8).map(|i| create(&fs, fs.root(), &[b'a' + i])).collect();
+        let (referenced, own) = (6 << 20, 3 << 20);
+        one(&engine, limits(work, referenced, own));
+        let random = noise(4000, seed + 77);
+        for (step, draw) in random.chunks_exact(4).enumerate() {
+            let file = files[usize::from(draw[0]) % 4];
+            let at = u64::from(draw[1]) << 14;
+            let done = match draw[2] % 16 {
+                0 => fs.sync(),
+                1 => {
+                    let set = SetAttr { size: Some(at), ..SetAttr::default() };
+                    fs.setattr(file, &set, &crate::engine::tests::ROOT).map(|_| ())
+                }
+                2 => fs.fallocate(file, Fallocate::PunchHole, at, 1 << 18),
+                3 => {
+                    let other = files[usize::from(draw[3]) % 4];
+                    let copy = |len| fs.copy_range(file, at, other, at, len);
+                    if file == other {
+                        Ok(())
+                    } else {
+                        copy(1 << 18).map(|_| ())
+                    }
+                }
+                4 if step % 3 == 0 => {
+                    let name = std::format!("{step}").into_bytes();
+                    one(&engine, VersionOp::Snapshot { subvolume: work, name });
+                    Ok(())
+                }
+                _ => {
+                    let data = noise(usize::from(draw[3]) << 10 | 1, step as u64 + 1);
+                    fs.write(file, at, &data, WriteFlags::default()).map(|_| ())
+                }
+            };
+            if let Err(error) = done {
+                assert!(matches!(error.errno(), Errno::DQuot | Errno::NoSpc), "{error}");
+            }
+            let item = engine.with_versions(|all| all.get(work).unwrap().item);
+            // Nodes of a group may go beyond.
+            let slack = 64 * engine.store.node_bytes as u64;
+            assert!(item.referenced_bytes() <= referenced + slack, "seed {seed}, step {step}");
+            assert!(item.own_bytes <= own + slack, "seed {seed}, step {step}: {}", item.own_bytes);
+        }
+        fs.close().unwrap();
+        drop((fs, engine));
+        is_sound(&device, &test);
+    }
+}
