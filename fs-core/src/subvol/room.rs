@@ -111,6 +111,9 @@ impl KnownShape {
 #[derive(Default)]
 pub(super) struct References {
     shape: KnownShape,
+    /// Runs that operations may have given further references since the newest group was
+    /// published, and before that since the one before it.
+    coming: [AtomicU64; 2],
     /// There are, or may soon be, some.
     are_used: AtomicBool,
 }
@@ -121,6 +124,8 @@ impl Store {
     /// # Errors
     /// Errors of the device or the tree.
     pub fn note_references(&self, source: &dyn NodeSource, tree: &Tree) -> Result<()> {
+        let [newer, older] = &self.references.coming;
+        older.store(newer.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         self.references.shape.set(tree.shape(source)?);
         if tree.root.is_some() {
             self.references.are_used.store(true, Ordering::Relaxed);
@@ -138,15 +143,17 @@ impl Store {
     pub fn references_room(&self, gained: u64, lost: u64) -> u64 {
         if gained > 0 {
             self.references.are_used.store(true, Ordering::Relaxed);
+            self.references.coming[0].fetch_add(gained, Ordering::Relaxed);
         } else if !self.has_references() {
             return 0;
         }
         let node = self.node_bytes as u64;
         let mut shape = self.references.shape.get();
-        // What groups that are not published add to it is dirty: at least as many bytes as half
-        // of what it takes.
-        let coming = 2 * self.dirty.bytes() / node;
-        shape.leaves = shape.leaves.saturating_add(coming);
+        // What groups that are not published add to it.
+        let coming = self.references.coming.iter().map(|runs| runs.load(Ordering::Relaxed));
+        let items = coming.fold(0, u64::saturating_add).saturating_mul(REF_EDITS);
+        let bytes = items.saturating_mul(2 * footprint(0, RefItem::BYTES) as u64);
+        shape.leaves = shape.leaves.saturating_add(bytes / node);
         let edits = gained.saturating_add(lost).saturating_mul(REF_EDITS);
         let values = edits.saturating_mul(RefItem::BYTES as u64);
         shape.apply_bound(edits, values, self.node_bytes).saturating_mul(node)

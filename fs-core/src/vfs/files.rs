@@ -384,7 +384,7 @@ impl Volume {
             // Growing may move a small file out of the tree, cutting leaves a part of a sector.
             let cut = if keep > 0 { SECTOR_BYTES } else { 0 };
             let room = if class == Class::Normal { SECTOR_BYTES } else { cut };
-            let dropped = 4 + self.subvol.extents_behind(&inode, size)?;
+            let dropped = self.subvol.extents_behind(&inode, size)?;
             let reservation = self.reserve_dropping(room, 4, dropped, class)?;
             let state = inode.state.write();
             if class == Class::Normal || size <= state.item.size {
@@ -508,7 +508,7 @@ impl Volume {
         let room = if promised { stop - start } else { 0 };
         let class = if promised { Class::Normal } else { Class::Delete };
         let inode = self.inode(ino)?;
-        let dropped = 6 + self.subvol.extents_behind(&inode, start)?;
+        let dropped = self.subvol.extents_behind(&inode, start)?;
         let reservation = self.reserve_dropping(room + 2 * SECTOR_BYTES, 6, dropped, class)?;
         let mut state = inode.state.write();
         check_writable(&state)?;

@@ -151,7 +151,7 @@ impl Volume {
     /// Room for an operation that changes about so many items.
     pub(super) fn reserve(&self, data: u64, items: u64, class: Class) -> Result<Reservation> {
         // What is written may take the place of what a snapshot has, sector by sector.
-        self.reserve_dropping(data, items, data / SECTOR_BYTES + items, class)
+        self.reserve_dropping(data, items, data / SECTOR_BYTES, class)
     }
 
     /// As [`Volume::reserve`], for an operation that drops so many references.
@@ -167,7 +167,10 @@ impl Volume {
             self.within_limits(data)?;
         }
         let nodes = items * self.engine.store.node_bytes as u64;
-        let metadata = nodes.saturating_add(self.subvol.drop_room(dropped));
+        // Nodes that are replaced are dropped, too.
+        let metadata = nodes
+            .saturating_add(self.subvol.dead_room(dropped.saturating_add(items)))
+            .saturating_add(self.engine.store.references_room(0, dropped));
         self.engine.reserve(data, metadata, class)
     }
 
