@@ -37,8 +37,6 @@ mod survey;
 pub mod versions;
 
 #[cfg(test)]
-mod room_tests;
-#[cfg(test)]
 mod tests;
 
 pub use format::{format, FormatOptions, FormatSummary};

@@ -160,8 +160,8 @@ impl Subvol {
         Ok(InUse(self.clone()))
     }
 
-    /// Begins to work in the subvolume for a moment; `None` when it is about to be deleted or rolled
-    /// back.
+    /// Begins to work in the subvolume for a moment; `None` when it is about to be deleted or
+    /// rolled back.
     pub fn begin_work(self: &Arc<Subvol>) -> Option<AtWork> {
         // First counted, then looked: who shuts it does that the other way round, so that one of
         // the two sees the other.

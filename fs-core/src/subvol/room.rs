@@ -3,8 +3,8 @@
 //! What counts is how many pieces and references an operation touches, not how long they are:
 //!
 //! - a piece that is put becomes an item of the subvolume's tree;
-//! - a run that gains or loses a reference may change items of the tree of references, and cut those
-//!   in which it begins and ends;
+//! - a run that gains or loses a reference may change items of the tree of references, and cut
+//!   those in which it begins and ends;
 //! - a reference that a snapshot has goes to the dead list when it is dropped.
 //!
 //! Who counts pieces does it before room is reserved, which may wait, and counts again when nothing
@@ -143,7 +143,6 @@ impl Store {
     pub fn references_room(&self, gained: u64, lost: u64) -> u64 {
         if gained > 0 {
             self.references.are_used.store(true, Ordering::Relaxed);
-            self.references.coming[0].fetch_add(gained, Ordering::Relaxed);
         } else if !self.has_references() {
             return 0;
         }
@@ -152,6 +151,8 @@ impl Store {
         // What groups that are not published add to it.
         let coming = self.references.coming.iter().map(|runs| runs.load(Ordering::Relaxed));
         let items = coming.fold(0, u64::saturating_add).saturating_mul(REF_EDITS);
+        // Its own come on top, as new items.
+        self.references.coming[0].fetch_add(gained, Ordering::Relaxed);
         let bytes = items.saturating_mul(2 * footprint(0, RefItem::BYTES) as u64);
         shape.leaves = shape.leaves.saturating_add(bytes / node);
         let edits = gained.saturating_add(lost).saturating_mul(REF_EDITS);
