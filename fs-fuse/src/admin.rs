@@ -1,67 +1,108 @@
 //! What the daemon tells the `cairn` command: the answers of `cairn_host::admin`.
 
+use crate::notify::Kernel;
 use cairn_host::admin::{
     DamagedInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo,
     SpaceInfo, Usage,
 };
 use cairn_host::parse::format_uuid;
-use cairn_host::versions;
+use cairn_host::versions::{self, Change};
 use fs_core::engine::{DamagedFile, Engine};
+use fs_core::error::{Errno, Error};
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::format::FORMAT_VERSION;
 use fs_core::space::KindUsage;
 use fs_core::subvol::store::DataSettings;
-use fs_core::vfs::{Filesystem, Volume};
+use fs_core::vfs::{Filesystem, Forest, Volume};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Bytes of names of damaged files that are told at once: a message has a bound.
 const DAMAGED_BYTES_MAX: usize = 512 << 10;
 
-/// Answers requests about `volume`, which is the subvolume or snapshot with number `version`.
-pub fn handler(volume: Arc<Volume>, version: u64) -> Arc<Handler> {
-    Arc::new(move |request| match request {
-        Request::Info => Reply::Info(pool_info(&volume)),
-        Request::Df => Reply::Df(space_info(volume.engine())),
-        Request::Sync => match volume.sync() {
-            Ok(()) => Reply::Synced,
-            Err(error) => Reply::Failed(error.to_string()),
-        },
-        Request::ClearErrors => match volume.engine().clear_errors() {
-            Ok(()) => Reply::Changed,
-            Err(error) => Reply::Failed(error.to_string()),
-        },
-        Request::Damaged => {
-            let files = volume.engine().damaged_files().into_iter().map(damaged_info);
-            let mut bytes = 0;
-            let fits = |file: &DamagedInfo| {
-                bytes += file.path.len() + 32;
-                bytes <= DAMAGED_BYTES_MAX
-            };
-            Reply::Damaged(files.take_while(fits).collect())
-        }
-        Request::Versions(skip) => Reply::Versions {
-            base: versions::name_at(volume.engine(), version),
-            next: versions::page(versions::list(volume.engine()), skip),
-        },
-        Request::Differences { old, new, first } => {
-            match versions::differences(volume.engine(), version, (&old, &new), first) {
-                Ok(differences) => Reply::Differences(differences),
-                Err(sentence) => Reply::Failed(sentence),
+/// How long a change waits for operations under way on what it deletes or rolls back.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Answers requests about what is mounted; `kernel` is told what changes.
+pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
+    Arc::new(move |request| {
+        let volume = forest.base();
+        match request {
+            Request::Info => Reply::Info(pool_info(volume)),
+            Request::Df => Reply::Df(space_info(volume.engine())),
+            Request::Sync => match volume.sync() {
+                Ok(()) => Reply::Synced,
+                Err(error) => Reply::Failed(error.to_string()),
+            },
+            Request::ClearErrors => match volume.engine().clear_errors() {
+                Ok(()) => Reply::Changed,
+                Err(error) => Reply::Failed(error.to_string()),
+            },
+            Request::Damaged => {
+                let files = volume.engine().damaged_files().into_iter().map(damaged_info);
+                let mut bytes = 0;
+                let fits = |file: &DamagedInfo| {
+                    bytes += file.path.len() + 32;
+                    bytes <= DAMAGED_BYTES_MAX
+                };
+                Reply::Damaged(files.take_while(fits).collect())
             }
-        }
-        Request::Identity(name) => match versions::identity(volume.engine(), version, &name) {
-            Ok(identity) => Reply::Identity(identity),
-            Err(sentence) => Reply::Failed(sentence),
-        },
-        Request::Change(change) => {
-            let engine = volume.engine();
-            let planned = versions::plan(engine, version, &change);
-            match planned.and_then(|ops| versions::carry_out(engine, ops, &change)) {
+            Request::Versions(skip) => Reply::Versions {
+                base: versions::name_at(volume.engine(), volume.version()),
+                next: versions::page(versions::list(volume.engine()), skip),
+            },
+            Request::Differences { old, new, first } => {
+                let base = (volume.engine(), volume.version());
+                match versions::differences(base.0, base.1, (&old, &new), first) {
+                    Ok(differences) => Reply::Differences(differences),
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
+            Request::Identity(name) => {
+                match versions::identity(volume.engine(), volume.version(), &name) {
+                    Ok(identity) => Reply::Identity(identity),
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
+            Request::Change(change) => match carry_out(&forest, &kernel, &change) {
                 Ok(()) => Reply::Changed,
                 Err(sentence) => Reply::Failed(sentence),
-            }
+            },
         }
     })
+}
+
+/// Changes versions, and sees to it that the kernel does not remember what is not so any more.
+fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), String> {
+    let (engine, base) = (forest.base().engine(), forest.base().version());
+    let ops = versions::plan(engine, base, change)?;
+    let touched = versions::touched(engine, &ops);
+    let ends: Vec<u64> = versions::ends(engine, &ops);
+    if ends.contains(&base) {
+        return Err("that is what is mounted: unmount it, and name the device instead".into());
+    }
+    let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
+    let begun = Instant::now();
+    let made = loop {
+        // Whoever comes to it meanwhile opens it again.
+        ends.iter().for_each(|id| forest.let_go(*id));
+        match engine.change_versions(ops.clone()) {
+            Err(Error::Posix(Errno::Busy)) if begun.elapsed() < PATIENCE && !ends.is_empty() => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => break done.map_err(|error| versions::sentence(&error, change)),
+        }
+    };
+    if made.is_ok() {
+        // Snapshots that are gone; space they held comes free when nobody looks into them.
+        versions::gone(engine, &touched).into_iter().for_each(|id| forest.let_go(id));
+    }
+    let made_ids = made.iter().flatten().copied();
+    places.extend(touched.iter().copied().chain(made_ids).filter_map(|id| forest.appears(id)));
+    for (dir, name) in places {
+        kernel.name_changed(dir.0, &name);
+    }
+    made.map(drop)
 }
 
 fn pool_info(volume: &Volume) -> PoolInfo {

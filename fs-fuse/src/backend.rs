@@ -2,6 +2,7 @@
 
 use crate::admin;
 use crate::device::Threads;
+use crate::notify::Kernel;
 use crate::options::{Compression, Options};
 use cairn_host::admin::Handler;
 use cairn_host::versions::{self, VersionName};
@@ -10,7 +11,7 @@ use fs_core::engine::{self, Engine};
 use fs_core::error::Error;
 use fs_core::format::ptr::CompressionKind;
 use fs_core::platform::{DeviceRef, Platform};
-use fs_core::vfs::{AccessTime, Filesystem, Volume};
+use fs_core::vfs::{AccessTime, Filesystem, Forest, Volume};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -40,15 +41,17 @@ pub struct Opened {
     pub release_claim: Box<dyn FnOnce() + Send>,
     /// Answers the `cairn` command while the pool is mounted.
     pub admin: Option<Arc<Handler>>,
+    /// The kernel, to be told what changes behind its back; the driver connects it.
+    pub kernel: Arc<Kernel>,
 }
 
-impl Mounted for Volume {
+impl Mounted for Forest {
     fn set_read_only(&self, read_only: bool) -> Result<(), Error> {
-        Volume::set_read_only(self, read_only)
+        self.base().set_read_only(read_only)
     }
 
     fn close(&self) -> Result<(), Error> {
-        Volume::close(self)
+        self.base().close()
     }
 }
 
@@ -87,8 +90,8 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
         };
         format!("{}: {error}{hint}", source.display())
     })?;
-    let (volume, version) = match volume_of(&engine, options) {
-        Ok(found) => found,
+    let volume = match volume_of(&engine, options) {
+        Ok(volume) => Forest::new(volume),
         Err(sentence) => {
             // Nothing was changed but what opening replayed.
             let _ = engine.close();
@@ -97,12 +100,13 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     };
     // The kernel claims the one that the mount shows; the others stay claimed.
     let release_claim = move || devices.iter().take(1).for_each(|device| device.release_claim());
-    let admin = Some(admin::handler(Arc::clone(&volume), version));
-    Ok(Opened { volume, release_claim: Box::new(release_claim), admin })
+    let kernel = Arc::new(Kernel::default());
+    let admin = Some(admin::handler(Arc::clone(&volume), Arc::clone(&kernel)));
+    Ok(Opened { volume, release_claim: Box::new(release_claim), admin, kernel })
 }
 
 /// The subvolume or snapshot that is to be mounted.
-fn volume_of(engine: &Arc<Engine>, options: &Options) -> Result<(Arc<Volume>, u64), String> {
+fn volume_of(engine: &Arc<Engine>, options: &Options) -> Result<Arc<Volume>, String> {
     let id = match (&options.subvolume, &options.snapshot) {
         (None, None) => engine.default_subvol().ok_or("nothing to mount")?.id.0,
         (subvolume, snapshot) => {
@@ -112,7 +116,6 @@ fn volume_of(engine: &Arc<Engine>, options: &Options) -> Result<(Arc<Volume>, u6
         }
     };
     Volume::of_version(Arc::clone(engine), id, access_time(options))
-        .map(|volume| (volume, id))
         .map_err(|error| error.to_string())
 }
 

@@ -289,11 +289,16 @@ fn serve(
     launch: Launch,
 ) -> Result<(), Exit> {
     let opened = if invocation.noop {
-        Opened { volume: Arc::new(NoOp), release_claim: Box::new(|| {}), admin: None }
+        Opened {
+            volume: Arc::new(NoOp),
+            release_claim: Box::new(|| {}),
+            admin: None,
+            kernel: Arc::default(),
+        }
     } else {
         open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
     };
-    let server = Arc::new(Server::new(opened.volume));
+    let server = Arc::new(Server::new(opened.volume, Arc::clone(&opened.kernel)));
     let plan = Plan { source, target: &invocation.target, options: &invocation.options };
     let root = rustix::process::geteuid().is_root();
     (opened.release_claim)();
@@ -305,6 +310,7 @@ fn serve(
             return Err(Exit::failed(message));
         }
     };
+    opened.kernel.connect(&device);
     unmount_on_signals(invocation.target.clone(), root);
     let options = &invocation.options;
     let threads = Threads::new(options.threads, dirty_bytes(options), options.transport);

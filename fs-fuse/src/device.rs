@@ -40,6 +40,7 @@
 //! thread of its own because others must be free to receive those very writes.
 
 use crate::log;
+use crate::notify::send;
 use crate::ops::{self, Afterwards, Server, TRANSFER_BYTES_MAX};
 use crate::options::Transport;
 use crate::reply::{Head, Reply};
@@ -54,7 +55,6 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::thread::{sched_setaffinity, CpuSet};
-use std::io::IoSlice;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc};
@@ -792,18 +792,6 @@ pub(crate) fn notify_inval_range(
 ) -> Result<(), Errno> {
     let start = i64::try_from(offset).map_err(|_| Errno::INVAL)?;
     send(device, &Head::notify_inval_inode(node, start), &[])
-}
-
-fn send(device: BorrowedFd<'_>, head: &Head, body: &[u8]) -> Result<(), Errno> {
-    loop {
-        let parts = [IoSlice::new(head.bytes()), IoSlice::new(body)];
-        let parts = if body.is_empty() { &parts[..1] } else { &parts[..] };
-        match rustix::io::writev(device, parts) {
-            Ok(_) => return Ok(()),
-            Err(Errno::INTR) => (),
-            Err(errno) => return Err(errno),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ mod ioctl;
 pub mod log;
 pub mod mount;
 pub mod noop;
+mod notify;
 pub mod ops;
 pub mod options;
 pub mod reply;

@@ -19,6 +19,7 @@
 
 use crate::backend::Mounted;
 use crate::ioctl;
+use crate::notify::Kernel;
 use crate::reply::{Listing, Reply};
 use crate::request::{Layout, Op, Request};
 use crate::wire::{self, init};
@@ -71,6 +72,7 @@ const REQUIRED: u64 = init::DONT_MASK | init::POSIX_ACL | init::HANDLE_KILLPRIV_
 /// Answers requests for one mounted volume.
 pub struct Server {
     volume: Arc<dyn Mounted>,
+    kernel: Arc<Kernel>,
     /// Flags agreed on in INIT; zero before.
     agreed: AtomicU64,
     /// Whether the transport can take requests over io_uring.
@@ -94,10 +96,11 @@ pub enum Afterwards {
 const LISTED_BYTES_MAX: usize = 448;
 
 impl Server {
-    /// A server for a volume that has been opened.
-    pub fn new(volume: Arc<dyn Mounted>) -> Server {
+    /// A server for a volume that has been opened; `kernel` is told what it must not remember.
+    pub fn new(volume: Arc<dyn Mounted>, kernel: Arc<Kernel>) -> Server {
         Server {
             volume,
+            kernel,
             agreed: AtomicU64::new(0),
             has_rings: AtomicBool::new(false),
             closed: Mutex::new(None),
@@ -139,7 +142,14 @@ impl Server {
     /// # Errors
     /// The errno to answer with.
     pub fn handle(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Errno> {
-        self.dispatch(request, body).map_err(|failure| failure.0)
+        self.dispatch(request, body).map_err(|Failure(errno)| {
+            // The kernel takes what is written to a snapshot, finds out when it writes back, and
+            // would go on showing it.
+            if matches!(request.op, Op::Write { .. }) && errno == Errno::ROFS {
+                self.kernel.drop_pages(request.node);
+            }
+            errno
+        })
     }
 
     /// What there is to do once the reply is on its way.
@@ -237,7 +247,7 @@ impl Server {
             Op::Fsync { data_only } => done(fs.fsync(ino, data_only)),
             Op::FsyncDir => done(fs.fsync(ino, false)),
             Op::SyncFs => done(fs.sync()),
-            Op::StatFs => Ok(Reply::StatFs(fs.statfs()?)),
+            Op::StatFs => Ok(Reply::StatFs(fs.statfs_at(ino)?)),
             Op::ReadDir { cookie, size } => self.readdir(ino, cookie, limit(body, size)),
             Op::ReadDirPlus { cookie, size } => self.readdir_plus(ino, cookie, limit(body, size)),
             Op::GetXattr { name, size } => sized(&fs.getxattr(ino, name)?, size, body),

@@ -100,6 +100,14 @@ impl Head {
         Head::new(0, wire::NOTIFY_INVAL_INODE, notice.as_bytes(), 0)
     }
 
+    /// The notice that a name of so many bytes in a directory is no longer valid. The name follows,
+    /// ended by NUL.
+    pub fn notify_inval_entry(dir: u64, name_bytes: usize) -> Head {
+        let name_bytes_wire = u32::try_from(name_bytes).expect("names have 255 bytes at most");
+        let notice = wire::NotifyInvalEntryOut { dir, name_bytes: name_bytes_wire, flags: 0 };
+        Head::new(0, wire::NOTIFY_INVAL_ENTRY, notice.as_bytes(), name_bytes + 1)
+    }
+
     /// The reply that says a request failed.
     pub fn error(unique: u64, errno: Errno) -> Head {
         Head::new(unique, -errno.raw_os_error(), &[], 0)

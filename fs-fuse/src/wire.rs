@@ -519,6 +519,17 @@ pub struct NotifyInvalInodeOut {
     pub len: i64,
 }
 
+/// Code of the notice that a name is no longer valid.
+pub const NOTIFY_INVAL_ENTRY: i32 = 3;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct NotifyInvalEntryOut {
+    pub dir: u64,
+    pub name_bytes: u32,
+    pub flags: u32,
+}
+
 /// Head of a directory entry; the name follows, padded to 8 bytes.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -89,6 +89,8 @@ pub struct Subvol {
     coming: [AtomicU64; SLOTS],
     /// Snapshots of it that were asked for: what is dropped after them is theirs.
     awaited: AtomicUsize,
+    /// Held by renames between directories: the tree of directories changes only under it.
+    pub moving: Mutex<()>,
     /// How many use it; [`SHUT`] when nobody may begin to.
     users: AtomicUsize,
     /// How many work in it for a moment, in the background.
@@ -143,6 +145,7 @@ impl Subvol {
             is_limited: AtomicBool::new(item.has_limits()),
             coming: [const { AtomicU64::new(0) }; SLOTS],
             awaited: AtomicUsize::new(0),
+            moving: Mutex::ranked(Rank::Moving, ()),
             users: AtomicUsize::new(0),
             workers: AtomicUsize::new(0),
         })

@@ -1,8 +1,9 @@
 //! The operations a driver calls: one method per operation, no kernel or FUSE type.
 //!
 //! [`Filesystem`] is what a driver needs of a mounted subvolume; [`Volume`] implements it over the
-//! engine. A second implementation without storage measures what a driver costs by itself, and a
-//! model in the tests is compared with the real one call by call.
+//! engine, and [`Forest`] over all volumes that one mount shows. A second implementation without
+//! storage measures what a driver costs by itself, and a model in the tests is compared with the
+//! real one call by call.
 //!
 //! Contract common to all operations:
 //!
@@ -20,11 +21,13 @@
 mod acl;
 mod attrs;
 mod files;
+mod forest;
 mod names;
 mod property;
 mod rename;
 mod volume;
 
+pub use forest::Forest;
 pub use volume::{AccessTime, Volume};
 
 use crate::error::Error;
@@ -216,6 +219,11 @@ pub trait Filesystem: Send + Sync {
     fn root(&self) -> Ino;
 
     fn statfs(&self) -> Result<StatFs>;
+    /// The same, with the inodes of the subvolume that an inode is in.
+    fn statfs_at(&self, ino: Ino) -> Result<StatFs> {
+        let _ = ino;
+        self.statfs()
+    }
 
     /// Finds a name; `..` works too. `.` finds the inode itself, which may be of any type: so file
     /// handles are opened. ESTALE when there is no such inode any more.

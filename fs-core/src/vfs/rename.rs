@@ -60,7 +60,7 @@ impl Volume {
             return Err(Errno::Inval.into());
         }
         let mut reservation = Some(self.reserve(0, 12, Class::Normal)?);
-        let _moving = (from.0 != to.0).then(|| self.moving.lock());
+        let _moving = (from.0 != to.0).then(|| self.subvol.moving.lock());
         loop {
             let dir = self.inode(from.0)?;
             let new_dir = self.inode(to.0)?;

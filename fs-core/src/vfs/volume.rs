@@ -18,7 +18,7 @@ use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::room::Pieces;
 use crate::subvol::{InUse, Subvol};
-use crate::sync::{Mutex, Rank, WriteGuard};
+use crate::sync::WriteGuard;
 use crate::units::{Ino, Txg, SECTOR_BYTES};
 use crate::vfs::{
     Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
@@ -48,8 +48,6 @@ pub struct Volume {
     /// Keeps the subvolume from being deleted.
     _in_use: InUse,
     pub(super) access_time: AccessTime,
-    /// Held by renames between directories: the tree of directories changes only under it.
-    pub(super) moving: Mutex<()>,
 }
 
 impl Volume {
@@ -88,14 +86,29 @@ impl Volume {
     ) -> Result<Arc<Volume>> {
         let _in_use = subvol.begin_use()?;
         let is_snapshot = subvol.item().is_snapshot();
-        Ok(Arc::new(Volume {
-            engine,
-            subvol,
-            is_snapshot,
-            _in_use,
-            access_time,
-            moving: Mutex::ranked(Rank::Moving, ()),
-        }))
+        Ok(Arc::new(Volume { engine, subvol, is_snapshot, _in_use, access_time }))
+    }
+
+    /// The number of the subvolume or snapshot.
+    pub fn version(&self) -> u64 {
+        self.subvol.id.0
+    }
+
+    /// Whether it is a snapshot, which never changes.
+    pub fn is_snapshot(&self) -> bool {
+        self.is_snapshot
+    }
+
+    /// Whether a directory has an entry of that name.
+    pub(super) fn has_name(&self, dir: Ino, name: &[u8]) -> Result<bool> {
+        let inode = self.inode(dir)?;
+        let _state = inode.state.read();
+        Ok(self.subvol.find_name(dir, name)?.is_some())
+    }
+
+    /// Drops inodes in memory that are clean and that nobody uses.
+    pub(super) fn drop_clean(&self) {
+        self.subvol.table.drop_clean();
     }
 
     /// The engine below.
