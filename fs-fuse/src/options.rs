@@ -457,7 +457,7 @@ mod tests {
             assert!(known, "{name} is in the manual only");
         }
         let ours = "compress= commit= cache= dirty= threads= transport= degraded device= \
-                    allow_other";
+                    subvol= snapshot= allow_other";
         let flags = "ro rw remount noallow_other suid nosuid dev nodev exec noexec atime noatime \
                      relatime norelatime strictatime nostrictatime diratime nodiratime symfollow \
                      nosymfollow sync async dirsync lazytime nolazytime context= fscontext= \

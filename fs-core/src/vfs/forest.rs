@@ -274,7 +274,10 @@ impl Forest {
             return Ok(*slot);
         }
         let own = u16::try_from(id).ok().filter(|slot| (1..CONTROL).contains(slot));
-        let free = |slot: &u16| !slots.stale.contains(slot) && !slots.given.contains_key(slot);
+        let free = |slot: &u16| {
+            let has_own = slots.numbers.get(&u64::from(*slot)) == Some(slot);
+            !has_own && !slots.stale.contains(slot) && !slots.given.contains_key(slot)
+        };
         // What has no version of that number yet may get one, so search from the top.
         let slot = own.filter(free).or_else(|| (1..CONTROL).rev().find(free));
         let slot = slot.ok_or(Error::Posix(Errno::NoMem))?;
