@@ -24,7 +24,8 @@
 //! *any* mix of chunks of data and metadata that takes no more than the supply can be made. With
 //! `k` the most devices a chunk needs and `S(j)` the free bytes without the `j` fullest-of-space
 //! devices, `k * min(S(j) / (k - j))` is what chunks on `k` devices can take; a chunk less for each
-//! `j` keeps that true whatever the order in which chunks are made.
+//! `j`, or two copies of one where they may be on one device, keeps that true whatever the order in
+//! which chunks are made.
 //!
 //! What was promised before a device was lost counted on that device's room. As long as the others
 //! have not enough for it, new copies stand on it *on paper*: such chunks lack a copy until it is
@@ -105,10 +106,12 @@ impl Demand {
         free.sort_unstable_by_key(|bytes| Reverse(*bytes));
         let devices = self.devices();
         let is_exact = self.is_uniform() && free.len() as u64 == devices;
+        // What one device may have to give at once that the others do not.
+        let lopsided = self.chunk_bytes * if self.has_dup() { 2 } else { 1 };
         let mut least = u64::MAX;
         for skipped in 0..devices {
             let rest: u64 = free.iter().skip(skipped as usize).sum();
-            let slack = if is_exact { 0 } else { (devices - 1 - skipped) * self.chunk_bytes };
+            let slack = if is_exact { 0 } else { (devices - 1 - skipped) * lopsided };
             least = least.min(rest.saturating_sub(slack) / (devices - skipped) * devices);
         }
         least
