@@ -10,9 +10,10 @@
 //! then:        a commit, and the labels say that the devices are complete
 //! ```
 //!
-//! In the later passes only what moved is compared: an extent that is as old as the first pass and
-//! is named by a node younger than the pass before. Only for the last pass, which is short, trees
-//! are held as they are.
+//! In the later passes all data is compared that a node younger than the pass before names newly.
+//! Some of it was written to all devices; but a reference that is young may name data that is old,
+//! as when a range was shared or moved, and nothing says how old. Only for the last pass, which is
+//! short, trees are held as they are.
 //!
 //! What cannot be read is not the same as what is lost. A block whose copies are all there, and all
 //! bad at several tries, cannot be brought anywhere, and does not keep a device from having all
@@ -267,10 +268,7 @@ impl Visitor for Comparing<'_> {
         Ok(())
     }
 
-    fn data(&mut self, _: TreeId, _: &Key, source: &DataSource, birth: Txg) -> Result<()> {
-        if birth > self.first {
-            return Ok(());
-        }
+    fn data(&mut self, _: TreeId, _: &Key, source: &DataSource) -> Result<()> {
         self.bytes += source.run().bytes;
         self.work += source.run().bytes;
         let mended = mended(|| self.pool.mend_data(source))?;

@@ -60,7 +60,7 @@ pub(super) trait Visitor {
     /// A block of a tree, before what it names.
     fn block(&mut self, seen: &Seen<'_>) -> Result<()>;
     /// File data, in the subvolume or snapshot `id`.
-    fn data(&mut self, id: TreeId, key: &Key, source: &DataSource, birth: Txg) -> Result<()>;
+    fn data(&mut self, id: TreeId, key: &Key, source: &DataSource) -> Result<()>;
     /// Whether that was enough for one step.
     fn has_enough(&self) -> bool;
 }
@@ -230,6 +230,6 @@ impl Walk<'_> {
             }
             Extent::Inline { .. } | Extent::Promised { .. } => return Ok(()),
         };
-        self.visitor.data(self.id, key, &source, birth)
+        self.visitor.data(self.id, key, &source)
     }
 }
