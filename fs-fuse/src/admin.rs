@@ -82,6 +82,8 @@ fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), St
         return Err("that is what is mounted: unmount it, and name the device instead".into());
     }
     let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
+    // Inodes that were let go of are stale whatever comes of it; so not for what cannot be done.
+    engine.store.writable().map_err(|error| versions::sentence(&error, change))?;
     let begun = Instant::now();
     let made = loop {
         // Whoever comes to it meanwhile opens it again.

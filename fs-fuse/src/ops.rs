@@ -83,7 +83,7 @@ pub struct Server {
 /// Work that nobody waits for.
 #[derive(Clone, Copy, Debug)]
 pub enum Afterwards {
-    /// [`Filesystem::readdir_ahead`].
+    /// [`fs_core::vfs::Filesystem::readdir_ahead`].
     ReadDirAhead {
         /// The directory.
         dir: Ino,

@@ -611,22 +611,23 @@ impl World {
         self.look()
     }
 
-    /// Closes the pool: what is on the device, and what the root subvolume shows.
+    /// Closes the pool: what is on the device, and what a mount of it shows.
     ///
     /// # Errors
     /// When that fails.
     pub fn close(mut self) -> Result<(Image, Tree), String> {
         let ids: Vec<u64> = self.heads.keys().copied().collect();
-        let mut root = None;
+        let mut shown = None;
         for id in ids {
             let head = self.unmount(id);
-            if id == ROOT_SUBVOLUME {
-                root = Some(Tree::of_state(&head.model.state()));
+            // What a mount shows.
+            if id == self.default {
+                shown = Some(Tree::of_state(&head.model.state()));
             }
         }
         self.engine.close().map_err(show)?;
         self.check(&self.devices, "after closing")?;
-        Ok((self.devices[0].image(), root.expect("the root subvolume is always there")))
+        Ok((self.devices[0].image(), shown.expect("the default subvolume is always there")))
     }
 
     /// Limits what the root subvolume may refer to, and may have of its own.

@@ -50,13 +50,17 @@ pub fn mount_at(path: &Path) -> io::Result<Option<Mount>> {
     Ok(mounts()?.into_iter().rev().find(|m| m.mount_point == path))
 }
 
-/// The mount that a file or directory is on, and its place from the root of the filesystem on.
+/// The mount that a file or directory is on, and its place from the root of the filesystem on. A
+/// cairn mount that another mount hides is not taken for it.
 ///
 /// # Errors
 /// As [`mount_at`].
 pub fn mount_of(path: &Path) -> io::Result<Option<(Mount, PathBuf)>> {
     let path = path.canonicalize()?;
-    let on = mounts()?.into_iter().rev().filter(|m| path.starts_with(&m.mount_point));
+    let device = std::fs::metadata(&path)?.dev();
+    let is_on =
+        |m: &Mount| path.starts_with(&m.mount_point) && (m.device == device || !m.is_cairn());
+    let on = mounts()?.into_iter().rev().filter(is_on);
     // Of those the innermost; `max_by_key` takes the last of several, so the order is turned back.
     let innermost = on.collect::<Vec<_>>().into_iter().rev();
     Ok(innermost.max_by_key(|m| m.mount_point.components().count()).map(|mount| {

@@ -260,8 +260,12 @@ impl Names<'_> {
                 vec![VersionOp::Clone { snapshot: self.snapshot(snapshot)?, name }]
             }
             Change::Rollback { snapshot, keep } => {
+                let id = self.snapshot(snapshot)?;
+                if self.versions.snapshot(self.subvolume(snapshot)?, keep.as_bytes()).is_some() {
+                    return Err(format!("{}@{keep}: that name is taken", snapshot.subvolume));
+                }
                 let keep = keep.clone().into_bytes();
-                vec![VersionOp::Rollback { snapshot: self.snapshot(snapshot)?, keep }]
+                vec![VersionOp::Rollback { snapshot: id, keep }]
             }
             Change::Rename { name, new } if name.snapshot.is_some() => {
                 let name_after = new.rsplit('@').next().unwrap_or(new);

@@ -31,8 +31,9 @@
 //! given away by one mount does not fit what has that slot in the next.
 //!
 //! A version is opened when somebody comes to its slot, and closed when drivers have forgotten all
-//! its inodes: a subvolume that is open cannot be deleted, and a snapshot that is deleted stays as
-//! long as it is open. Who deletes one lets go of it first ([`Forest::let_go`]).
+//! its inodes: the engine deletes no subvolume that is open, and a snapshot that is deleted stays
+//! as long as it is open. Who deletes one in spite of that lets go of it first
+//! ([`Forest::let_go`]): files that are open in it are stale then.
 
 #[cfg(test)]
 mod tests;
