@@ -9,17 +9,13 @@ static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// kept before the system gets them back.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
-/// Long enough for a buffer to be used again by the next request of a stream.
-const PURGE_DELAY_MS: core::ffi::c_long = 10;
-
 fn main() -> ExitCode {
-    // Buffers of data come and go: were each given back at once, every block read or written would
-    // be faulted in anew (reading is half as fast then). What is kept longer counts as memory of
-    // the driver beside its cache and dirty data.
+    // The limits of cache and dirty data bound what is in use. Some milliseconds would spare
+    // faulting in the buffers of each read anew, and on a busy machine break that bound.
     #[allow(unsafe_code, reason = "the allocator is set up through a C function")]
     // SAFETY: the function only needs that no other thread runs, and main starts with one.
     unsafe {
-        libmimalloc_sys::mi_option_set_default(PURGE_DELAY, PURGE_DELAY_MS);
+        libmimalloc_sys::mi_option_set_default(PURGE_DELAY, 0);
     }
     ExitCode::from(fs_fuse::command::run(std::env::args_os().skip(1), &fs_fuse::backend::open))
 }
