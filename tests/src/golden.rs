@@ -76,41 +76,32 @@ fn with_log(pool: &Pool, seed: u64) -> Result<(Image, Tree), String> {
 
 /// Snapshots, clones, a rolled-back subvolume, and things that are being deleted.
 fn with_versions(seed: u64) -> Result<(Image, Tree), String> {
-    let options = Options { file_bytes: 8 << 10, ..Options::CRASH };
-    let plan = Plan {
-        seed,
-        steps: 50,
-        ops_per_step: 5,
-        options,
-        device_bytes: 24 << 20,
-        pool: Pool::default(),
-        checks: false,
-        trims: false,
-        clears: false,
-    };
-    let mut world = World::new(plan)?;
+    let mut world = World::new(story(seed, 50))?;
     world.tell()?;
     world.close()
 }
 
 /// Limits of the root subvolume that it has not reached.
 fn with_limits(seed: u64) -> Result<(Image, Tree), String> {
-    let options = Options { file_bytes: 8 << 10, ..Options::CRASH };
-    let plan = Plan {
+    let mut world = World::new(story(seed, 20))?;
+    world.limit(1 << 30, 1 << 29)?;
+    world.tell()?;
+    world.close()
+}
+
+/// A story of that many steps on a small pool.
+fn story(seed: u64, steps: usize) -> Plan {
+    Plan {
         seed,
-        steps: 20,
+        steps,
         ops_per_step: 5,
-        options,
+        options: Options { file_bytes: 8 << 10, ..Options::CRASH },
         device_bytes: 24 << 20,
         pool: Pool::default(),
         checks: false,
         trims: false,
         clears: false,
-    };
-    let mut world = World::new(plan)?;
-    world.limit(1 << 30, 1 << 29)?;
-    world.tell()?;
-    world.close()
+    }
 }
 
 /// Where golden images are kept.
