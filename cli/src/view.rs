@@ -34,7 +34,7 @@ impl View {
     /// As [`Pool::open`], and what reading the chunk tree gives.
     pub(crate) fn open(devices: Vec<Arc<FileDevice>>) -> Result<View> {
         let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
-        let options = PoolOptions { read_only: true, max_txg: None, degraded: true };
+        let options = PoolOptions { read_only: true, degraded: true, ..PoolOptions::default() };
         let (pool, superblock) = Pool::open(devices, host_platform(), &options)?;
         let view = View { pool: *pool, superblock, nodes: Mutex::default() };
         view.load_chunks()?;

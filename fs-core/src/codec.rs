@@ -90,18 +90,19 @@ pub struct Compressed {
 /// Compresses `src` if that saves at least one sector.
 ///
 /// `None` when it does not, when `kind` is [`CompressionKind::None`], or when memory is short: the
-/// data is then stored as it is.
+/// data is then stored as it is. `take` gives buffers, which may hold anything.
 pub fn compress(
     codecs: &dyn Codecs,
     kind: CompressionKind,
     level: i32,
     src: &[u8],
+    take: impl Fn(usize) -> Result<Buf>,
 ) -> Option<Compressed> {
     let room = (sector_round(src.len() as u64) as usize).checked_sub(SECTOR)?;
     if kind == CompressionKind::None || room == 0 || looks_incompressible(codecs, src) {
         return None;
     }
-    compress_within(codecs, kind, level, src, room)
+    compress_within(codecs, kind, level, src, room, take)
 }
 
 /// Compresses `src` into at most `room` bytes, without looking first whether it may pay.
@@ -113,25 +114,28 @@ pub fn compress_within(
     level: i32,
     src: &[u8],
     room: usize,
+    take: impl Fn(usize) -> Result<Buf>,
 ) -> Option<Compressed> {
-    let mut buf = Buf::zeroed(room).ok()?;
+    let mut buf = take(room).ok()?;
     let stored = match kind {
         CompressionKind::None => return None,
         CompressionKind::Zstd => codecs.zstd_compress(src, &mut buf[..room], level)?,
     };
     // A buffer that lives on in dirty data should not hold the memory of the uncompressed size.
     if stored <= room / 2 {
-        buf = Buf::copy_of(&buf[..stored]).ok()?;
+        let large = buf;
+        buf = take(stored).ok()?;
+        buf[..stored].copy_from_slice(&large[..stored]);
     } else {
         buf.truncate(stored);
-        // A compressor may have used room after its result as scratch.
-        buf[stored..].fill(0);
     }
+    // A compressor may have used room after its result as scratch.
+    buf[stored..].fill(0);
     Some(Compressed { buf, stored: u32::try_from(stored).ok()? })
 }
 
 /// Expands `stored`, whose checksum was right, to exactly `logical` bytes, zero-padded to whole
-/// sectors. `addr` is for the error.
+/// sectors. `addr` is for the error. `take` gives a buffer, which may hold anything.
 ///
 /// # Errors
 /// [`Error::Corrupt`] when `stored` is not what it should be, [`Error::Memory`].
@@ -141,23 +145,41 @@ pub fn expand(
     stored: &[u8],
     logical: u32,
     addr: Logical,
+    take: impl FnOnce(usize) -> Result<Buf>,
 ) -> Result<Buf> {
-    let corrupt = |what| Error::Corrupt { what, addr };
     if logical > BLOCK_BYTES_MAX {
-        return Err(corrupt("block expands to more than the largest block"));
+        let what = "block expands to more than the largest block";
+        return Err(Error::Corrupt { what, addr });
     }
     let logical = logical as usize;
+    let mut buf = take(logical)?;
+    expand_to(codecs, kind, stored, &mut buf[..logical], addr)?;
+    buf[logical..].fill(0);
+    Ok(buf)
+}
+
+/// As [`expand`], to the whole of `out`, which holds anything after an error.
+///
+/// # Errors
+/// [`Error::Corrupt`] when `stored` is not what it should be.
+pub fn expand_to(
+    codecs: &dyn Codecs,
+    kind: CompressionKind,
+    stored: &[u8],
+    out: &mut [u8],
+    addr: Logical,
+) -> Result<()> {
+    let corrupt = |what| Err(Error::Corrupt { what, addr });
     match kind {
-        CompressionKind::None if stored.len() == logical => Buf::copy_of(stored),
-        CompressionKind::None => Err(corrupt("uncompressed lengths differ")),
-        CompressionKind::Zstd => {
-            let mut buf = Buf::zeroed(logical)?;
-            if codecs.zstd_expand(stored, &mut buf[..logical]) {
-                Ok(buf)
-            } else {
-                Err(corrupt("compressed data does not expand to its length"))
-            }
+        CompressionKind::None if stored.len() != out.len() => {
+            corrupt("uncompressed lengths differ")
         }
+        CompressionKind::None => {
+            out.copy_from_slice(stored);
+            Ok(())
+        }
+        CompressionKind::Zstd if codecs.zstd_expand(stored, out) => Ok(()),
+        CompressionKind::Zstd => corrupt("compressed data does not expand to its length"),
     }
 }
 
@@ -177,6 +199,7 @@ fn looks_incompressible(codecs: &dyn Codecs, src: &[u8]) -> bool {
             1,
             &src[..TRIAL_BYTES],
             TRIAL_BYTES / 8 * 7,
+            Buf::zeroed,
         )
         .is_none()
 }
@@ -219,8 +242,15 @@ mod tests {
         noise
     }
 
+    /// A buffer that was used before.
+    fn stale(bytes: usize) -> Result<Buf> {
+        let mut buf = Buf::zeroed(bytes)?;
+        buf.fill(0xA5);
+        Ok(buf)
+    }
+
     fn zstd(src: &[u8]) -> Option<Compressed> {
-        compress(&CrateCodecs, CompressionKind::Zstd, 3, src)
+        compress(&CrateCodecs, CompressionKind::Zstd, 3, src, stale)
     }
 
     proptest! {
@@ -237,10 +267,12 @@ mod tests {
                 prop_assert!(packed.buf.len() + SECTOR <= sector_round(len as u64) as usize);
                 prop_assert!(packed.buf[stored.len()..].iter().all(|b| *b == 0));
                 let kind = CompressionKind::Zstd;
-                let back = expand(&CrateCodecs, kind, stored, len as u32, Logical(0)).unwrap();
+                let expand =
+                    |len: usize| expand(&CrateCodecs, kind, stored, len as u32, Logical(0), stale);
+                let back = expand(len).unwrap();
                 prop_assert_eq!(&back[..len], &src[..]);
-                let short = expand(&CrateCodecs, kind, stored, len as u32 + 1, Logical(0));
-                prop_assert!(short.is_err());
+                prop_assert!(back[len..].iter().all(|b| *b == 0));
+                prop_assert!(expand(len + 1).is_err());
             } else {
                 prop_assert!(len <= 2 * SECTOR, "{} repetitive bytes were not compressed", len);
             }
@@ -295,7 +327,9 @@ mod tests {
 
     #[test]
     fn a_length_beyond_the_largest_block_is_refused_before_memory_is_asked_for() {
-        let error = expand(&CrateCodecs, CompressionKind::Zstd, &[0; 16], u32::MAX, Logical(4096));
+        let room = |_| panic!("memory was asked for");
+        let kind = CompressionKind::Zstd;
+        let error = expand(&CrateCodecs, kind, &[0; 16], u32::MAX, Logical(4096), room);
         assert!(matches!(error, Err(Error::Corrupt { addr: Logical(4096), .. })));
     }
 }

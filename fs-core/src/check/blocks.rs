@@ -82,7 +82,7 @@ impl<'a> Blocks<'a> {
             return Ok(buf);
         }
         let stored = &buf[..ptr.stored as usize];
-        codec::expand(codecs, ptr.compression, stored, ptr.logical, ptr.addr)
+        codec::expand(codecs, ptr.compression, stored, ptr.logical, ptr.addr, Buf::zeroed)
     }
 }
 

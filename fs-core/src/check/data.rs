@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::format::extent::Blob;
 use crate::format::ptr::ChecksumKind;
 use crate::format::space::Run;
-use crate::platform::{Codecs, ReadOp, Result};
+use crate::platform::{ReadOp, Result};
 use crate::pool::{DataRead, DataSource, Piece, Pool};
 use crate::sync::Mutex;
 use crate::units::{Logical, Physical, SECTOR_BYTES};
@@ -152,12 +152,11 @@ fn verify_in_pieces(
     pieces: &[Piece],
     done: &mut Vec<Copy>,
 ) -> Result<()> {
-    let codecs = &*pool.platform().codecs;
     let bytes = blob.allocated();
     let mut is_anywhere = false;
     for (copy, (device, at)) in places(pool, pieces) {
         let good = match read_copy(pool, pieces, copy) {
-            Ok(buf) => is_good(codecs, blob, &buf)?,
+            Ok(buf) => is_good(pool, blob, &buf)?,
             Err(Error::Memory) => return Err(Error::Memory),
             Err(_) => false,
         };
@@ -187,7 +186,7 @@ fn verify_in_pieces(
 fn verify_on(pool: &Pool, jobs: &[Job], device: u16, copies: Vec<Copy>) -> Result<Vec<Copy>> {
     let mut batch = Vec::new();
     for copy in &copies {
-        let buf = Buf::zeroed(copy.bytes as usize)?;
+        let buf = pool.buffer(copy.bytes as usize)?;
         push(&mut batch, ReadOp { at: copy.at, buf, result: Ok(()) })?;
     }
     if let Some(member) = pool.members().get(usize::from(device)) {
@@ -222,7 +221,7 @@ fn judge(pool: &Pool, job: &Job, copy: &mut Copy, op: &mut ReadOp) -> Result<()>
             codec::bad_sectors(codecs, *kind, &op.buf, sums).collect()
         }
         Proof::Blob(_) if !unreadable.is_empty() => alloc::vec![0],
-        Proof::Blob(blob) if is_good(codecs, blob, &op.buf)? => Vec::new(),
+        Proof::Blob(blob) if is_good(pool, blob, &op.buf)? => Vec::new(),
         Proof::Blob(_) => alloc::vec![0],
     };
     if matches!(job.proof, Proof::Sectors { .. }) {
@@ -234,12 +233,14 @@ fn judge(pool: &Pool, job: &Job, copy: &mut Copy, op: &mut ReadOp) -> Result<()>
     Ok(())
 }
 
-fn is_good(codecs: &dyn Codecs, blob: &Blob, bytes: &[u8]) -> Result<bool> {
+fn is_good(pool: &Pool, blob: &Blob, bytes: &[u8]) -> Result<bool> {
+    let codecs = &*pool.platform().codecs;
     let stored = &bytes[..blob.stored as usize];
     if !codec::matches(codecs, blob.checksum_kind, stored, &blob.checksum) {
         return Ok(false);
     }
-    match codec::expand(codecs, blob.compression, stored, blob.logical, blob.addr) {
+    let take = |bytes| pool.buffer(bytes);
+    match codec::expand(codecs, blob.compression, stored, blob.logical, blob.addr, take) {
         Ok(_) => Ok(true),
         Err(Error::Memory) => Err(Error::Memory),
         Err(_) => Ok(false),

@@ -4,6 +4,7 @@ use super::data::{self, Job, Proof};
 use super::findings::{rules, Findings};
 use super::usage::Marked;
 use super::{push, show, Checker, Spot};
+use crate::buf::Buf;
 use crate::codec;
 use crate::format::chunk::ChunkKind;
 use crate::format::extent::{Blob, Extent};
@@ -169,7 +170,7 @@ fn check_inline(
         return Ok(());
     }
     let codecs = &*checker.pool.platform().codecs;
-    match codec::expand(codecs, compression, bytes, logical, Logical(0)) {
+    match codec::expand(codecs, compression, bytes, logical, Logical(0), Buf::zeroed) {
         Ok(_) => Ok(()),
         Err(error) => checker.findings.add_error(&rules::EXTENT_INLINE, spot.clone(), error),
     }

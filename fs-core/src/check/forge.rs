@@ -268,7 +268,8 @@ impl Forge {
     pub fn blob(&mut self) -> Blob {
         let bytes: Vec<u8> = (0..4 * SECTOR).map(|i| (i / 100) as u8).collect();
         let kind = CompressionKind::Zstd;
-        let packed = codec::compress_within(&CrateCodecs, kind, 3, &bytes, 3 * SECTOR).unwrap();
+        let packed =
+            codec::compress_within(&CrateCodecs, kind, 3, &bytes, 3 * SECTOR, Buf::zeroed).unwrap();
         let addr = self.store(ChunkKind::Data, &packed.buf);
         let stored = &packed.buf[..packed.stored as usize];
         Blob {

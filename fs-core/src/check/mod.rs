@@ -55,6 +55,7 @@ mod xattrs;
 pub use findings::{Finding, Place, Rule, Severity, Spot};
 
 use crate::btree::{Tree, Walk};
+use crate::buf::SHELF_BYTES;
 use crate::error::{Errno, Error};
 use crate::format::chunk::ChunkKind;
 use crate::format::key::Key;
@@ -183,7 +184,12 @@ fn open(
     platform: Platform,
     options: &CheckOptions,
 ) -> Result<(Box<Pool>, Box<Superblock>)> {
-    let pool_options = PoolOptions { read_only: true, max_txg: options.max_txg, degraded: true };
+    let pool_options = PoolOptions {
+        read_only: true,
+        max_txg: options.max_txg,
+        degraded: true,
+        kept_bytes: SHELF_BYTES,
+    };
     Pool::open(devices, platform, &pool_options)
 }
 

@@ -17,7 +17,7 @@ use crate::format::extent::{plain_bytes_max, Blob, Extent};
 use crate::format::inode::{flag, InodeItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::space::Run;
-use crate::pool::RunWrite;
+use crate::pool::{Pool, RunWrite};
 use crate::subvol::extents::is_inline;
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::ranges::ByteRun;
@@ -226,11 +226,12 @@ fn prepare(store: &Store, settings: &DataSettings, window: &Window) -> Result<Pr
         let src: &[u8] = match window.slices.as_slice() {
             [one] => one,
             many => {
-                gathered = gather(many, window.len as usize)?;
+                gathered = gather(&store.pool, many, window.len as usize)?;
                 &gathered
             }
         };
-        let packed = codec::compress(codecs, settings.compression, settings.level, src);
+        let take = |bytes| store.pool.buffer(bytes);
+        let packed = codec::compress(codecs, settings.compression, settings.level, src, take);
         if let Some(codec::Compressed { buf, stored }) = packed {
             let checksum = codec::checksum(codecs, settings.checksum, &buf[..stored as usize]);
             return Ok(Prepared::Packed { data: buf.into_slice(), stored, checksum });
@@ -252,13 +253,14 @@ fn prepare_plain(store: &Store, settings: &DataSettings, window: &Window) -> Pre
     Prepared::Plain { checksums }
 }
 
-fn gather(slices: &[Slice], len: usize) -> Result<Buf> {
-    let mut buf = Buf::zeroed(len)?;
+fn gather(pool: &Pool, slices: &[Slice], len: usize) -> Result<Buf> {
+    let mut buf = pool.buffer(len)?;
     let mut at = 0;
     for slice in slices {
         buf[at..at + slice.len()].copy_from_slice(slice);
         at += slice.len();
     }
+    buf[at..].fill(0);
     Ok(buf)
 }
 

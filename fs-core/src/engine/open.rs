@@ -8,6 +8,7 @@
 //! 6. Orphans: queued, removed in the background.
 
 use crate::btree::{NodeSource, Tree};
+use crate::buf::SHELF_BYTES;
 use crate::engine::{commit::Committer, destroy::REFS_PER_GROUP, log::Log, Engine};
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{Chunk, DeviceItem};
@@ -43,7 +44,7 @@ pub struct OpenOptions {
     pub max_txg: Option<Txg>,
     /// Open the pool without devices that are missing, if the others have a copy of everything.
     pub degraded: bool,
-    /// Bytes of tree nodes and inodes to keep in memory.
+    /// Bytes of tree nodes, inodes and buffers for data to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
     pub dirty_bytes: u64,
@@ -114,7 +115,8 @@ fn found(
     options: &OpenOptions,
 ) -> Result<(Arc<Engine>, Box<Superblock>)> {
     let OpenOptions { read_only, max_txg, degraded, .. } = *options;
-    let pool_options = PoolOptions { read_only, max_txg, degraded };
+    let kept_bytes = kept_bytes(options);
+    let pool_options = PoolOptions { read_only, max_txg, degraded, kept_bytes };
     let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
     let unknown = superblock.unknown_ro_compat();
     if unknown != 0 && !options.read_only {
@@ -122,6 +124,11 @@ fn found(
     }
     let engine = put_together(pool, superblock.clone(), platform, options)?;
     Ok((engine, superblock))
+}
+
+/// How much of the cache is left to buffers.
+fn kept_bytes(options: &OpenOptions) -> usize {
+    SHELF_BYTES.min(options.cache_bytes / 8)
 }
 
 #[inline(never)]
@@ -141,7 +148,7 @@ fn put_together(
             level: 0,
             checksum: ChecksumKind::Crc32c,
         },
-        cache_bytes: options.cache_bytes,
+        cache_bytes: options.cache_bytes - kept_bytes(options),
         dirty_bytes: options.dirty_bytes,
         commit_seconds: options.commit_seconds,
         deletion_refs: options.deletion_refs,

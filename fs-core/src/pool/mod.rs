@@ -50,6 +50,7 @@ pub use ledger::ChunkEdit;
 pub use read::{DataRead, DataSource};
 pub use write::RunWrite;
 
+use crate::buf::{Buf, Shelf};
 use crate::device::{choose, probe, ErrorCounts, Identity, Member, Probe, Ring, TableEntry};
 use crate::error::{Error, FeatureClass, Incident};
 use crate::format::chunk::{
@@ -113,6 +114,8 @@ pub struct PoolOptions {
     pub max_txg: Option<Txg>,
     /// Open it without devices that are missing, if the others have a copy of everything.
     pub degraded: bool,
+    /// Bytes of buffers for data to keep in memory.
+    pub kept_bytes: usize,
 }
 
 /// What is fixed while a pool is open.
@@ -134,6 +137,8 @@ pub struct Pool {
     read_only: bool,
     /// Which label areas were damaged when the pool was opened.
     damaged: Mutex<Vec<DamagedLabel>>,
+    /// Memory for transfers.
+    buffers: Arc<Shelf>,
     /// Where addresses lead. Held only to copy or swap the pointer.
     map: RwLock<Arc<ChunkMap>>,
     /// Room and chunk-tree edits. Whoever changes `map` holds it.
@@ -278,7 +283,8 @@ impl Pool {
         }
         let superblock = choose(&ring, options.max_txg)?;
         check_superblock(superblock, newest.table.len().max(1), options.read_only)?;
-        let pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        let mut pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
+        pool.buffers = Arc::new(Shelf::new(options.kept_bytes));
         *pool.roll.lock() = *newest;
         if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
             return Err(standing::missing(&pool.members, false, &probed.unusable));
@@ -336,6 +342,7 @@ impl Pool {
             settings,
             read_only,
             damaged: Mutex::new(Vec::new()),
+            buffers: Arc::default(),
             map: RwLock::ranked(Rank::Leaf, Arc::new(ChunkMap::default())),
             ledger,
             heal: Mutex::ranked(Rank::Heal, ()),
@@ -346,6 +353,14 @@ impl Pool {
             published_txg,
             reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
         }
+    }
+
+    /// A buffer for data that is under way; it holds *anything*: see [`Shelf::take`].
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    pub fn buffer(&self, bytes: usize) -> Result<Buf> {
+        self.buffers.take(bytes)
     }
 
     /// The pool's surroundings.

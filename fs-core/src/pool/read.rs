@@ -47,10 +47,12 @@ const SECTOR: usize = SECTOR_BYTES as usize;
 
 /// One verified read of file data.
 #[derive(Debug)]
-pub struct DataRead {
+pub struct DataRead<'out> {
     /// What to read.
     pub source: DataSource,
-    /// The bytes, expanded, when `result` is `Ok`.
+    /// Where all bytes of a packed blob are expanded to, instead of `buf`; as long as they are.
+    pub out: Option<&'out mut [u8]>,
+    /// The bytes, expanded, when `result` is `Ok` and there is no `out`.
     pub buf: Buf,
     /// How it went.
     pub result: Result<()>,
@@ -77,10 +79,15 @@ pub enum DataSource {
     },
 }
 
-impl DataRead {
+impl<'out> DataRead<'out> {
     /// A read that has not been carried out.
-    pub fn new(source: DataSource) -> DataRead {
-        DataRead { source, buf: Buf::default(), result: Ok(()) }
+    pub fn new(source: DataSource) -> DataRead<'out> {
+        DataRead { source, out: None, buf: Buf::default(), result: Ok(()) }
+    }
+
+    /// A read of a whole blob to where its bytes are wanted.
+    pub fn whole(blob: Blob, out: &'out mut [u8]) -> DataRead<'out> {
+        DataRead { out: Some(out), ..DataRead::new(DataSource::Packed { blob }) }
     }
 }
 
@@ -336,7 +343,7 @@ impl Pool {
     }
 
     /// Carries out a batch of data reads together. Each has its own result.
-    pub fn read_data(&self, reads: &mut [DataRead]) {
+    pub fn read_data(&self, reads: &mut [DataRead<'_>]) {
         let map = self.chunk_map();
         let runs = reads.iter().map(|read| (read.source.run(), read.source.is_verified()));
         let raw = self.read_first_copies(&map, runs);
@@ -350,7 +357,7 @@ impl Pool {
         }
         // Each slot is taken by exactly one worker; the lock only makes that visible to the
         // compiler.
-        let slots: Vec<Mutex<Option<(&mut DataRead, Raw)>>> =
+        let slots: Vec<Mutex<Option<(&mut DataRead<'_>, Raw)>>> =
             reads.iter_mut().zip(raw).map(|pair| Mutex::new(Some(pair))).collect();
         workers.parallel_for(slots.len(), &|index| {
             let taken = slots[index].lock().take();
@@ -387,7 +394,7 @@ impl Pool {
     }
 
     /// Verifies and expands what was read, falling back to other copies.
-    fn finish(&self, read: &mut DataRead, raw: Raw) {
+    fn finish(&self, read: &mut DataRead<'_>, raw: Raw) {
         let outcome = raw.and_then(|(place, got)| match &read.source {
             DataSource::Plain { checksum_kind, checksums, .. } => {
                 self.read_sectors(&place, *checksum_kind, checksums, got)
@@ -396,7 +403,15 @@ impl Pool {
                 let stored = blob.stored as usize;
                 let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
                 let buf = self.read_whole(&place, &seal, got)?;
-                self.unpack(buf, blob.compression, blob.stored, blob.logical, blob.addr)
+                let kind = blob.compression;
+                match &mut read.out {
+                    Some(out) if out.len() == blob.logical as usize => {
+                        let codecs = &*self.platform().codecs;
+                        codec::expand_to(codecs, kind, &buf[..stored], out, blob.addr)?;
+                        Ok(Buf::default())
+                    }
+                    _ => self.unpack(buf, kind, blob.stored, blob.logical, blob.addr),
+                }
             }
         });
         match outcome {
@@ -491,7 +506,8 @@ impl Pool {
             buf[stored..].fill(0);
             return Ok(buf);
         }
-        codec::expand(&*self.platform().codecs, kind, &buf[..stored], logical, addr)
+        let take = |bytes| self.buffer(bytes);
+        codec::expand(&*self.platform().codecs, kind, &buf[..stored], logical, addr, take)
     }
 
     /// Writes `content` over a bad copy of a piece, unless someone else has healed it since it was
@@ -1089,7 +1105,7 @@ impl<'a> Transfer<'a> {
     /// Plans to read a copy of a piece.
     fn add(&mut self, piece: Place, copy: usize) -> Result<Planned> {
         let segment = piece.segment(copy);
-        let buf = Buf::zeroed(segment.bytes as usize)?;
+        let buf = self.pool.buffer(segment.bytes as usize)?;
         let batch = &mut self.batches[usize::from(segment.device)];
         batch.push(ReadOp { at: segment.at, buf, result: Ok(()) });
         Ok(Planned { piece, copy, op: batch.len() - 1 })

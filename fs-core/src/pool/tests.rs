@@ -97,7 +97,7 @@ impl Fixture {
     /// Writes `content` as a block at the start of a new metadata chunk.
     fn block(&self, content: &[u8], compression: CompressionKind) -> BlockPtr {
         let chunk = self.chunk(ChunkKind::Metadata);
-        let packed = codec::compress(&CrateCodecs, compression, 3, content);
+        let packed = codec::compress(&CrateCodecs, compression, 3, content, Buf::zeroed);
         let (buf, stored, compression) = match packed {
             Some(packed) => (packed.buf, packed.stored, compression),
             None => (Buf::copy_of(content).unwrap(), content.len() as u32, CompressionKind::None),
@@ -854,7 +854,8 @@ fn a_batch_read_by_many_threads_gives_each_its_own_result() {
     for index in 0..40u64 {
         let addr = Logical(chunk.logical.0 + index * 131072);
         let text: Vec<u8> = noise(64, index).iter().copied().cycle().take(131072).collect();
-        let packed = codec::compress(&CrateCodecs, CompressionKind::Zstd, 1, &text).unwrap();
+        let packed =
+            codec::compress(&CrateCodecs, CompressionKind::Zstd, 1, &text, Buf::zeroed).unwrap();
         let checksum = codec::checksum(
             &CrateCodecs,
             ChecksumKind::Crc32c,
@@ -875,7 +876,7 @@ fn a_batch_read_by_many_threads_gives_each_its_own_result() {
     }
     fixture.ram.flip(fixture.places(addr_of(&sources[7]))[0] + 9);
     let batches = fixture.ram.requests().read_batches;
-    let mut reads: Vec<DataRead> = sources.into_iter().map(DataRead::new).collect();
+    let mut reads: Vec<DataRead<'_>> = sources.into_iter().map(DataRead::new).collect();
     fixture.pool.read_data(&mut reads);
     assert_eq!(fixture.ram.requests().read_batches, batches + 1);
     for (index, (read, want)) in reads.iter().zip(&want).enumerate() {

@@ -27,7 +27,7 @@ pub(super) struct File<'a> {
 /// Reads under way, and where their bytes go.
 struct Gather<'a> {
     source: Source<'a>,
-    reads: Vec<DataRead>,
+    reads: Vec<DataRead<'static>>,
     /// Read, first byte of it, first byte of the buffer, bytes.
     places: Vec<(usize, usize, usize, usize)>,
     bytes: u64,
@@ -94,7 +94,8 @@ impl Gather<'_> {
         match extent {
             Extent::Inline { compression, logical, bytes } => {
                 let codecs = &*self.source.pool.platform().codecs;
-                let expanded = codec::expand(codecs, *compression, bytes, *logical, Logical(0))?;
+                let expanded =
+                    codec::expand(codecs, *compression, bytes, *logical, Logical(0), Buf::zeroed)?;
                 let from = skip as usize;
                 out[place..place + len].copy_from_slice(&expanded[from..from + len]);
             }
@@ -110,7 +111,7 @@ impl Gather<'_> {
             Extent::Packed { blob, offset, .. } => {
                 let from = *offset as usize + skip as usize;
                 // Neighbouring items may name one blob: it is read once.
-                let same = |read: &DataRead| match &read.source {
+                let same = |read: &DataRead<'_>| match &read.source {
                     DataSource::Packed { blob: other } => other == blob,
                     DataSource::Plain { .. } => false,
                 };

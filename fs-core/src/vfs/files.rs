@@ -9,7 +9,7 @@ use crate::engine::data;
 use crate::error::{Errno, Error};
 use crate::format::extent::{Extent, FILE_BYTES_MAX};
 use crate::format::inode::flag;
-use crate::pool::{DataRead, DataSource};
+use crate::pool::{DataRead, DataSource, Pool};
 use crate::space::{Class, Reservation};
 use crate::subvol::change::Change;
 use crate::subvol::extents::{Place, Segment, INLINE_LIMIT};
@@ -54,21 +54,26 @@ fn check_writable(state: &State) -> Result<()> {
 }
 
 /// A place on the device to be read for some bytes of the caller's buffer.
-struct Wanted {
+struct Wanted<'out> {
     read: usize,
     /// Where in the read's bytes.
     from: usize,
-    /// Where in the caller's buffer, and how many bytes.
-    to: usize,
-    len: usize,
+    /// The part of the caller's buffer.
+    out: &'out mut [u8],
 }
 
-/// The part of `start..end` that a segment has: offset in the segment, offset in the caller's
-/// buffer, length.
-fn overlap(segment: &Segment, start: u64, end: u64) -> (usize, usize, usize) {
+/// Reads of a batch, and what is wanted of them.
+#[derive(Default)]
+struct Batch<'out> {
+    reads: Vec<DataRead<'out>>,
+    wanted: Vec<Wanted<'out>>,
+}
+
+/// The part of `start..end` that a segment has: offset in the segment, and length.
+fn overlap(segment: &Segment, start: u64, end: u64) -> (usize, usize) {
     let from = start.max(segment.at);
     let to = end.min(segment.at + segment.len);
-    ((from - segment.at) as usize, (from - start) as usize, (to - from) as usize)
+    ((from - segment.at) as usize, (to - from) as usize)
 }
 
 impl Volume {
@@ -102,78 +107,77 @@ impl Volume {
         Ok(count)
     }
 
-    /// Fills `out` with the bytes from `start` on, which the segments cover.
+    /// Fills `out` with the bytes from `start` on, which the segments cover, one after the other.
     fn read_segments(&self, segments: &[Segment], start: u64, out: &mut [u8]) -> Result<()> {
         let end = start + out.len() as u64;
-        let mut reads: Vec<DataRead> = Vec::new();
-        let mut wanted: Vec<Wanted> = Vec::new();
+        let mut batch = Batch::default();
+        let mut rest = out;
         for segment in segments {
-            let (skip, to, len) = overlap(segment, start, end);
+            let (skip, len) = overlap(segment, start, end);
+            let (out, after) = rest.split_at_mut(len);
+            rest = after;
             match &segment.place {
-                Place::Memory(data) => {
-                    out[to..to + len].copy_from_slice(&data[skip..skip + len]);
-                }
-                Place::Zeros { .. } => out[to..to + len].fill(0),
-                Place::Extent(extent) => {
-                    self.want(extent, skip, to, len, out, &mut reads, &mut wanted)?;
-                }
+                Place::Memory(data) => out.copy_from_slice(&data[skip..skip + len]),
+                Place::Zeros { .. } => out.fill(0),
+                Place::Extent(extent) => self.want(extent, skip, out, &mut batch)?,
             }
         }
+        debug_assert!(rest.is_empty(), "segments end before the bytes that are read");
+        let Batch { mut reads, wanted } = batch;
         self.engine.store.pool.read_data(&mut reads);
-        for want in wanted {
-            let read = &reads[want.read];
-            read.result.clone()?;
-            out[want.to..want.to + want.len]
-                .copy_from_slice(&read.buf[want.from..want.from + want.len]);
+        if let Some(error) = reads.iter().find_map(|read| read.result.as_ref().err()) {
+            return Err(error.clone());
+        }
+        for Wanted { read, from, out } in wanted {
+            let len = out.len();
+            out.copy_from_slice(&reads[read].buf[from..from + len]);
         }
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one step of a loop, told apart for reading")]
-    fn want(
+    fn want<'out>(
         &self,
         extent: &Extent,
         skip: usize,
-        to: usize,
-        len: usize,
-        out: &mut [u8],
-        reads: &mut Vec<DataRead>,
-        wanted: &mut Vec<Wanted>,
+        out: &'out mut [u8],
+        batch: &mut Batch<'out>,
     ) -> Result<()> {
+        let Batch { reads, wanted } = batch;
         match extent {
             Extent::Inline { compression, logical, bytes } => {
                 let expanded = self.expand_inline(*compression, *logical, bytes)?;
-                for (index, byte) in out[to..to + len].iter_mut().enumerate() {
+                for (index, byte) in out.iter_mut().enumerate() {
                     *byte = expanded.get(skip + index).copied().unwrap_or(0);
                 }
             }
             Extent::Plain { .. } => {
                 let first = align_down(skip as u64, SECTOR_BYTES);
-                let part = extent.part(first, sector_round((skip + len) as u64) - first);
+                let end = (skip + out.len()) as u64;
+                let part = extent.part(first, sector_round(end) - first);
                 let Extent::Plain { addr, len: bytes, checksum_kind, checksums } = part else {
                     return Ok(());
                 };
                 let source = DataSource::Plain { addr, len: bytes, checksum_kind, checksums };
-                wanted.push(Wanted { read: reads.len(), from: skip - first as usize, to, len });
+                wanted.push(Wanted { read: reads.len(), from: skip - first as usize, out });
                 reads.push(DataRead::new(source));
             }
             Extent::Packed { blob, offset, .. } => {
                 let from = *offset as usize + skip;
+                if from == 0 && out.len() == blob.logical as usize {
+                    reads.push(DataRead::whole(*blob, out));
+                    return Ok(());
+                }
                 // Neighbouring items may name one blob: it is read once.
-                let same = |read: &DataRead| match &read.source {
-                    DataSource::Packed { blob: other } => other == blob,
+                let same = |read: &DataRead<'_>| match &read.source {
+                    DataSource::Packed { blob: other } => other == blob && read.out.is_none(),
                     DataSource::Plain { .. } => false,
                 };
-                let read = match reads.last().is_some_and(same) {
-                    true => reads.len() - 1,
-                    false => {
-                        reads.push(DataRead::new(DataSource::Packed { blob: *blob }));
-                        reads.len() - 1
-                    }
-                };
-                wanted.push(Wanted { read, from, to, len });
+                if !reads.last().is_some_and(same) {
+                    reads.push(DataRead::new(DataSource::Packed { blob: *blob }));
+                }
+                wanted.push(Wanted { read: reads.len() - 1, from, out });
             }
-            Extent::Promised { .. } => out[to..to + len].fill(0),
+            Extent::Promised { .. } => out.fill(0),
         }
         Ok(())
     }
@@ -248,7 +252,8 @@ impl Volume {
             other => other?,
         };
         // Copied before the lock is taken, when the place is known.
-        let early = if flags.append { None } else { Some(fill(offset, bytes)?) };
+        let pool = &self.engine.store.pool;
+        let early = if flags.append { None } else { Some(fill(pool, offset, bytes)?) };
         let mut state = inode.state.write();
         check_writable(&state)?;
         let at = if flags.append { state.item.size } else { offset };
@@ -256,7 +261,7 @@ impl Volume {
         let end = end.ok_or(Error::Posix(Errno::FBig))?;
         let mut buf = match early {
             Some(buf) => buf,
-            None => fill(at, bytes)?,
+            None => fill(pool, at, bytes)?,
         };
         let start = align_down(at, SECTOR_BYTES);
         self.complete(ino, &state, at, end, &mut buf)?;
@@ -827,9 +832,12 @@ fn give_back_surplus(inode: &Inode, reservation: &mut Reservation, more: u64, ad
 }
 
 /// A buffer of whole sectors that holds `bytes` at their place, zeros around them.
-fn fill(at: u64, bytes: &[u8]) -> Result<Buf> {
+fn fill(pool: &Pool, at: u64, bytes: &[u8]) -> Result<Buf> {
     let head = (at % SECTOR_BYTES) as usize;
-    let mut buf = Buf::zeroed(head + bytes.len())?;
-    buf[head..head + bytes.len()].copy_from_slice(bytes);
+    let end = head + bytes.len();
+    let mut buf = pool.buffer(end)?;
+    buf[..head].fill(0);
+    buf[head..end].copy_from_slice(bytes);
+    buf[end..].fill(0);
     Ok(buf)
 }
