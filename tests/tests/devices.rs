@@ -512,6 +512,13 @@ fn a_device_that_comes_back_keeps_no_superblock_that_others_do_not_have() {
     let alone = open_and_write(&pool, &[&alone], b"another").unwrap().remove(0);
     let known = |ours: &Ring, other: &Ring| other.valid.iter().all(|s| ours.valid.contains(s));
     assert!(!known(&ring_of(&alone), &ring_of(&after[1])));
+    // It keeps them as long as it does not count, and that is no sign of having gone apart.
+    let rams = rams_of(&[&alone, &after[1]]);
+    drop(pool.open(&refs(&rams), &core()).unwrap());
+    let images: Vec<Image> = rams.iter().map(|ram| ram.image()).collect();
+    assert!(!known(&ring_of(&images[0]), &ring_of(&images[1])));
+    let again = bring_up_to_date(&pool, &[&images[0], &images[1]]);
+    assert!(known(&ring_of(&again[0]), &ring_of(&again[1])));
     let both = bring_up_to_date(&pool, &[&alone, &after[1]]);
     assert!(known(&ring_of(&both[0]), &ring_of(&both[1])));
 }

@@ -228,6 +228,7 @@ impl Engine {
         // any more after this.
         self.want_commit();
         if self.commit().is_ok() {
+            let _no_commit = self.committer();
             // What fails now was told, or is tried again.
             let _ = self.store.pool.mark_complete(&resilver.devices);
         }

@@ -48,12 +48,12 @@
 //!   is alone, whose blocks have been used for something else by then.
 
 use super::{DamagedLabel, Pool, Settings};
-use crate::device::{Identity, Member, Ring, Standing, TableEntry};
+use crate::device::{probe, Identity, Member, Ring, Standing, TableEntry};
 use crate::error::{Error, Incident};
 use crate::format::superblock::Superblock;
 use crate::platform::Result;
 use crate::sync::MutexGuard;
-use crate::units::Txg;
+use crate::units::{Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -305,7 +305,8 @@ impl Pool {
     }
 
     /// Calls devices complete that were behind and have everything now: what was there when they
-    /// came back has been compared, and what was written since was written to them.
+    /// came back has been compared, and what was written since was written to them. Nobody may
+    /// write superblocks meanwhile.
     ///
     /// # Errors
     /// Errors of devices that cannot be done without; [`Error::Memory`]. One of `devices` that
@@ -328,6 +329,14 @@ impl Pool {
             let flushed = self.flush_some(&back);
             self.note_failed(&mut changes, flushed)
                 .and_then(|()| self.settle(&mut changes, &mut gone))
+                .and_then(|()| {
+                    // Before the labels say that they count: one that is not the pool's could be
+                    // taken for the newest when the device is alone.
+                    let there: Vec<u16> = back.iter().copied().filter(is_behind).collect();
+                    let failed = self.erase_strays(&there)?;
+                    self.note_failed(&mut changes, failed)?;
+                    self.settle(&mut changes, &mut gone)
+                })
                 .and_then(|()| {
                     let back: Vec<u16> = back.into_iter().filter(is_behind).collect();
                     self.clear_behind(&back);
@@ -412,30 +421,32 @@ impl Pool {
             // from the others. It must not count for more than what they do now without it.
             roll.epoch += 2 * u64::from(is_new);
         })?;
-        let known = self.known_superblocks()?;
         let mut failed = Vec::new();
         for member in self.members().iter().filter(|member| member.is_there()) {
-            let strays = match member.standing() {
-                Standing::Behind => member.erase_superblocks(&known),
-                _ => Ok(()),
-            };
-            if let Err(error) = strays.and_then(|()| member.complete_superblock(superblock)) {
+            if let Err(error) = member.complete_superblock(superblock) {
                 failed.push((member.index(), error));
             }
         }
         self.leave_behind(failed)
     }
 
-    /// What the rings of complete devices hold.
+    /// Erases, durably, what superblocks devices have that no complete one has. Returns those that
+    /// failed.
     #[inline(never)]
-    fn known_superblocks(&self) -> Result<Ring> {
+    fn erase_strays(&self, devices: &[u16]) -> Result<Vec<(u16, Error)>> {
         let mut known = Ring::default();
-        if self.members().iter().any(|member| member.standing() == Standing::Behind) {
-            for member in self.members().iter().filter(|member| member.is_complete()) {
-                known.add(member, &self.pool_id())?;
+        for member in self.members().iter().filter(|member| member.is_complete()) {
+            known.add(member, &self.pool_id())?;
+        }
+        let mut failed = Vec::new();
+        for index in devices {
+            match self.member(*index).erase_superblocks(&known) {
+                Ok(()) => {}
+                Err(Error::Memory) => return Err(Error::Memory),
+                Err(error) => failed.push((*index, error)),
             }
         }
-        Ok(known)
+        Ok(failed)
     }
 
     /// Goes on without the devices that failed, or says why that cannot be. Nothing that was
