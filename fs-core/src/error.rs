@@ -421,6 +421,15 @@ pub enum Incident {
         /// Why it has none.
         error: Error,
     },
+    /// A scrub has looked at everything.
+    Scrubbed {
+        /// Copies that it found bad.
+        found: u64,
+        /// Bytes of copies that were repaired.
+        repaired_bytes: u64,
+        /// Blocks and extents without a good copy.
+        lost: u64,
+    },
     /// The intent log was replayed on open.
     Replayed {
         /// How many log records were applied.
@@ -467,6 +476,11 @@ impl fmt::Display for Incident {
             Incident::DeviceUnusable { name, error } => {
                 write!(f, "{name} is left out of the pool: {error}")
             }
+            Incident::Scrubbed { found, repaired_bytes, lost } => write!(
+                f,
+                "scrub finished: {found} bad copies found, {repaired_bytes} bytes repaired, {lost} \
+                 blocks lost"
+            ),
             Incident::Replayed { records } => {
                 write!(f, "replayed {records} records of the intent log after an unclean shutdown")
             }

@@ -38,7 +38,9 @@ pub(crate) struct LogReport;
 impl Report for LogReport {
     fn incident(&self, incident: &Incident) {
         match incident {
-            Incident::Replayed { .. } => pr_info!("{}\n", format_args!("{incident}")),
+            Incident::Replayed { .. } | Incident::Scrubbed { lost: 0, .. } => {
+                pr_info!("{}\n", format_args!("{incident}"));
+            }
             _ => pr_err!("{}\n", format_args!("{incident}")),
         }
     }

@@ -4,16 +4,18 @@
 //! version that cannot open one of them, or shows something else, has broken the format. They are
 //! made with `cargo run -p cairn-tests --bin golden`, which never writes over one that is there.
 
-use crate::device::Image;
+use crate::device::{refs, Image, RamDevice};
 use crate::fault::{built, cut_off, script, Script};
 use crate::gen::{Op, Options};
+use crate::platform::{Spawn, TestPlatform};
 use crate::subject::Pool;
 use crate::tree::{show, File, Tree};
 use crate::versions::{Plan, World};
+use fs_core::engine::OpenOptions;
 use fs_core::format::chunk::Profile;
 use fs_core::format::inode::mode;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
-use fs_core::vfs::Caller;
+use fs_core::vfs::{AccessTime, Caller, Volume};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -33,6 +35,7 @@ pub const ALL: &[Golden] = &[
     Golden { name: "v1-large-nodes-dup", make: || closed(&large_nodes(), 4) },
     Golden { name: "v1-versions", make: || with_versions(5) },
     Golden { name: "v1-limits", make: || with_limits(6) },
+    Golden { name: "v1-scrub", make: || with_scrub(7) },
 ];
 
 fn plain() -> Pool {
@@ -87,6 +90,29 @@ fn with_limits(seed: u64) -> Result<(Image, Tree), String> {
     world.limit(1 << 30, 1 << 29)?;
     world.tell()?;
     world.close()
+}
+
+/// A scrub that has finished, and one that is paused in the middle.
+fn with_scrub(seed: u64) -> Result<(Image, Tree), String> {
+    let (image, tree) = closed(&Pool::default(), seed)?;
+    let ram = RamDevice::of("ram", image);
+    let platform = TestPlatform::new(seed, Spawn::AtOnce);
+    let open = || {
+        let (core, options) = (platform.platform(), OpenOptions::default());
+        let devices = refs(std::slice::from_ref(&ram));
+        Volume::open(devices, core, &options, AccessTime::Relative).map_err(|e| e.to_string())
+    };
+    for rate in [0, 1] {
+        let volume = open()?;
+        volume.engine().start_scrub(rate).map_err(|e| e.to_string())?;
+        platform.clock.advance_ms(1000);
+        platform.workers.tick();
+        if rate > 0 {
+            volume.engine().pause_scrub().map_err(|e| e.to_string())?;
+        }
+        volume.close().map_err(|e| e.to_string())?;
+    }
+    Ok((ram.image(), tree))
 }
 
 /// A story of that many steps on a small pool.

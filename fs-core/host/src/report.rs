@@ -62,8 +62,10 @@ fn send_to_syslog(line: &str) -> std::io::Result<()> {
 fn severity(incident: &Incident) -> u8 {
     match incident {
         Incident::Replayed { .. } | Incident::DeviceComplete { .. } => NOTICE,
+        Incident::Scrubbed { lost: 0, .. } => NOTICE,
         Incident::Healed { .. } | Incident::DeviceUnusable { .. } => WARNING,
-        Incident::Lost { .. }
+        Incident::Scrubbed { .. }
+        | Incident::Lost { .. }
         | Incident::FileDamaged { .. }
         | Incident::DeviceFailed { .. }
         | Incident::WentReadOnly { .. }

@@ -5,6 +5,7 @@ use super::versions::{self, Family, Found};
 use super::{push, tree, Checker, Spot};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem};
+use crate::format::scrub::ScrubRecord;
 use crate::platform::Result;
 use crate::subvol::versions::Versions;
 use crate::units::{TreeId, Txg};
@@ -69,6 +70,14 @@ fn item(
             push(found, Found { id, item, root })
         }
         (kind::NAME | kind::HOLDS | kind::BOOKMARK, 0) => all.load(key, value).map(|_| ()),
+        (kind::PROPERTY, property::SCRUB) if key.object == 0 => {
+            let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
+            let record = ScrubRecord::decode(value).map_err(bad)?;
+            if record.devices.len() > usize::from(checker.superblock.device_count) {
+                checker.findings.add(&rules::ITEM, spot, "a scrub of more devices than there are");
+            }
+            Ok(())
+        }
         (kind::PROPERTY, number) => {
             let want = match number {
                 property::COMPRESSION => 2,

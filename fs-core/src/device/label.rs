@@ -273,6 +273,11 @@ impl Member {
             && identity.table == roll.table
     }
 
+    /// Whether a label that was read is the one that was written last.
+    pub fn has_label(&self, found: &Identity) -> bool {
+        *self.identity.lock() == *found
+    }
+
     /// Writes a label into both areas, one after the other and a damaged one first: after a crash
     /// at any moment at least one is whole. Returns the area that could not be written, if the
     /// other could.

@@ -93,11 +93,29 @@ impl Device for Missing {
     }
 }
 
+/// What became of bad copies on a device since the pool was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MendCounts {
+    /// Copies that were written over with what they should be.
+    pub mended: u64,
+    /// Their bytes.
+    pub mended_bytes: u64,
+    /// Copies for which that failed.
+    pub failed: u64,
+}
+
 #[derive(Default)]
 struct Counters {
     read: AtomicU64,
     write: AtomicU64,
     checksum: AtomicU64,
+}
+
+#[derive(Default)]
+struct MendCounters {
+    mended: AtomicU64,
+    mended_bytes: AtomicU64,
+    failed: AtomicU64,
 }
 
 /// A device of an open pool.
@@ -125,6 +143,9 @@ pub struct Member {
     failures: AtomicU64,
     /// Bytes of reads under way.
     reading: AtomicU64,
+    /// Transfers under way that somebody may wait for.
+    awaited: AtomicU64,
+    mends: MendCounters,
     /// There is no device.
     is_missing: bool,
 }
@@ -146,6 +167,8 @@ impl Member {
             flush_failed: Mutex::new(None),
             failures: AtomicU64::new(0),
             reading: AtomicU64::new(0),
+            awaited: AtomicU64::new(0),
+            mends: MendCounters::default(),
             is_missing: false,
         }
     }
@@ -200,6 +223,31 @@ impl Member {
     /// Bytes of reads under way.
     pub fn reading_bytes(&self) -> u64 {
         self.reading.load(Ordering::Relaxed)
+    }
+
+    /// Whether transfers are under way that somebody may wait for.
+    pub fn is_busy(&self) -> bool {
+        self.awaited.load(Ordering::Relaxed) > 0
+    }
+
+    /// What became of bad copies.
+    pub fn mends(&self) -> MendCounts {
+        MendCounts {
+            mended: self.mends.mended.load(Ordering::Relaxed),
+            mended_bytes: self.mends.mended_bytes.load(Ordering::Relaxed),
+            failed: self.mends.failed.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Takes note that a bad copy of so many bytes was written over, or could not be.
+    pub(crate) fn count_mend(&self, bytes: u64, is_done: bool) {
+        let counters = &self.mends;
+        if is_done {
+            counters.mended.fetch_add(1, Ordering::Relaxed);
+            counters.mended_bytes.fetch_add(bytes, Ordering::Relaxed);
+        } else {
+            counters.failed.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Index of the device in the pool.
@@ -282,6 +330,13 @@ impl Member {
 
     /// Carries out a batch of reads and counts those that fail.
     pub fn read(&self, batch: &mut [ReadOp]) {
+        self.awaited.fetch_add(1, Ordering::Relaxed);
+        self.read_aside(batch);
+        self.awaited.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// As [`Member::read`], when nobody waits for it.
+    pub fn read_aside(&self, batch: &mut [ReadOp]) {
         let bytes = batch.iter().map(|op| op.buf.len() as u64).sum();
         self.reading.fetch_add(bytes, Ordering::Relaxed);
         self.device.read(batch);
@@ -300,7 +355,9 @@ impl Member {
     /// # Errors
     /// The first failure; every write of the batch was tried.
     pub fn write(&self, batch: &mut [WriteOp]) -> Result<()> {
+        self.awaited.fetch_add(1, Ordering::Relaxed);
         self.device.write(batch);
+        self.awaited.fetch_sub(1, Ordering::Relaxed);
         let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
         if failed > 0 {
             self.count_failures(failed);

@@ -100,6 +100,11 @@ impl Ring {
     }
 }
 
+/// Whether a slot has a superblock that is whole and cannot be used.
+fn is_refused(slot: &[u8]) -> bool {
+    !matches!(Superblock::decode(slot), Ok(_) | Err(Error::NotCairn))
+}
+
 /// The superblock to open: the newest, not beyond `max_txg`.
 ///
 /// A superblock that is whole but cannot be used is not passed over for an older one: it is no torn
@@ -150,6 +155,46 @@ impl Member {
             true => Ok(()),
             false => outcome,
         }
+    }
+
+    /// Looks whether both areas have the same superblocks, and `newest` among them; with `repair`,
+    /// writes what is missing, not yet durably. Of two that differ the newer is right. Returns how
+    /// many slots lacked theirs, and how many of these could not be written.
+    ///
+    /// With `repair`, the caller sees to it that nobody writes a superblock at the same time.
+    ///
+    /// # Errors
+    /// [`Error::Memory`].
+    #[inline(never)]
+    pub fn mend_superblocks(&self, newest: &Superblock, repair: bool) -> Result<(u64, u64)> {
+        let mut own = Ring::default();
+        own.add(self, &newest.pool_id)?;
+        own.insert(newest.clone());
+        let (mut lacking, mut failed) = (0, 0);
+        for slot in 0..RING_SLOTS {
+            // Newest first.
+            let Some(best) = own.valid.iter().find(|s| s.txg.0 % RING_SLOTS == slot) else {
+                continue;
+            };
+            let slice = Buf::copy_of(&best.encode())?.into_slice();
+            for area in self.areas {
+                let at = ring_slot(area, slot);
+                match self.read_at(at, SLOT) {
+                    Err(Error::Memory) => return Err(Error::Memory),
+                    // What only a newer build can use stays.
+                    Ok(held) if held[..] == slice[..] || is_refused(&held) => continue,
+                    Ok(_) if repair => self.count_checksum_error(),
+                    _ => {}
+                }
+                lacking += 1;
+                if repair {
+                    let outcome = self.write_at(at, slice.clone());
+                    self.count_mend(SECTOR_BYTES, outcome.is_ok());
+                    failed += u64::from(outcome.is_err());
+                }
+            }
+        }
+        Ok((lacking, failed))
     }
 
     /// Erases what the slots of both areas hold and `known` does not, durably.

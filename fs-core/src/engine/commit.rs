@@ -246,12 +246,21 @@ impl Engine {
             written.push(part);
         }
         self.carry_out(committer, sink, txg)?;
+        if committer.comings.fresh.iter().any(|id| self.subvol(TreeId(*id)).is_some()) {
+            // Rolled back: see `scrub`.
+            self.restart_scrub();
+        }
         let (dead, given_up) = self.destroy_some(sink, &committer.roots, &mut lists, txg)?;
-        let pool_edits = self.take_pool_edits(committer)?;
+        let mut pool_edits = self.take_pool_edits(committer)?;
         // Resolving may have met what operations noted; theirs come on top.
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
         debts.shared.append(&mut shared);
+        if let Some(edit) = self.take_scrub_edit(txg, !debts.shared.is_empty()) {
+            committer.superblock.features[0] |= features::SCRUB;
+            let at = pool_edits.partition_point(|(key, _)| *key < edit.0);
+            pool_edits.insert(at, edit);
+        }
         Ok((Box::new(Parts { debts, pool_edits, dead, given_up, dead_nodes }), written))
     }
 

@@ -128,6 +128,14 @@ impl Log {
         }
     }
 
+    /// From where to where frames are that are needed, all of them written; `None` when there are
+    /// none.
+    pub fn needed(&self) -> Option<(LogStart, LogStart)> {
+        let writer = self.writer.lock();
+        let (first, _) = writer.written.front()?;
+        Some((*first, writer.frames.position()?))
+    }
+
     /// Gives all segments back; the pool is about to be closed.
     pub fn retire(&self, store: &Store) {
         let mut writer = self.writer.lock();

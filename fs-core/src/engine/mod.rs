@@ -15,6 +15,7 @@
 //! | `reclaim` | removing files without names |
 //! | `survey` | walking all that a pool names, in steps |
 //! | `resilver` | bringing devices up to date |
+//! | `scrub` | verifying every copy of everything, and repairing |
 //!
 //! Whoever waits for a group to be published does the work if nobody else is at it
 //! ([`Engine::commit`]): there is no thread without which nothing moves, so a simulator without
@@ -33,6 +34,7 @@ mod reclaim;
 mod references;
 mod replay;
 mod resilver;
+mod scrub;
 mod survey;
 pub mod versions;
 
@@ -42,6 +44,7 @@ mod tests;
 pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
 pub use resilver::ResilverProgress;
+pub use scrub::{ScrubEnd, ScrubStatus};
 
 use crate::btree::Tree;
 use crate::error::{Errno, Error, Incident};
@@ -139,6 +142,8 @@ pub struct Engine {
     resilvering: AtomicBool,
     /// How far it is.
     resilver_shown: Mutex<Option<ResilverProgress>>,
+    /// The scrub that is under way, or how the last one ended.
+    scrub: scrub::Scrub,
     /// Files that were found damaged since the pool was opened.
     damaged: Mutex<BTreeMap<(TreeId, Ino), Vec<u8>>>,
     /// Counts rollbacks: each puts an older tree in a younger one's place.
@@ -406,13 +411,15 @@ impl Engine {
         self.store.pool.set_name(format::name_field(name)?)
     }
 
-    /// Remembers a damaged file.
-    pub fn note_damaged(&self, file: DamagedFile) {
+    /// Remembers a damaged file. Returns whether it was not known to be.
+    pub fn note_damaged(&self, file: DamagedFile) -> bool {
         let mut damaged = self.damaged.lock();
         let DamagedFile { tree, ino, path } = file;
-        if damaged.len() < DAMAGED_FILES_MAX || damaged.contains_key(&(tree, ino)) {
+        let is_known = damaged.contains_key(&(tree, ino));
+        if damaged.len() < DAMAGED_FILES_MAX || is_known {
             damaged.insert((tree, ino), path);
         }
+        !is_known
     }
 
     /// Files that were found damaged since the pool was opened, or errors were cleared. There may
@@ -496,8 +503,12 @@ impl Engine {
     /// # Errors
     /// [`Error::Failed`] when not everything could be made durable.
     pub fn close(&self) -> Result<()> {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        if self.closed.swap(true, Ordering::SeqCst) {
             return Ok(());
+        }
+        self.scrub.wait_idle();
+        if self.scrub.is_unsaved() {
+            self.want_commit();
         }
         if self.store.is_read_only() && !self.has_changes() {
             return Ok(());

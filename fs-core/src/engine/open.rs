@@ -9,7 +9,7 @@
 
 use crate::btree::{NodeSource, Tree};
 use crate::buf::SHELF_BYTES;
-use crate::engine::{commit::Committer, destroy::REFS_PER_GROUP, log::Log, Engine};
+use crate::engine::{commit::Committer, destroy::REFS_PER_GROUP, log::Log, scrub::Scrub, Engine};
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{Chunk, DeviceItem};
 use crate::format::features;
@@ -102,6 +102,7 @@ pub fn open(
         // Power may have failed between the two. If it cannot be done, one of them is still good.
         let _ = engine.store.pool.repair_labels();
         start_ticking(&engine);
+        engine.keep_scrubbing();
     }
     Ok(engine)
 }
@@ -222,6 +223,7 @@ fn make_engine(
         resilver_shown: Mutex::ranked(Rank::Short, None),
         turns: AtomicU64::new(0),
         damaged: Mutex::ranked(Rank::Short, BTreeMap::new()),
+        scrub: Scrub::new(),
         store,
     })
 }
@@ -377,7 +379,10 @@ impl Engine {
         let mut versions = Versions::default();
         each_item(&*self.store, tree, |key, value| {
             if !versions.load(key, value)? && key.kind == kind::PROPERTY && key.object == 0 {
-                read_setting(&mut settings, key.offset, value);
+                match key.offset {
+                    property::SCRUB => self.load_scrub(value),
+                    number => read_setting(&mut settings, number, value),
+                }
             }
             Ok(())
         })?;

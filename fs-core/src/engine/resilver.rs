@@ -25,7 +25,7 @@ use crate::engine::survey::{Parts, Pass, Seen, Visitor};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::format::key::Key;
-use crate::pool::{DataSource, Pool};
+use crate::pool::{Content, DataSource, Lost, Pool};
 use crate::subvol::store::Result;
 use crate::units::{TreeId, Txg};
 use alloc::boxed::Box;
@@ -217,7 +217,7 @@ impl Engine {
             return Some(());
         };
         if let Some(ptr) = &parts.residue {
-            let mended = mended(|| self.store.pool.mend_block(ptr));
+            let mended = mended(&self.store.pool, &Content::Block(*ptr));
             if !matches!(mended, Ok(Mended::Good | Mended::Lost)) {
                 resilver.last = Some(parts);
                 return Some(());
@@ -258,7 +258,7 @@ impl Visitor for Comparing<'_> {
             return Ok(());
         }
         self.bytes += seen.ptr.allocated();
-        let mended = mended(|| self.pool.mend_block(seen.ptr))?;
+        let mended = mended(self.pool, &Content::Block(*seen.ptr))?;
         self.has_gaps |= match (mended, seen.error) {
             (Mended::Unread, _) => true,
             // It is good now: what it names was passed over.
@@ -269,10 +269,10 @@ impl Visitor for Comparing<'_> {
         Ok(())
     }
 
-    fn data(&mut self, _: TreeId, _: &Key, source: &DataSource) -> Result<()> {
+    fn data(&mut self, _: TreeId, _: &Key, _: Txg, source: DataSource) -> Result<()> {
         self.bytes += source.run().bytes;
         self.work += source.run().bytes;
-        let mended = mended(|| self.pool.mend_data(source))?;
+        let mended = mended(self.pool, &Content::Data(source))?;
         self.has_gaps |= mended == Mended::Unread;
         Ok(())
     }
@@ -297,16 +297,27 @@ enum Mended {
 ///
 /// # Errors
 /// What says nothing about the content.
-fn mended(mut mend: impl FnMut() -> Result<()>) -> Result<Mended> {
-    let mut left = TRIES;
-    loop {
-        left -= 1;
-        match mend() {
-            Ok(()) => return Ok(Mended::Good),
-            Err(error @ (Error::Memory | Error::Failed | Error::ReadOnly)) => return Err(error),
-            Err(Error::Device { .. }) if left == 0 => return Ok(Mended::Unread),
-            Err(_) if left == 0 => return Ok(Mended::Lost),
-            Err(_) => {}
+fn mended(pool: &Pool, content: &Content) -> Result<Mended> {
+    let lost = try_to_mend(pool, content)?;
+    let is_unread = |lost: &Lost| matches!(lost.error, Error::Device { .. });
+    Ok(match lost.is_empty() {
+        true => Mended::Good,
+        false if lost.iter().any(is_unread) => Mended::Unread,
+        false => Mended::Lost,
+    })
+}
+
+/// Tries to mend something, several times; what of it has no good copy.
+///
+/// # Errors
+/// What says nothing about the content.
+pub(super) fn try_to_mend(pool: &Pool, content: &Content) -> Result<Vec<Lost>> {
+    let mut lost = Vec::new();
+    for _ in 0..TRIES {
+        lost = pool.mend(content)?;
+        if lost.is_empty() {
+            break;
         }
     }
+    Ok(lost)
 }

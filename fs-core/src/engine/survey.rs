@@ -35,6 +35,7 @@ use crate::subvol::versions::Versions;
 use crate::units::{Logical, TreeId, Txg};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 /// A tree to look at.
 struct Part {
@@ -59,32 +60,47 @@ pub(super) struct Parts {
 pub(super) trait Visitor {
     /// A block of a tree, before what it names.
     fn block(&mut self, seen: &Seen<'_>) -> Result<()>;
-    /// File data, in the subvolume or snapshot `id`.
-    fn data(&mut self, id: TreeId, key: &Key, source: &DataSource) -> Result<()>;
+    /// File data, born in group `birth`, in the subvolume or snapshot `id`.
+    fn data(&mut self, id: TreeId, key: &Key, birth: Txg, source: DataSource) -> Result<()>;
     /// Whether that was enough for one step.
     fn has_enough(&self) -> bool;
 }
 
 /// A block that a pass came to.
 pub(super) struct Seen<'a> {
+    /// The subvolume or snapshot, or a tree of the pool.
+    pub id: TreeId,
     /// What names it.
     pub ptr: &'a BlockPtr,
     /// Why what it names is not visited, if it cannot be read.
     pub error: Option<&'a Error>,
 }
 
-/// A place in a pass.
-struct Spot {
-    id: u64,
+/// A place in a tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spot {
+    pub id: u64,
     /// The part's, when the place was left.
-    since: Txg,
-    key: Key,
+    pub since: Txg,
+    pub key: Key,
+}
+
+/// How far a pass is, in a form that can be stored: ids are never given twice, so whatever had an
+/// id between the first and the last of a span then was looked at, or is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// Trees that were looked at: first and last id, ascending.
+    pub done: Vec<(u64, u64)>,
+    /// The tree in the middle of which it is.
+    pub at: Option<Spot>,
 }
 
 /// How far a pass is.
 #[derive(Default)]
 pub(super) struct Pass {
     done: BTreeSet<u64>,
+    /// What was looked at before the pass went on from a [`Progress`].
+    before: Vec<(u64, u64)>,
     at: Option<Spot>,
     /// Nodes that are not younger are passed over.
     least: Txg,
@@ -120,6 +136,13 @@ impl Engine {
     }
 }
 
+impl Parts {
+    /// The tree of references, unless it is empty.
+    pub(super) fn references(&self) -> Option<Tree> {
+        self.by_id.get(&TreeId::REFS.0).map(|part| part.tree).filter(|tree| tree.root.is_some())
+    }
+}
+
 /// What a version goes on from, past snapshots that are being taken apart, and its group.
 fn before(versions: &Versions, id: u64) -> (u64, Txg) {
     let mut place = (0, Txg(0));
@@ -140,6 +163,34 @@ impl Pass {
         Pass { least, ..Pass::default() }
     }
 
+    /// A pass over nodes that are younger than a group, which goes on where one was.
+    pub(super) fn resumed(least: Txg, progress: &Progress) -> Pass {
+        let Progress { done, at } = progress;
+        Pass { before: done.clone(), at: *at, least, ..Pass::default() }
+    }
+
+    /// How far it is, in the trees it was shown last.
+    pub(super) fn progress(&self, parts: &Parts) -> Progress {
+        let mut done: Vec<(u64, u64)> = Vec::new();
+        let mut goes_on = false;
+        for id in parts.by_id.keys() {
+            let is_done = self.is_done(*id);
+            match done.last_mut() {
+                Some(span) if is_done && goes_on => span.1 = *id,
+                _ if is_done => done.push((*id, *id)),
+                _ => {}
+            }
+            goes_on = is_done;
+        }
+        Progress { done, at: self.at }
+    }
+
+    fn is_done(&self, id: u64) -> bool {
+        let after = self.before.partition_point(|(first, _)| *first <= id);
+        let is_in = |(_, last): &(u64, u64)| id <= *last;
+        self.before[..after].last().is_some_and(is_in) || self.done.contains(&id)
+    }
+
     /// Visits the next part of what there is. False when that was all.
     ///
     /// # Errors
@@ -156,7 +207,7 @@ impl Pass {
         let mut walk = Walk { id: TreeId(id), since: part.since, blob: Logical(0), visitor };
         let since = part.since.max(self.least);
         let next = part.tree.patrol(store, since, from, &mut |ptr, node| {
-            walk.visitor.block(&Seen { ptr, error: node.err() })?;
+            walk.visitor.block(&Seen { id: walk.id, ptr, error: node.err() })?;
             if let Ok(node) = node {
                 walk.leaf(node)?;
             }
@@ -174,16 +225,17 @@ impl Pass {
 
     /// Where to go on.
     fn next(&mut self, parts: &Parts) -> Option<(u64, Key)> {
+        let at = self.at.take();
         let is_ready =
-            |part: &Part| !parts.by_id.contains_key(&part.after) || self.done.contains(&part.after);
-        if let Some(Spot { id, since, key }) = self.at.take() {
+            |part: &Part| !parts.by_id.contains_key(&part.after) || self.is_done(part.after);
+        if let Some(Spot { id, since, key }) = at {
             let part = parts.by_id.get(&id);
             // When it goes on from a younger snapshot than before, that has the older nodes.
             if part.is_some_and(|part| part.since <= since && is_ready(part)) {
                 return Some((id, key));
             }
         }
-        let due = || parts.by_id.iter().filter(|(id, _)| !self.done.contains(id));
+        let due = || parts.by_id.iter().filter(|(id, _)| !self.is_done(**id));
         let ready = due().find(|(_, part)| is_ready(part));
         // Of versions that go on from each other in a circle, none is ever ready.
         ready.or_else(|| due().next()).map(|(id, _)| (*id, Key::MIN))
@@ -230,6 +282,6 @@ impl Walk<'_> {
             }
             Extent::Inline { .. } | Extent::Promised { .. } => return Ok(()),
         };
-        self.visitor.data(self.id, key, &source)
+        self.visitor.data(self.id, key, birth, source)
     }
 }

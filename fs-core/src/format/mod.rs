@@ -20,6 +20,7 @@ pub mod log;
 pub mod node;
 pub mod pool;
 pub mod ptr;
+pub mod scrub;
 pub mod space;
 pub mod superblock;
 pub mod xattr;
@@ -216,6 +217,8 @@ pub mod features {
     pub const DEVICES: u64 = 1 << 1;
     /// Incompat: there is, or was, a limit to what a subvolume may refer to.
     pub const LIMITS: u64 = 1 << 2;
+    /// Compat: there is, or was, a scrub: the pool tree has a SCRUB property.
+    pub const SCRUB: u64 = 1 << 0;
     /// Bits that forbid opening when unknown.
     pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS;
     /// Bits that forbid writing when unknown. None are defined yet.

@@ -273,4 +273,6 @@ pub mod property {
     pub const COMPRESSION: u64 = 1;
     /// Checksum of new data in the pool: one byte (1 none, 2 CRC32C, 3 BLAKE3).
     pub const CHECKSUM: u64 = 2;
+    /// How far a scrub is, and how the last one ended: `ScrubItem` and what follows it.
+    pub const SCRUB: u64 = 3;
 }

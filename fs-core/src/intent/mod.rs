@@ -28,7 +28,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use scan::{scan, ScanEnd};
+pub use scan::{compare_copies, scan, ScanEnd};
 pub use writer::LogWriter;
 
 use crate::buf::{Buf, Slice};

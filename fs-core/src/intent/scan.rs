@@ -82,6 +82,45 @@ pub fn scan(
     }
 }
 
+/// Shows every frame from `start` up to `end` of which a copy is not whole, or cannot be read:
+/// where it is, and what it should be. It ends early, without fuss, where no copy is whole.
+///
+/// # Errors
+/// Those of `visit`; [`Error::Memory`].
+pub fn compare_copies(
+    store: &dyn LogStore,
+    pool_id: [u8; 16],
+    start: &LogStart,
+    end: &LogStart,
+    visit: &mut dyn FnMut(Run, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut position = *start;
+    let mut total_bytes = 0;
+    let mut window = Window { store, copy: 0, addr: Logical(0), buf: Buf::default() };
+    while position != *end && total_bytes <= LIVE_BYTES_MAX {
+        let room = room(&position);
+        let Some((head, frame)) = next_frame(&mut window, &pool_id, &position)? else { break };
+        let frame = Buf::copy_of(frame)?;
+        let bytes = frame_bytes(head.payload_bytes);
+        let is_lacking = (0..store.copies(position.segment.addr)).any(|copy| {
+            window.use_copy(copy);
+            !matches!(find_frame(&mut window, &pool_id, &position, room), Ok(Some(_)))
+        });
+        if is_lacking {
+            let addr = Logical(position.segment.addr.0.saturating_add(position.offset));
+            visit(Run { addr, bytes }, &frame[..bytes as usize])?;
+        }
+        let (segment, offset) = match head.next() {
+            Some(segment) => (segment, 0),
+            None => (position.segment, position.offset + bytes),
+        };
+        total_bytes += bytes;
+        let sequence = head.sequence.saturating_add(1);
+        position = LogStart { segment, offset, sequence, chain: head.checksum };
+    }
+    Ok(())
+}
+
 /// The frame at `position`, from the first copy that has it; none when there is something else.
 fn next_frame<'w>(
     window: &'w mut Window<'_>,

@@ -22,6 +22,8 @@
 //! | `standing` | which devices have everything, and going on without those that do not |
 //! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
 //! | `read` | verified reads, and healing of bad copies |
+//! | `mend` | all copies compared with what they should be, and repaired |
+//! | `sweep` | reading all copies of many blocks, to see whether they are good |
 //! | `write` | writes to every copy |
 //! | `discard` | telling devices what they need not keep |
 //! | `check` | invariants |
@@ -39,15 +41,19 @@ mod discard;
 mod layout;
 mod ledger;
 mod map;
+mod mend;
 mod read;
 mod room;
 mod standing;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod write;
 
 pub use ledger::ChunkEdit;
+pub use mend::Lost;
 pub use read::{DataRead, DataSource};
+pub use sweep::{Content, Sweep};
 pub use write::RunWrite;
 
 use crate::buf::{Buf, Shelf};

@@ -101,7 +101,7 @@ impl DataSource {
     }
 
     /// Whether a checksum vouches for the content.
-    fn is_verified(&self) -> bool {
+    pub(super) fn is_verified(&self) -> bool {
         match self {
             DataSource::Plain { checksum_kind, .. } => *checksum_kind != ChecksumKind::None,
             DataSource::Packed { blob } => blob.checksum_kind != ChecksumKind::None,
@@ -138,10 +138,10 @@ const MIXTURES_MAX: usize = 64;
 const RESCUE_BATCH: usize = 256;
 
 /// What vouches for a block that is verified as a whole.
-struct Seal<'a> {
-    kind: ChecksumKind,
-    sum: &'a [u8; 32],
-    stored: usize,
+pub(super) struct Seal<'a> {
+    pub kind: ChecksumKind,
+    pub sum: &'a [u8; 32],
+    pub stored: usize,
 }
 
 /// Places that were reported, so that an administrator reads of each once.
@@ -300,7 +300,7 @@ impl Pool {
 
     /// The copies of a piece in the order in which they are tried. `verified` says that a checksum
     /// vouches for the content.
-    fn order(&self, piece: &Place, verified: bool) -> Order {
+    pub(super) fn order(&self, piece: &Place, verified: bool) -> Order {
         let copies = piece.copies().min(COPIES_MAX);
         let turn = match piece.profile() {
             Profile::Dup => 0,
@@ -421,13 +421,18 @@ impl Pool {
     }
 
     /// Reads one copy of a piece as it is.
-    fn read_copy(&self, piece: &Place, copy: usize) -> Result<Buf> {
+    pub(super) fn read_copy(&self, piece: &Place, copy: usize) -> Result<Buf> {
         let segment = piece.segment(copy);
         self.member(segment.device).read_at(segment.at, segment.bytes as usize)
     }
 
     /// The content of a block that is verified as a whole; `got` is what was read first.
-    fn read_whole(&self, place: &Place, seal: &Seal<'_>, mut got: Vec<Got>) -> Result<Buf> {
+    pub(super) fn read_whole(
+        &self,
+        place: &Place,
+        seal: &Seal<'_>,
+        mut got: Vec<Got>,
+    ) -> Result<Buf> {
         if got.iter().any(Got::lacks_memory) {
             return Err(Error::Memory);
         }
@@ -451,7 +456,7 @@ impl Pool {
     }
 
     /// The content of plain sectors; `got` is what was read first.
-    fn read_sectors(
+    pub(super) fn read_sectors(
         &self,
         place: &Place,
         kind: ChecksumKind,
@@ -541,6 +546,9 @@ impl Pool {
             // That it lacks something is known.
             return outcome;
         }
+        if !self.read_only() {
+            self.member(segment.device).count_mend(segment.bytes, rewritten);
+        }
         let number = u16::try_from(copy).unwrap_or(u16::MAX);
         // What was repaired and breaks again is news; what cannot be repaired is not.
         if rewritten || self.reported.lock().is_new(piece.addr(), number, sum) {
@@ -554,101 +562,12 @@ impl Pool {
         outcome
     }
 
-    /// Reads all copies of a block and writes over those that are bad.
-    ///
-    /// # Errors
-    /// As [`Pool::read_block`] when no copy is good; those of leaving a device that was behind, and
-    /// refuses what it lacks.
-    pub fn mend_block(&self, ptr: &BlockPtr) -> Result<()> {
-        let place = self.locate(Run { addr: ptr.addr, bytes: ptr.allocated() })?;
-        let seal =
-            Seal { kind: ChecksumKind::Blake3, sum: &ptr.checksum, stored: ptr.stored as usize };
-        self.mend_sealed(&place, &seal)
-    }
-
-    /// Reads all copies of data and writes over those that are bad. Where nothing vouches for it,
-    /// what a complete device has is copied to those that are behind.
-    ///
-    /// # Errors
-    /// As for [`Pool::mend_block`].
-    pub fn mend_data(&self, source: &DataSource) -> Result<()> {
-        let place = self.locate(source.run())?;
-        match source {
-            DataSource::Packed { blob } => {
-                let stored = blob.stored as usize;
-                let seal = Seal { kind: blob.checksum_kind, sum: &blob.checksum, stored };
-                self.mend_sealed(&place, &seal)
-            }
-            DataSource::Plain { checksum_kind, checksums, .. } => {
-                let got = self.read_first(&place, source.is_verified())?;
-                let content = self.read_sectors(&place, *checksum_kind, checksums, got)?;
-                let is_vouched = source.is_verified();
-                self.mend(&place, &content, place.bytes as usize, is_vouched, checksums)
-            }
-        }
-    }
-
-    fn mend_sealed(&self, place: &Place, seal: &Seal<'_>) -> Result<()> {
-        let is_vouched = seal.kind != ChecksumKind::None;
-        let got = self.read_first(place, is_vouched)?;
-        let content = self.read_whole(place, seal, got)?;
-        self.mend(place, &content, seal.stored, is_vouched, seal.sum)
-    }
-
     /// The copies of a run that are tried first.
-    fn read_first(&self, place: &Place, is_verified: bool) -> Result<Vec<Got>> {
+    pub(super) fn read_first(&self, place: &Place, is_verified: bool) -> Result<Vec<Got>> {
         let mut transfer = Transfer::new(self);
         let plan = transfer.add_first(place, is_verified)?;
         transfer.run();
         Ok(transfer.take(plan))
-    }
-
-    /// Compares the first `covered` bytes of all copies of a run with what they should be.
-    fn mend(
-        &self,
-        place: &Place,
-        content: &[u8],
-        covered: usize,
-        is_vouched: bool,
-        sum: &[u8],
-    ) -> Result<()> {
-        let mut transfer = Transfer::new(self);
-        let mut plan = Vec::new();
-        let mut start = 0;
-        for piece in place.pieces() {
-            let range = start..start + piece.bytes as usize;
-            start = range.end;
-            for copy in 0..piece.copies() {
-                let member = self.member(piece.segment(copy).device);
-                // Of two copies that nothing vouches for nobody knows which is right.
-                if member.is_there() && (is_vouched || !member.is_complete()) {
-                    plan.push((range.clone(), transfer.add(piece.clone(), copy)?));
-                }
-            }
-        }
-        transfer.run();
-        let mut failed = Vec::new();
-        for (range, planned) in plan {
-            let got = transfer.take_one(planned);
-            let covered = covered.saturating_sub(range.start).min(range.len());
-            let content = &content[range];
-            let good = |bytes: &[u8]| bytes.get(..covered) == Some(&content[..covered]);
-            match &got.result {
-                Ok(bytes) if good(bytes) => continue,
-                Ok(_) => self.count_checksum_error(&got.piece, got.copy),
-                Err(Error::Memory) => return Err(Error::Memory),
-                Err(_) => {}
-            }
-            let device = got.piece.segment(got.copy).device;
-            let is_behind = self.member(device).standing() == Standing::Behind;
-            match self.heal(&got.piece, got.copy, content, sum, &good) {
-                // What is written counts on what it was to get here.
-                Err(error) if is_behind => failed.push((device, error)),
-                // Elsewhere a bad copy stays one, which was told.
-                _ => {}
-            }
-        }
-        self.leave_behind(failed)
     }
 
     /// Makes every copy of a run hold `content`, which one of them is known to hold. Writes over
@@ -675,7 +594,9 @@ impl Pool {
                     Err(Error::Memory) => return Err(Error::Memory),
                     _ => {}
                 }
-                match self.rewrite(&piece, copy, part) {
+                let outcome = self.rewrite(&piece, copy, part);
+                self.member(device).count_mend(piece.bytes, outcome.is_ok());
+                match outcome {
                     Err(error) if piece.profile() != Profile::Dup => failed.push((device, error)),
                     _ => {}
                 }
@@ -691,7 +612,7 @@ impl Pool {
     }
 
     /// Reports that no copy is good, and passes the error on.
-    fn lost(&self, place: &Place, sum: &[u8], error: Error) -> Error {
+    pub(super) fn lost(&self, place: &Place, sum: &[u8], error: Error) -> Error {
         let is_new = self.reported.lock().is_new(place.addr(), u16::MAX, sum);
         if is_new {
             self.platform().report.incident(&Incident::Lost {
@@ -704,7 +625,7 @@ impl Pool {
     }
 
     /// Counts a copy that is not what it should be, unless that is no wonder.
-    fn count_checksum_error(&self, piece: &Place, copy: usize) {
+    pub(super) fn count_checksum_error(&self, piece: &Place, copy: usize) {
         let member = self.member(piece.segment(copy).device);
         if member.is_complete() {
             member.count_checksum_error();
@@ -716,7 +637,7 @@ impl Pool {
 type Raw = Result<(Place, Vec<Got>)>;
 
 /// The copies of a piece in the order in which they are tried.
-struct Order {
+pub(super) struct Order {
     copies: [u8; COPIES_MAX],
     count: usize,
 }
@@ -726,16 +647,16 @@ impl Order {
         (nth < self.count).then(|| usize::from(self.copies[nth]))
     }
 
-    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+    pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.copies[..self.count].iter().map(|copy| usize::from(*copy))
     }
 }
 
 /// One copy of one piece, as it was read.
-struct Got {
-    piece: Place,
-    copy: usize,
-    result: Result<Buf>,
+pub(super) struct Got {
+    pub piece: Place,
+    pub copy: usize,
+    pub result: Result<Buf>,
 }
 
 impl Got {
@@ -773,7 +694,7 @@ fn collect<'a>(bytes: u64, parts: impl Iterator<Item = (u64, Option<&'a Buf>)>) 
     Ok(whole)
 }
 
-fn sector_of(place: &Place, index: usize) -> Place {
+pub(super) fn sector_of(place: &Place, index: usize) -> Place {
     place.part((index * SECTOR) as u64, SECTOR_BYTES)
 }
 
@@ -1083,7 +1004,7 @@ impl Rescue<'_> {
 }
 
 /// A read in a [`Transfer`].
-struct Planned {
+pub(super) struct Planned {
     piece: Place,
     copy: usize,
     /// Its number in the batch of its device.
@@ -1091,19 +1012,19 @@ struct Planned {
 }
 
 /// Reads of several pieces, gathered so that each device gets one batch.
-struct Transfer<'a> {
+pub(super) struct Transfer<'a> {
     pool: &'a Pool,
     /// By device.
     batches: Vec<Vec<ReadOp>>,
 }
 
 impl<'a> Transfer<'a> {
-    fn new(pool: &'a Pool) -> Transfer<'a> {
+    pub fn new(pool: &'a Pool) -> Transfer<'a> {
         Transfer { pool, batches: pool.members().iter().map(|_| Vec::new()).collect() }
     }
 
     /// Plans to read a copy of a piece.
-    fn add(&mut self, piece: Place, copy: usize) -> Result<Planned> {
+    pub fn add(&mut self, piece: Place, copy: usize) -> Result<Planned> {
         let segment = piece.segment(copy);
         let buf = self.pool.buffer(segment.bytes as usize)?;
         let batch = &mut self.batches[usize::from(segment.device)];
@@ -1123,7 +1044,7 @@ impl<'a> Transfer<'a> {
     }
 
     /// Reads, from all devices at once.
-    fn run(&mut self) {
+    pub fn run(&mut self) {
         let pool = self.pool;
         let busy = self.batches.iter_mut().enumerate().filter(|(_, batch)| !batch.is_empty());
         pool.on_devices(busy.collect(), &|index, batch| {
@@ -1136,7 +1057,7 @@ impl<'a> Transfer<'a> {
     }
 
     /// What a read that was added gave, after `run`.
-    fn take_one(&mut self, planned: Planned) -> Got {
+    pub fn take_one(&mut self, planned: Planned) -> Got {
         let Planned { piece, copy, op } = planned;
         let device = piece.segment(copy).device;
         let op = &mut self.batches[usize::from(device)][op];

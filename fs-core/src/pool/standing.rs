@@ -38,8 +38,10 @@
 //!   behind is older, and is not looked at.
 //! - A device that was left behind may have gone its own way: opened alone, it left the others
 //!   behind, and published groups that they do not have. Then neither side is the right one, and
-//!   the pool is refused until one of them is taken away. Of one that did not, the superblocks are
-//!   erased that no complete device has, so that they are never looked at when it counts again.
+//!   the pool is refused until one of them is taken away. One that did not is told by its label
+//!   that it is behind, before anything else is written to it. The superblocks that it has and no
+//!   complete device has are erased just before it counts again, so that they are never looked at
+//!   then; until then they do no harm, since a device that knows that it is behind has no say.
 //! - With devices missing, each chunk must have a copy on devices that are complete.
 //! - When only devices are there that are behind, what they have can be read, and nothing written.
 //! - Before the pool writes anything, it flushes: the superblock it read may have been in a
@@ -588,6 +590,62 @@ impl Pool {
             }
         }
         failed
+    }
+
+    /// Reads the labels of all devices, and rewrites those that are not as they should be.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], [`Error::Memory`].
+    pub fn mend_labels(&self) -> Result<()> {
+        self.check_writable()?;
+        // Or a label that is being written would be taken for a bad one.
+        let _one_at_a_time = self.changing.lock();
+        let written = self.platform().clock.now().secs;
+        for member in self.members().iter().filter(|member| member.is_there()) {
+            let bad = match probe(&**member.device(), member.index()) {
+                Err(Error::Memory) => return Err(Error::Memory),
+                Err(_) => 2,
+                Ok(found) if !member.has_label(&found.identity) => 2,
+                Ok(found) => found.damaged.iter().flatten().count(),
+            };
+            if bad == 0 {
+                continue;
+            }
+            (0..bad).for_each(|_| member.count_checksum_error());
+            let outcome = member.relabel(written, |_| {});
+            let failed = match &outcome {
+                Ok(area) => usize::from(area.is_some()),
+                Err(Error::Memory) => return Err(Error::Memory),
+                Err(_) => bad,
+            };
+            (0..bad).for_each(|nth| member.count_mend(SECTOR_BYTES, nth >= failed));
+            if let Ok(area) = outcome {
+                self.note_label(member.index(), area);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a slot of a device that is complete lacks its superblock; with `repair`, writes it,
+    /// durably. Nobody may write superblocks meanwhile then.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], [`Error::Memory`]; errors of devices that cannot be done without.
+    pub fn mend_superblocks(&self, repair: bool) -> Result<bool> {
+        self.check_writable()?;
+        let known = self.superblocks();
+        let Some(newest) = known.first() else { return Ok(true) };
+        let (mut is_any, mut failed) = (false, Vec::new());
+        for member in self.members().iter().filter(|member| member.is_complete()) {
+            let (lacking, _) = member.mend_superblocks(newest, repair)?;
+            is_any |= lacking > 0;
+            if repair && lacking > 0 {
+                // One area that cannot be written is told; the other serves.
+                failed.extend(member.flush().err().map(|error| (member.index(), error)));
+            }
+        }
+        self.leave_behind(failed)?;
+        Ok(is_any)
     }
 
     /// Takes note of how a label was rewritten: which area could not be, if any.

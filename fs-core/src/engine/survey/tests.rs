@@ -25,7 +25,7 @@ impl Visitor for Noting {
         Ok(())
     }
 
-    fn data(&mut self, _: TreeId, _: &Key, source: &DataSource) -> Result<()> {
+    fn data(&mut self, _: TreeId, _: &Key, _: Txg, source: DataSource) -> Result<()> {
         let run = source.run();
         for at in (run.addr.0..run.addr.0 + run.bytes).step_by(SECTOR_BYTES as usize) {
             self.sectors.insert(Logical(at));
@@ -38,11 +38,20 @@ impl Visitor for Noting {
     }
 }
 
-/// Takes a pass to its end, doing something before each step.
-fn pass(engine: &Engine, pass: &mut Pass, noting: &mut Noting, mut before: impl FnMut()) {
+/// Takes a pass to its end, doing something before each step. If it is told what is passed over, it
+/// goes on from what would be stored of it each time.
+fn pass(
+    engine: &Engine,
+    (pass, stored): (&mut Pass, Option<Txg>),
+    noting: &mut Noting,
+    mut before: impl FnMut(),
+) {
     loop {
         before();
         let parts = engine.parts().unwrap();
+        if let Some(least) = stored {
+            *pass = Pass::resumed(least, &pass.progress(&parts));
+        }
         if !pass.step(&engine.store, &parts, noting).unwrap() {
             return;
         }
@@ -52,7 +61,7 @@ fn pass(engine: &Engine, pass: &mut Pass, noting: &mut Noting, mut before: impl 
 /// All that is there, no older group passed over.
 fn all(engine: &Engine) -> Noting {
     let mut noting = Noting::default();
-    pass(engine, &mut Pass::default(), &mut noting, || {});
+    pass(engine, (&mut Pass::default(), None), &mut noting, || {});
     noting
 }
 
@@ -162,6 +171,7 @@ proptest! {
     fn what_is_there_in_the_end_was_seen_or_is_young(
         steps in proptest::collection::vec(step(), 1..40),
         every in 1usize..6,
+        stores in any::<bool>(),
     ) {
         let fixture = fixture();
         let engine = fixture.engine();
@@ -177,8 +187,9 @@ proptest! {
                     Pass::younger_than(core::mem::replace(&mut began, now))
                 }
             };
+            let least = if number == 0 { Txg(0) } else { first };
             let mut count = 0;
-            pass(engine, &mut current, &mut noting, || {
+            pass(engine, (&mut current, stores.then_some(least)), &mut noting, || {
                 count += 1;
                 if count % every == 0 {
                     if let Some((number, step)) = left.next() {
@@ -211,7 +222,7 @@ fn a_snapshot_taken_and_deleted_in_the_middle_of_a_pass_hides_nothing() {
     for after in 1.. {
         let (mut noting, mut current, mut count, mut id) =
             (Noting::default(), Pass::default(), 0, None);
-        pass(engine, &mut current, &mut noting, || {
+        pass(engine, (&mut current, None), &mut noting, || {
             count += 1;
             if count == after {
                 id = Some(engine.change_versions(std::vec![take.clone()]).unwrap()[0]);
@@ -258,12 +269,12 @@ fn what_a_visitor_could_not_take_is_shown_again() {
         fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
             self.0.block(seen)
         }
-        fn data(&mut self, id: TreeId, key: &Key, source: &DataSource) -> Result<()> {
+        fn data(&mut self, id: TreeId, key: &Key, birth: Txg, source: DataSource) -> Result<()> {
             self.1 += 1;
             if self.1 % 3 == 0 {
                 return Err(Error::Memory);
             }
-            self.0.data(id, key, source)
+            self.0.data(id, key, birth, source)
         }
         fn has_enough(&self) -> bool {
             false
