@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Df(Df),
     /// Show whether pools are well: the state and the errors of each device
     Status(Status),
+    /// Read every copy of all that a pool holds, and repair what is bad
+    Scrub(Scrub),
     /// Count the errors of the devices of pools anew from zero
     Clear(Clear),
     /// Make everything that is complete now durable
@@ -104,6 +106,84 @@ pub(crate) struct Clear {
     /// Mount point, device or image file; all devices of a pool with several
     #[arg(value_name = "POOL", required = true)]
     pub(crate) pool: Vec<PathBuf>,
+}
+
+/// Verbs are for mounted pools. A scrub goes on when the pool is mounted again; one that is paused
+/// stays so.
+///
+/// Exit codes: 0 when what was waited for or shown is in order, 1 when it failed, 3 when something
+/// has no good copy any more, 4 when the scrub that was waited for was paused or cancelled.
+#[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Scrub {
+    #[command(subcommand)]
+    pub(crate) verb: Option<ScrubVerb>,
+    /// Scrub a pool that is not mounted, and wait for it
+    #[arg(long, required = true)]
+    pub(crate) offline: bool,
+    #[command(flatten)]
+    pub(crate) how: Option<ScrubOffline>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ScrubOffline {
+    /// Devices or image files of one pool; others of it are looked for
+    #[arg(value_name = "DEVICE", required = true)]
+    pub(crate) devices: Vec<PathBuf>,
+    /// Look at no more bytes in a second, one copy counted
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) rate: Option<u64>,
+    /// Print how it ended as JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum ScrubVerb {
+    /// Begin a scrub of a mounted pool
+    Start {
+        /// Mount point, device or image file
+        #[arg(value_name = "POOL", required = true)]
+        pool: Vec<PathBuf>,
+        /// Wait until it ends
+        #[arg(short, long)]
+        wait: bool,
+        /// Look at no more bytes in a second, one copy counted
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+        rate: Option<u64>,
+    },
+    /// Let the scrub of a mounted pool rest, also when it is mounted again
+    Pause {
+        /// Mount point, device or image file
+        #[arg(value_name = "POOL", required = true)]
+        pool: Vec<PathBuf>,
+    },
+    /// Let a scrub go on that was paused
+    Resume {
+        /// Mount point, device or image file
+        #[arg(value_name = "POOL", required = true)]
+        pool: Vec<PathBuf>,
+        /// Wait until it ends
+        #[arg(short, long)]
+        wait: bool,
+        /// From now on look at no more bytes in a second, one copy counted; 0 for any number
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+        rate: Option<u64>,
+    },
+    /// End the scrub of a mounted pool
+    Cancel {
+        /// Mount point, device or image file
+        #[arg(value_name = "POOL", required = true)]
+        pool: Vec<PathBuf>,
+    },
+    /// Show how the scrub of a pool stands, or how the last one ended
+    Status {
+        #[command(flatten)]
+        of: OfPool,
+        /// Wait until it ends
+        #[arg(short, long)]
+        wait: bool,
+    },
 }
 
 #[derive(Args, Clone, Debug)]

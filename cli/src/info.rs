@@ -4,22 +4,27 @@ use crate::arguments::OfPool;
 use crate::target::{ask, ask_failed, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
-use cairn_host::admin::{AdminError, DeviceInfo, DeviceState, PoolInfo, Reply, Request};
+use cairn_host::admin::{AdminError, DeviceInfo, DeviceState, PoolInfo, Reply, Request, ScrubInfo};
 use cairn_host::parse::{format_size, format_uuid};
-use cairn_host::{probe, stored, FileDevice};
+use cairn_host::{members, open_devices, probe, stored, Access, FileDevice, OpenOptions, Wait};
+use fs_core::engine::ScrubStatus;
 use fs_core::format::key::{kind, Key};
 use fs_core::format::pool::property;
+use fs_core::format::scrub::ScrubRecord;
 use fs_core::format::superblock::Superblock;
 use fs_core::format::FORMAT_VERSION;
 use fs_core::platform::Device;
 use fs_core::units::TreeId;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What a pool says of itself, mounted or not.
 pub(crate) fn of_target(target: Target) -> Result<(PoolInfo, Done), Failure> {
     match target {
         Target::Mounted(mount) => match ask(&mount, Request::Info) {
             Ok(Reply::Info(mut info)) => {
+                info.is_split = is_half(&info);
                 // Names of files are not for everybody.
                 if info.damaged_count > 0 {
                     if let Ok(Reply::Damaged(files)) = ask(&mount, Request::Damaged) {
@@ -47,6 +52,22 @@ pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
     Ok(done)
 }
 
+/// Whether a pool that is mounted without some of its devices goes its own way: they can be found,
+/// and were written without those that are there. Only who may read devices finds that out.
+fn is_half(info: &PoolInfo) -> bool {
+    let is_there = |device: &&DeviceInfo| device.state != DeviceState::Missing;
+    let there: Vec<PathBuf> =
+        info.devices.iter().filter(is_there).map(|device| PathBuf::from(&device.name)).collect();
+    if there.len() == info.devices.len() {
+        return false;
+    }
+    let all = members::complete(&there);
+    let wait = Wait { bound: Duration::ZERO, announce: &|_| {} };
+    // Others write to them meanwhile; labels and superblocks are whole or not believed.
+    let opened = open_devices(&all, OpenOptions::new(Access::Unlocked), &wait);
+    all.len() > there.len() && opened.is_ok_and(|all| members::split(&all).is_some())
+}
+
 /// What labels and superblocks say, and the trees where they can be read.
 fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> {
     let mut info = PoolInfo { format_version: FORMAT_VERSION, ..PoolInfo::default() };
@@ -70,6 +91,7 @@ fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> 
     let superblock =
         newest.ok_or_else(|| Failure::new("the label is there, but no superblock is valid"))?;
     fill_from_superblock(&mut info, &superblock);
+    info.is_split = members::split(devices).is_some();
     match View::open(devices.to_vec()).and_then(|view| fill_from_trees(&mut info, &view)) {
         Ok(()) => Ok((info, Done::Whole)),
         Err(error) => {
@@ -133,6 +155,10 @@ fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Resul
         let names = ["", "none", "crc32c", "blake3"];
         let name = value.first().and_then(|kind| names.get(usize::from(*kind)));
         info.checksum = (*name.unwrap_or(&"")).into();
+    }
+    if let Some(value) = setting(property::SCRUB)? {
+        let record = ScrubRecord::decode(&value);
+        info.scrub = record.ok().map(|record| Box::new(ScrubInfo::of(&ScrubStatus::of(&record))));
     }
     Ok(())
 }

@@ -1,9 +1,9 @@
 //! `cairn`: looks at pools and administers them.
 //!
 //! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon
-//! is asked; of one that is not mounted the device is read, and written only by `clear` and what
-//! changes subvolumes and snapshots. Standard output carries data only, as text for people or as
-//! JSON.
+//! is asked; of one that is not mounted the device is read, and written only by `clear`, `scrub`
+//! and what changes subvolumes and snapshots. Standard output carries data only, as text for people
+//! or as JSON.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
@@ -22,6 +22,7 @@ mod info;
 mod inspect;
 mod output;
 mod property;
+mod scrub;
 mod status;
 mod sync;
 mod target;
@@ -93,6 +94,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Scrub(arguments) => scrub::run(&arguments),
         Command::Clear(arguments) => clear::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),
         Command::Get(arguments) => property::get(&arguments),

@@ -2,6 +2,7 @@
 
 use crate::arguments::Status;
 use crate::info::of_target;
+use crate::scrub;
 use crate::target::Target;
 use crate::{output, Done, Failure};
 use cairn_host::admin::{DeviceState, PoolInfo};
@@ -53,12 +54,15 @@ fn errors(info: &PoolInfo) -> u64 {
 }
 
 fn is_well(info: &PoolInfo) -> bool {
-    state_of(info) == "online" && errors(info) == 0 && info.damaged_count == 0
+    let has_lost = info.scrub.as_ref().is_some_and(|scrub| scrub.lost_count > 0);
+    state_of(info) == "online" && errors(info) == 0 && info.damaged_count == 0 && !has_lost
 }
 
 fn state_of(info: &PoolInfo) -> &'static str {
     let has = |state| info.devices.iter().any(|device| device.state == state);
-    if has(DeviceState::Missing) {
+    if info.is_split {
+        "split"
+    } else if has(DeviceState::Missing) {
         "degraded"
     } else if has(DeviceState::Behind) {
         "resilvering"
@@ -69,6 +73,10 @@ fn state_of(info: &PoolInfo) -> &'static str {
 
 fn advice(info: &PoolInfo) -> Option<&'static str> {
     match state_of(info) {
+        "split" => Some(
+            "the pool was written in two halves that no longer belong together; disconnect the \
+             half to give up, and mount the other with the option degraded",
+        ),
         "degraded" => Some(
             "devices are missing or have failed; connect them, unmount the pool and mount it again",
         ),
@@ -80,9 +88,14 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
         _ if info.damaged_count > 0 => {
             Some("files are damaged; restore them from a backup, and clear this with cairn clear")
         }
+        _ if info.scrub.as_ref().is_some_and(|scrub| scrub.lost_count > 0) => Some(
+            "the scrub came upon damage without a good copy, and named the files in the log; \
+             restore them from a backup, and begin another with cairn scrub start",
+        ),
         _ if errors(info) > 0 => Some(
-            "devices made errors, and every file that was read was served from a good copy; clear \
-             the counts with cairn clear, and replace a device whose counts go on growing",
+            "devices made errors, and every file that was read was served from a good copy; look \
+             for more with cairn scrub start, and clear the counts with cairn clear; a device \
+             whose counts go on growing is failing",
         ),
         _ => None,
     }
@@ -99,6 +112,11 @@ fn table(row: &Row) -> String {
         let sizes = [resilver.done_bytes, resilver.total_bytes].map(format_size);
         let percent = resilver.done_bytes.saturating_mul(100) / resilver.total_bytes.max(1);
         text.push_str(&format!("  done: {} of {} compared ({percent}%)\n", sizes[0], sizes[1]));
+    }
+    if let Some(scrub) = &info.scrub {
+        scrub::lines(scrub, info.read_only).iter().for_each(|line| {
+            text.push_str(&format!("  scan: {line}\n"));
+        });
     }
     let width = info.devices.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max(6);
     let mut line = |name: &str, state: &str, counts: [&str; 3]| {
@@ -117,7 +135,12 @@ fn table(row: &Row) -> String {
     }
     for file in &info.damaged {
         let path = output::printable(&file.path);
-        text.push_str(&format!("  {path} (subvolume {}, inode {})\n", file.subvol, file.ino));
+        // Damage of a tree says not which files it is.
+        let text_of_inode = match file.ino {
+            0 => String::new(),
+            ino => format!(", inode {ino}"),
+        };
+        text.push_str(&format!("  {path} (subvolume {}{text_of_inode})\n", file.subvol));
     }
     text
 }

@@ -419,7 +419,7 @@ fn table(shown: &[&VersionInfo], arguments: &ListVersions) -> String {
 }
 
 /// Seconds since 1970 as a time in UTC, such as `2026-01-31 23:59:59`.
-fn utc(seconds: i64) -> String {
+pub(crate) fn utc(seconds: i64) -> String {
     let (days, rest) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
     // Years begin in March, so that a leap day is the last of its year: see Hinnant's
     // "chrono-compatible low-level date algorithms".

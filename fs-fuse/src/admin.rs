@@ -3,7 +3,7 @@
 use crate::notify::Kernel;
 use cairn_host::admin::{
     DamagedInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo,
-    SpaceInfo, Usage,
+    ScrubChange, ScrubInfo, SpaceInfo, Usage,
 };
 use cairn_host::parse::format_uuid;
 use cairn_host::versions::{self, Change};
@@ -38,6 +38,19 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
                 Ok(()) => Reply::Changed,
                 Err(error) => Reply::Failed(error.to_string()),
             },
+            Request::Scrub(change) => {
+                let engine = volume.engine();
+                let changed = match change {
+                    ScrubChange::Start { rate } => engine.start_scrub(rate),
+                    ScrubChange::Pause => engine.pause_scrub(),
+                    ScrubChange::Resume { rate } => engine.resume_scrub(rate),
+                    ScrubChange::Cancel => engine.cancel_scrub(),
+                };
+                match changed {
+                    Ok(()) => Reply::Changed,
+                    Err(error) => Reply::Failed(error.to_string()),
+                }
+            }
             Request::Damaged => {
                 let files = volume.engine().damaged_files().into_iter().map(damaged_info);
                 let mut bytes = 0;
@@ -128,6 +141,8 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         checksum: checksum_name(settings.checksum).into(),
         device_count: superblock.device_count,
         devices: device_infos(engine),
+        scrub: engine.scrub_status().map(|status| Box::new(ScrubInfo::of(&status))),
+        is_split: false,
         damaged_count: engine.damaged_files().len() as u64,
         damaged: Vec::new(),
         resilver: engine.resilver_progress().map(|progress| ResilverInfo {

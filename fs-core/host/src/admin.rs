@@ -18,6 +18,8 @@
 
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
+use fs_core::engine::{ScrubEnd, ScrubStatus};
+use fs_core::format::scrub::ScrubState;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
@@ -30,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -72,13 +74,36 @@ pub enum Request {
     ClearErrors,
     /// Which files were found damaged. Answered by [`Reply::Damaged`].
     Damaged,
+    /// Begin a scrub, or end one. Answered by [`Reply::Changed`]; [`Request::Info`] tells how it
+    /// stands.
+    Scrub(ScrubChange),
+}
+
+/// What is to become of a scrub.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ScrubChange {
+    /// Begin one.
+    Start {
+        /// Bytes it may look at in a second, one copy counted; 0 for any number.
+        rate: u64,
+    },
+    /// Let it rest.
+    Pause,
+    /// Let it go on.
+    Resume {
+        /// Another rate.
+        rate: Option<u64>,
+    },
+    /// End it.
+    Cancel,
 }
 
 impl Request {
     /// Whether only some may ask: it changes the pool, or shows what not everybody may see.
     fn is_guarded(&self) -> bool {
-        use Request::{Change, ClearErrors, Damaged, Differences, Identity};
-        matches!(self, Change(_) | ClearErrors | Damaged | Differences { .. } | Identity(_))
+        use Request::{Change, ClearErrors, Damaged, Differences, Identity, Scrub};
+        let is_change = matches!(self, Change(_) | ClearErrors | Scrub(_));
+        is_change || matches!(self, Damaged | Differences { .. } | Identity(_))
     }
 
     /// How long to wait for the reply: a sync may have much to write, an identity all to read.
@@ -106,7 +131,8 @@ pub enum Reply {
         /// The next of them; none when these were all.
         next: Vec<VersionInfo>,
     },
-    /// To [`Request::Change`] and [`Request::ClearErrors`]: all is done and durable.
+    /// To [`Request::Change`], [`Request::ClearErrors`] and [`Request::Scrub`]: all is done and
+    /// durable.
     Changed,
     /// To [`Request::Damaged`].
     Damaged(Vec<DamagedInfo>),
@@ -155,6 +181,10 @@ pub struct PoolInfo {
     pub devices: Vec<DeviceInfo>,
     /// How far devices are that are brought up to date, if there are any.
     pub resilver: Option<ResilverInfo>,
+    /// The scrub that is under way, or how the last one ended.
+    pub scrub: Option<Box<ScrubInfo>>,
+    /// The pool was written in two halves; this is one of them, or these are both.
+    pub is_split: bool,
     /// How many files were found damaged since the pool was mounted.
     pub damaged_count: u64,
     /// Which, for those whom [`Request::Damaged`] tells; empty in a reply to [`Request::Info`].
@@ -181,6 +211,117 @@ pub struct ResilverInfo {
     pub total_bytes: u64,
     /// Something could not be read, so that it waits before it tries again.
     pub waits: bool,
+}
+
+/// How a scrub stands, or how it ended. Bytes count one copy, except of devices and repairs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubInfo {
+    /// `running`, `paused`, `finished` or `cancelled`.
+    pub state: String,
+    /// Bytes it may look at in a second; 0 for any number.
+    pub rate: u64,
+    /// When it began, seconds since 1970.
+    pub began: i64,
+    /// When it ended; 0 while it has not.
+    pub ended: i64,
+    /// For how long it ran, in milliseconds.
+    pub run_ms: u64,
+    /// Bytes that were in use when it began.
+    pub total_bytes: u64,
+    /// Bytes that were looked at.
+    pub done_bytes: u64,
+    /// Bytes it looked at in a second lately; 0 when that is not known.
+    pub bytes_per_second: u64,
+    /// Seconds until it ends, if it goes on like that.
+    pub seconds_left: Option<u64>,
+    /// Copies that were bad or could not be read.
+    pub found: u64,
+    /// Bytes of copies that were repaired.
+    pub repaired_bytes: u64,
+    /// Blocks and extents without a good copy.
+    pub lost_count: u64,
+    /// Bytes of them.
+    pub lost_bytes: u64,
+    /// What was found on each device, by index.
+    pub devices: Vec<ScrubDeviceInfo>,
+    /// How the last one ended that looked at everything.
+    pub last: Option<ScrubEndInfo>,
+}
+
+/// What a scrub found on a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubDeviceInfo {
+    /// Copies that were bad or could not be read.
+    pub found: u64,
+    /// Bytes of copies that were repaired.
+    pub repaired_bytes: u64,
+    /// Bytes of copies of which no other was good either.
+    pub lost_bytes: u64,
+}
+
+/// How a scrub ended that looked at everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubEndInfo {
+    /// When it began, seconds since 1970.
+    pub began: i64,
+    /// When it ended.
+    pub ended: i64,
+    /// For how long it ran, in milliseconds.
+    pub run_ms: u64,
+    /// Bytes that it looked at.
+    pub bytes: u64,
+    /// Copies that were bad or could not be read.
+    pub found: u64,
+    /// Bytes of copies that were repaired.
+    pub repaired_bytes: u64,
+    /// Blocks and extents without a good copy.
+    pub lost_count: u64,
+    /// Bytes of them.
+    pub lost_bytes: u64,
+}
+
+impl ScrubInfo {
+    /// What the core says of it.
+    pub fn of(status: &ScrubStatus) -> ScrubInfo {
+        let state = match status.state {
+            ScrubState::Running => "running",
+            ScrubState::Paused => "paused",
+            ScrubState::Finished => "finished",
+            ScrubState::Cancelled => "cancelled",
+        };
+        let device = |device: &fs_core::format::scrub::ScrubDevice| ScrubDeviceInfo {
+            found: device.found,
+            repaired_bytes: device.repaired_bytes,
+            lost_bytes: device.lost_bytes,
+        };
+        let end = |end: ScrubEnd| ScrubEndInfo {
+            began: end.began,
+            ended: end.ended,
+            run_ms: end.run_ms,
+            bytes: end.bytes,
+            found: end.found,
+            repaired_bytes: end.repaired_bytes,
+            lost_count: end.lost_count,
+            lost_bytes: end.lost_bytes,
+        };
+        ScrubInfo {
+            state: state.into(),
+            rate: status.rate,
+            began: status.began,
+            ended: status.ended,
+            run_ms: status.run_ms,
+            total_bytes: status.total_bytes,
+            done_bytes: status.done_bytes,
+            bytes_per_second: status.bytes_per_second,
+            seconds_left: status.seconds_left,
+            found: status.found,
+            repaired_bytes: status.repaired_bytes,
+            lost_count: status.lost_count,
+            lost_bytes: status.lost_bytes,
+            devices: status.devices.iter().map(device).collect(),
+            last: status.last.map(end),
+        }
+    }
 }
 
 /// Whether a device has what was written to the pool.
@@ -500,7 +641,7 @@ mod tests {
             Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
             Request::Sync => Reply::Failed("the pool is read-only".into()),
             Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
-            Request::Change(_) | Request::ClearErrors => Reply::Changed,
+            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => Reply::Changed,
             Request::Damaged => Reply::Damaged(Vec::new()),
             Request::Differences { .. } => {
                 Reply::Differences(Differences { all: Vec::new(), next: None })

@@ -3,13 +3,17 @@
 //! Each label names all devices of its pool. So whoever is given one can look for the others: those
 //! of a block device among the block devices, those of an image file beside it.
 
-use crate::Wait;
+use crate::{host_platform, FileDevice, Wait};
+use fs_core::error::Error;
 use fs_core::format::label::{decode_members, label_areas, Label, LabelMember};
+use fs_core::platform::DeviceRef;
+use fs_core::pool::{Pool, PoolOptions};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A label, and the devices that it names.
@@ -89,6 +93,15 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
         }
     }
     all
+}
+
+/// Why devices cannot be opened together, if that is because they were written in two halves that
+/// do not know of each other. Only labels and superblocks are read.
+pub fn split(devices: &[Arc<FileDevice>]) -> Option<Error> {
+    let devices = devices.iter().map(|device| device.clone() as DeviceRef).collect();
+    let options = PoolOptions { read_only: true, degraded: true, ..PoolOptions::default() };
+    let opened = Pool::open(devices, host_platform(), &options);
+    opened.err().filter(|error| matches!(error, Error::Split { .. }))
 }
 
 /// As [`complete`]; when devices are missing that have everything as far as the others know, waits

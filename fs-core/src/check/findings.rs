@@ -66,17 +66,19 @@ macro_rules! rules {
 mod advice {
     pub const MOUNT: &str =
         "Nothing is lost: the other copy serves. Mounting the pool for writing \
-        writes the damaged one anew. If it comes back, replace the device.";
+        writes the damaged one anew. If it comes back, the device is failing: copy the files to a \
+        pool on another one.";
     pub const DEVICE: &str =
         "Nothing is lost, but less may fail now. Connect the device that is missing; \
-         what one that was away lacks is written anew where it is read.";
+         what one that was away lacks is written to it while the pool is mounted.";
     pub const COUNTS: &str =
         "Files are not affected; what df and quotas say may be wrong. Copy the \
         files to a new pool when it suits you.";
     pub const COPY: &str =
         "Nothing is lost: the good copy is served. A read that meets the damaged \
-        copy on a pool mounted for writing writes the good one over it. If more such findings \
-        follow, the device is failing: copy the files to a pool on another one.";
+        copy on a pool mounted for writing writes the good one over it; cairn scrub finds and \
+        repairs all there are. If more such findings follow, the device is failing: copy the \
+        files to a pool on another one.";
     pub const BLOCK: &str =
         "What the block holds cannot be reached. Mount the pool read-only, copy \
         what can be read to a new pool, and restore the rest from a backup.";
