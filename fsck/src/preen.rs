@@ -7,6 +7,11 @@ use std::sync::Arc;
 
 /// Looks at labels and superblocks of each device; the exit code.
 pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
+    if let Some(error) = members::split(devices) {
+        // It cannot be mounted before somebody chooses, which the boot had better wait for.
+        eprintln!("fsck.cairn: {}: {error}", arguments.device_names());
+        return ERRORS_LEFT;
+    }
     tell_missing(devices);
     devices.iter().fold(0, |code, device| code | preen_one(device, arguments))
 }
