@@ -17,6 +17,7 @@
 
 mod plot;
 mod report;
+mod scrub;
 mod workloads;
 
 use crate::guard;
@@ -84,11 +85,17 @@ pub fn run(options: &Options) -> Result<()> {
     let disk = Disk::new(scale.image_bytes)?;
     let _settings = if options.as_is { Vec::new() } else { settings()? };
     let start = Instant::now();
+    let is_wanted = |name: &str| {
+        let mut words = options.filter.iter();
+        options.filter.is_empty() || words.any(|word| name.contains(word.as_str()))
+    };
+    let pair = if is_wanted(scrub::NAME) { Some(scrub::Pair::new(&scale)?) } else { None };
     for round in 1..=rounds {
+        if let Some(pair) = &pair {
+            one_scrub((&scale, pair), &contenders, round, &mut results);
+        }
         for workload in WORKLOADS {
-            let wanted = options.filter.is_empty()
-                || options.filter.iter().any(|word| workload.name.contains(word.as_str()));
-            if wanted {
+            if is_wanted(workload.name) {
                 one_workload(workload, (&scale, &disk), &contenders, round, &mut results);
             }
         }
@@ -172,19 +179,39 @@ fn one_workload(
         };
         match measured {
             Ok(metrics) => {
-                for metric in metrics {
-                    let Metric { name: what, unit, .. } = &metric;
-                    println!("{round} {what:<28} {name:<8} {:>12.1} {unit}", metric.value);
-                    results.add(name, metric);
-                }
+                metrics.into_iter().for_each(|metric| note(name, metric, round, results));
             }
-            Err(why) => {
-                let line = format!("{} on {name}: {why:#}", workload.name);
-                println!("{round} {line}");
-                results.failures.push(run::tail(&line, 3));
-            }
+            Err(why) => note_failure(workload.name, name, &why, round, results),
         }
     }
+}
+
+/// The scrub of a mirror, by every contender that has one.
+fn one_scrub(
+    (scale, pair): (&Scale, &scrub::Pair),
+    contenders: &[(String, Contender)],
+    round: usize,
+    results: &mut Results,
+) {
+    for (name, contender) in contenders {
+        match scrub::measure(name, contender, scale, pair) {
+            Ok(Some(metric)) => note(name, metric, round, results),
+            Ok(None) => {}
+            Err(why) => note_failure(scrub::NAME, name, &why, round, results),
+        }
+    }
+}
+
+fn note(name: &str, metric: Metric, round: usize, results: &mut Results) {
+    let Metric { name: what, unit, .. } = &metric;
+    println!("{round} {what:<28} {name:<8} {:>12.1} {unit}", metric.value);
+    results.add(name, metric);
+}
+
+fn note_failure(what: &str, name: &str, why: &anyhow::Error, round: usize, results: &mut Results) {
+    let line = format!("{what} on {name}: {why:#}");
+    println!("{round} {line}");
+    results.failures.push(run::tail(&line, 3));
 }
 
 fn on_a_mount(

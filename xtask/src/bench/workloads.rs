@@ -33,6 +33,11 @@ pub struct Scale {
 }
 
 impl Scale {
+    /// Bytes of a stream.
+    pub fn stream_bytes(&self) -> u64 {
+        self.stream_bytes
+    }
+
     /// For numbers to be quoted.
     pub const FULL: Scale = Scale {
         image_bytes: 8 << 30,

@@ -11,10 +11,11 @@
 //! | `badinput` | what happens with images and devices that are broken, full or busy? |
 //! | `cycles` | may the next command follow an unmount at once? |
 //! | `kill` | is everything that was synced still there when the server is killed? |
+//! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last five also run on other
+//! Each ends with the image unmounted and checked. All but the last six also run on other
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
@@ -27,6 +28,7 @@ mod memory;
 mod pjdfstest;
 mod programs;
 mod python;
+mod scrub;
 mod user;
 
 pub use programs::copy_sources;
@@ -89,6 +91,7 @@ const OWN: &[(&str, Run)] = &[
     ("cycles", cycles::run),
     ("kill", kill::run),
     ("sigterm", kill::terminate),
+    ("scrub", scrub::run),
     ("memory", memory::run),
     ("user", user::run),
 ];
