@@ -2,7 +2,9 @@
 //!
 //! The tests of the driver mount it to see what the kernel and the driver do together without
 //! the engine. Attributes `user.count.NAME` of the root directory show how often an operation was
-//! called: `sync`, `fsync`, `write`, `open-inodes` and so on.
+//! called: `sync`, `fsync`, `write`, `open-inodes` and so on. Setting `user.capacity` of the root
+//! directory makes writes beyond so many bytes in all fail; setting `user.frozen` of a file makes it
+//! one that never changes.
 
 use fs_core::error::{Errno, Error};
 use fs_core::format::inode::mode;
@@ -13,7 +15,7 @@ use fs_core::vfs::{
     StatFs, WriteFlags, XattrMode,
 };
 use fs_fuse::backend::{Mounted, Opened};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,6 +30,8 @@ fn main() -> ExitCode {
 
 const ROOT: u64 = 77;
 const ACCESS_ACL: &[u8] = b"system.posix_acl_access";
+const CAPACITY: &[u8] = b"user.capacity";
+const FROZEN: &[u8] = b"user.frozen";
 const DEFAULT_ACL: &[u8] = b"system.posix_acl_default";
 
 enum Content {
@@ -63,7 +67,11 @@ struct State {
     shut_down: bool,
 }
 
-struct Memory(Mutex<State>);
+struct Memory {
+    state: Mutex<State>,
+    /// Files that never change. Asked for while a directory is listed under the other lock.
+    frozen: Mutex<BTreeSet<u64>>,
+}
 
 fn no<T>(errno: Errno) -> Result<T> {
     Err(Error::Posix(errno))
@@ -154,6 +162,18 @@ impl State {
             (_, true) => Err(Error::ReadOnly),
             _ => Ok(()),
         }
+    }
+
+    /// Whether so many bytes more would fit.
+    fn has_room(&mut self, more: u64) -> bool {
+        let bytes = |inode: &Inode| match &inode.content {
+            Content::File(data) => data.len() as u64,
+            _ => 0,
+        };
+        let used: u64 = self.inodes.values().map(bytes).sum();
+        let capacity = self.inodes.get(&ROOT).and_then(|root| root.xattrs.get(CAPACITY));
+        let capacity = capacity.and_then(|value| std::str::from_utf8(value).ok()?.parse().ok());
+        used + more <= capacity.unwrap_or(u64::MAX)
     }
 
     fn reap(&mut self, ino: u64) {
@@ -276,11 +296,11 @@ impl Memory {
         };
         let content = Content::Dir(Directory { parent: ROOT, ..Directory::default() });
         state.inodes.insert(ROOT, Inode { attr, content, xattrs: BTreeMap::new(), lookups: 1 });
-        Memory(Mutex::new(state))
+        Memory { state: Mutex::new(state), frozen: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+        self.state.lock().unwrap()
     }
 }
 
@@ -473,8 +493,15 @@ impl Filesystem for Memory {
     fn write(&self, ino: Ino, offset: u64, data: &[u8], flags: WriteFlags) -> Result<u64> {
         let mut state = self.state();
         state.changes("write")?;
-        let file = state.file(ino.0)?;
         let end = offset as usize + data.len();
+        let more = end.saturating_sub(state.file(ino.0)?.len()) as u64;
+        if self.never_changes(ino) {
+            return no(Errno::RoFs);
+        }
+        if !state.has_room(more) {
+            return no(Errno::NoSpc);
+        }
+        let file = state.file(ino.0)?;
         if file.len() < end {
             file.resize(end, 0);
         }
@@ -484,6 +511,18 @@ impl Filesystem for Memory {
         }
         state.touch(ino.0)?;
         Ok(offset)
+    }
+
+    fn check_write(&self, ino: Ino, bytes: u64) -> Result<()> {
+        match (self.never_changes(ino), self.state().has_room(bytes)) {
+            (true, _) => no(Errno::RoFs),
+            (false, true) => Ok(()),
+            (false, false) => no(Errno::NoSpc),
+        }
+    }
+
+    fn never_changes(&self, ino: Ino) -> bool {
+        self.frozen.lock().unwrap().contains(&ino.0)
     }
 
     fn fallocate(&self, ino: Ino, op: Fallocate, offset: u64, len: u64) -> Result<()> {
@@ -610,6 +649,9 @@ impl Filesystem for Memory {
             _ => {}
         }
         inode.xattrs.insert(name.to_vec(), value.to_vec());
+        if name == FROZEN {
+            self.frozen.lock().unwrap().insert(ino.0);
+        }
         if name == ACCESS_ACL {
             inode.attr.mode = inode.attr.mode & !0o777 | acl_mode(value);
         }

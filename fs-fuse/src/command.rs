@@ -298,6 +298,7 @@ fn serve(
     } else {
         open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
     };
+    let total_bytes = opened.volume.statfs().map_or(0, |stat| stat.total_bytes);
     let server = Arc::new(Server::new(opened.volume, Arc::clone(&opened.kernel)));
     let plan = Plan { source, target: &invocation.target, options: &invocation.options };
     let root = rustix::process::geteuid().is_root();
@@ -322,7 +323,7 @@ fn serve(
         // Writing to sysfs and waiting for the caller is not for a thread that serves.
         std::thread::spawn(move || {
             if root {
-                mount::raise_limits(&target, READAHEAD_BYTES);
+                mount::raise_limits(&target, READAHEAD_BYTES, total_bytes);
             }
             *socket.lock() = opened.admin.and_then(|handler| listen(&target, handler));
             launch.ready();

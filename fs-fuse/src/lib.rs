@@ -10,6 +10,7 @@
 //! | [`wire`] | numbers and structures of the protocol |
 //! | [`request`], [`reply`] | bytes to typed values, and back |
 //! | [`ops`], `ioctl` | what each request means |
+//! | `refused`, `asker` | how write(2) learns what WRITE was answered |
 //! | [`device`] | threads, buffers, reading and writing /dev/fuse |
 //! | `rings`, `ring` | the same over io_uring, where the kernel offers it |
 //! | [`backend`], `admin` | the volume behind it; what it tells the `cairn` command |
@@ -22,6 +23,7 @@
 #![deny(unsafe_code)]
 
 mod admin;
+mod asker;
 pub mod backend;
 pub mod command;
 pub mod device;
@@ -33,6 +35,7 @@ pub mod noop;
 mod notify;
 pub mod ops;
 pub mod options;
+mod refused;
 pub mod reply;
 pub mod request;
 #[allow(unsafe_code, reason = "submissions name memory by address")]

@@ -37,6 +37,9 @@ use std::path::{Path, PathBuf};
 /// Largest transfer, in bytes of a page each, that fits the kernel's block size checks.
 const BLOCK_BYTES: u32 = 4096;
 
+/// Memory for unwritten data that even the smallest pool has.
+const UNWRITTEN_BYTES_MIN: u64 = 32 << 20;
+
 /// A filesystem to attach.
 #[derive(Clone, Debug)]
 pub struct Plan<'a> {
@@ -209,13 +212,22 @@ pub fn unmount_as_root(target: &Path) -> Result<(), Errno> {
 /// Raises what the kernel grants a FUSE filesystem of read-ahead (128 KiB) and of memory for
 /// unwritten data (1 % of what the system allows). Both are guards against servers that are not
 /// trusted; root started this one. Best effort.
-pub fn raise_limits(target: &Path, read_ahead_bytes: u32) {
+///
+/// Of a small pool, of `total_bytes`, unwritten data must not be many times what there is room for:
+/// the kernel takes it without asking, and a writer would learn late that the pool is full.
+pub fn raise_limits(target: &Path, read_ahead_bytes: u32, total_bytes: u64) {
     let Ok(device) = device_of(target) else { return };
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     for suffix in ["", "-fuseblk"] {
         let bdi = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}{suffix}"));
         let _ = std::fs::write(bdi.join("read_ahead_kb"), (read_ahead_bytes >> 10).to_string());
         let _ = std::fs::write(bdi.join("max_ratio"), "40");
+        let granted = std::fs::read_to_string(bdi.join("max_bytes"));
+        let granted = granted.ok().and_then(|bytes| bytes.trim().parse::<u64>().ok());
+        let suitable = (total_bytes / 2).max(UNWRITTEN_BYTES_MIN);
+        if granted.is_some_and(|granted| granted > suitable) {
+            let _ = std::fs::write(bdi.join("max_bytes"), suitable.to_string());
+        }
     }
 }
 

@@ -1,19 +1,52 @@
 //! What the kernel is told without having asked: names and inodes that changed behind its back,
-//! because subvolumes and snapshots came or went.
+//! because subvolumes and snapshots came or went, and files whose data was refused.
 //!
 //! A notice may wait for requests that are under way, so none is sent by a thread that answers
-//! requests.
+//! requests: those leave it to a thread of its own ([`Kernel::distrust`], [`Kernel::drop_pages`]).
 
 use crate::reply::Head;
+use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
+use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::sync::{Arc, OnceLock};
+
+/// Inodes that may wait to be told of. Of the rest the kernel learns when it asks.
+const WAITING_MAX: usize = 8192;
+
+/// What of an inode is not valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Invalid {
+    Attributes,
+    /// These, and its pages.
+    Pages,
+}
+
+impl Invalid {
+    /// Where pages begin that are not valid.
+    fn offset(self) -> i64 {
+        match self {
+            Invalid::Attributes => -1,
+            Invalid::Pages => 0,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Waiting {
+    inodes: BTreeMap<u64, Invalid>,
+    /// There is a thread that sends.
+    is_served: bool,
+}
 
 /// The kernel's end of a mount, once there is one.
 #[derive(Default)]
 pub struct Kernel {
     device: OnceLock<OwnedFd>,
+    /// Notices that answering threads have left. Nothing is called with it held.
+    waiting: Mutex<Waiting>,
+    came: Condvar,
 }
 
 impl Kernel {
@@ -36,14 +69,52 @@ impl Kernel {
         let _ = send(device.as_fd(), &Head::notify_inval_inode(dir, 0), &[]);
     }
 
-    /// What the kernel holds of a file's data was refused when it was written back: it must not be
-    /// shown.
+    /// What the kernel holds of a file's data was refused when it was written back, and always will
+    /// be: it must not be shown. Does not wait.
     pub fn drop_pages(self: &Arc<Self>, node: u64) {
-        let kernel = Arc::clone(self);
-        std::thread::spawn(move || {
-            let Some(device) = kernel.device.get() else { return };
-            let _ = send(device.as_fd(), &Head::notify_inval_inode(node, 0), &[]);
-        });
+        self.leave(node, Invalid::Pages);
+    }
+
+    /// The kernel must ask for a file's attributes before it goes by them again. Does not wait.
+    pub fn distrust(self: &Arc<Self>, node: u64) {
+        self.leave(node, Invalid::Attributes);
+    }
+
+    fn leave(self: &Arc<Self>, node: u64, invalid: Invalid) {
+        if self.device.get().is_none() {
+            return;
+        }
+        let mut waiting = self.waiting.lock();
+        if waiting.inodes.len() >= WAITING_MAX && !waiting.inodes.contains_key(&node) {
+            return;
+        }
+        let known = waiting.inodes.entry(node).or_insert(invalid);
+        *known = invalid.max(*known);
+        if !waiting.is_served {
+            let kernel = Arc::clone(self);
+            let thread = std::thread::Builder::new().name("fuse-notify".into());
+            waiting.is_served = thread.spawn(move || kernel.serve()).is_ok();
+        }
+        drop(waiting);
+        self.came.notify_one();
+    }
+
+    /// Sends what is left to be sent, as long as the process lives.
+    fn serve(&self) {
+        let Some(device) = self.device.get() else { return };
+        loop {
+            let (node, invalid) = {
+                let mut waiting = self.waiting.lock();
+                loop {
+                    match waiting.inodes.pop_first() {
+                        Some(next) => break next,
+                        None => self.came.wait(&mut waiting),
+                    }
+                }
+            };
+            // ENOENT: the kernel does not know the inode.
+            let _ = send(device.as_fd(), &Head::notify_inval_inode(node, invalid.offset()), &[]);
+        }
     }
 }
 

@@ -17,10 +17,12 @@
 //! Node numbers: the kernel calls the root 1. The core's root may have another number, so the two
 //! are exchanged, both ways, by the same function.
 
+use crate::asker::{self, Doing};
 use crate::backend::Mounted;
 use crate::ioctl;
 use crate::notify::Kernel;
-use crate::reply::{Listing, Reply};
+use crate::refused::Refused;
+use crate::reply::{Listing, Reply, Trust};
 use crate::request::{Layout, Op, Request};
 use crate::wire::{self, init};
 use fs_core::error::{Errno as CoreErrno, Error};
@@ -77,6 +79,8 @@ pub struct Server {
     agreed: AtomicU64,
     /// Whether the transport can take requests over io_uring.
     has_rings: AtomicBool,
+    /// Files of which the kernel had data refused.
+    refused: Refused,
     closed: Mutex<Option<Result<(), Error>>>,
 }
 
@@ -89,6 +93,11 @@ pub enum Afterwards {
         dir: Ino,
         /// What the request that was answered asked for.
         cookie: u64,
+    },
+    /// The kernel must not go by attributes that it was told, because data of the file was refused.
+    Distrust {
+        /// The file.
+        node: u64,
     },
 }
 
@@ -103,6 +112,7 @@ impl Server {
             kernel,
             agreed: AtomicU64::new(0),
             has_rings: AtomicBool::new(false),
+            refused: Refused::default(),
             closed: Mutex::new(None),
         }
     }
@@ -143,13 +153,27 @@ impl Server {
     /// The errno to answer with.
     pub fn handle(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Errno> {
         self.dispatch(request, body).map_err(|Failure(errno)| {
-            // The kernel takes what is written to a snapshot, finds out when it writes back, and
-            // would go on showing it.
-            if matches!(request.op, Op::Write { .. }) && errno == Errno::ROFS {
-                self.kernel.drop_pages(request.node);
+            if let Op::Write { data, .. } = &request.op {
+                self.write_refused(request.node, errno, data.len() as u64);
             }
             errno
         })
+    }
+
+    /// Sees to it that who goes on writing to the file learns of it.
+    fn write_refused(&self, node: u64, errno: Errno, bytes: u64) {
+        // The rest is about the request or the file, and not about its data.
+        if !matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::IO | Errno::ROFS) {
+            return;
+        }
+        if self.refused.note(node, errno, bytes) {
+            self.kernel.distrust(node);
+        }
+        // The kernel takes what is written to a snapshot, finds out when it writes back, and would
+        // go on showing it.
+        if errno == Errno::ROFS {
+            self.kernel.drop_pages(node);
+        }
     }
 
     /// What there is to do once the reply is on its way.
@@ -162,6 +186,11 @@ impl Server {
             ) if bytes + LISTED_BYTES_MAX > *size as usize => {
                 Some(Afterwards::ReadDirAhead { dir: self.ino(request.node), cookie: *cookie })
             }
+            // When they have arrived, and not before: an invalidation that overtakes them has the
+            // kernel ignore for how long they are valid.
+            (_, Reply::Attr(_, Trust::Lasting)) => {
+                Some(Afterwards::Distrust { node: request.node })
+            }
             _ => None,
         }
     }
@@ -170,12 +199,13 @@ impl Server {
     pub fn carry_out(&self, afterwards: &Afterwards) {
         match *afterwards {
             Afterwards::ReadDirAhead { dir, cookie } => self.volume.readdir_ahead(dir, cookie),
+            Afterwards::Distrust { node } => self.kernel.distrust(node),
         }
     }
 
     /// Takes back what a reply granted, when the reply could not be delivered.
     pub fn undo(&self, reply: &Reply) {
-        if let Reply::Entry(_, attr) | Reply::Created(_, attr) = reply {
+        if let Reply::Entry(_, attr, _) | Reply::Created(_, attr, _) = reply {
             self.volume.forget(attr.ino, 1);
         }
     }
@@ -193,16 +223,19 @@ impl Server {
             }
             Op::Lookup { name } => self.lookup(ino, name),
             Op::Forget { count } => {
-                fs.forget(ino, count);
+                self.forget(request.node, count);
                 Ok(Reply::Silent)
             }
             Op::BatchForget(forgets) => {
-                forgets.iter().for_each(|(node, count)| fs.forget(self.ino(node), count));
+                forgets.iter().for_each(|(node, count)| self.forget(node, count));
                 Ok(Reply::Silent)
             }
-            Op::GetAttr => Ok(Reply::Attr(fs.getattr(ino)?)),
-            Op::Statx => Ok(Reply::Statx(fs.getattr(ino)?)),
-            Op::SetAttr(ref set) => Ok(Reply::Attr(fs.setattr(ino, set, &request.caller())?)),
+            Op::GetAttr { by_handle } => self.getattr(request, by_handle),
+            Op::Statx => {
+                let attr = fs.getattr(ino)?;
+                Ok(Reply::Statx(attr, self.trust(request.node, &attr)))
+            }
+            Op::SetAttr(ref set) => self.setattr(request, set),
             Op::ReadLink => copy_out(&fs.readlink(ino)?, body),
             Op::MkNod { name, mode, rdev, umask } => {
                 self.entry(fs.mknod(ino, name, mode, rdev, &request.caller_with_umask(umask))?)
@@ -215,8 +248,7 @@ impl Server {
             }
             Op::Create { .. } => self.create(request),
             Op::TmpFile { mode, umask } => {
-                let attr = fs.tmpfile(ino, mode, &request.caller_with_umask(umask))?;
-                Ok(Reply::Created(self.node(attr.ino)?, attr))
+                self.created(fs.tmpfile(ino, mode, &request.caller_with_umask(umask))?)
             }
             Op::Link { source, name } => self.entry(fs.link(self.ino(source), ino, name)?),
             Op::Unlink { name } => done(fs.unlink(ino, name)),
@@ -318,7 +350,64 @@ impl Server {
     }
 
     fn entry(&self, attr: Attr) -> Result<Reply, Failure> {
-        Ok(Reply::Entry(self.node(attr.ino)?, attr))
+        let node = self.node(attr.ino)?;
+        Ok(Reply::Entry(node, attr, self.trust(node, &attr)))
+    }
+
+    fn created(&self, attr: Attr) -> Result<Reply, Failure> {
+        let node = self.node(attr.ino)?;
+        Ok(Reply::Created(node, attr, self.trust(node, &attr)))
+    }
+
+    /// For how long the kernel may go by attributes that it is about to be told.
+    fn trust(&self, node: u64, attr: &Attr) -> Trust {
+        match self.refused.show(node, false) || self.is_unchanging_file(attr) {
+            true => Trust::Never,
+            false => Trust::Usual,
+        }
+    }
+
+    /// Whether it is a file that must not be opened for writing, whatever its mode.
+    fn is_unchanging_file(&self, attr: &Attr) -> bool {
+        attr.mode & mode::TYPE == mode::REGULAR && self.volume.never_changes(attr.ino)
+    }
+
+    fn getattr(&self, request: &Request<'_>, by_handle: bool) -> Result<Reply, Failure> {
+        let (node, ino) = (request.node, self.ino(request.node));
+        let is_refused = by_handle && self.refused.has(node);
+        let mut doing = None;
+        let mut doing = || *doing.get_or_insert_with(|| asker::doing(request.pid));
+        if is_refused && doing() != Doing::Reads {
+            let check = |bytes| self.volume.check_write(ino, bytes).map_err(|e| errno(&e));
+            self.refused.tell(node, doing() == Doing::Writes, check)?;
+        }
+        let attr = self.volume.getattr(ino)?;
+        if self.is_unchanging_file(&attr) {
+            let writes = match by_handle {
+                true => doing() == Doing::Writes,
+                false => asker::is_to_open_for_writing(request.pid),
+            };
+            if writes {
+                return Err(Errno::ROFS.into());
+            }
+        }
+        let for_good = is_refused && doing() == Doing::Unknown && self.refused.show(node, true);
+        let trust = if for_good { Trust::Lasting } else { self.trust(node, &attr) };
+        Ok(Reply::Attr(attr, trust))
+    }
+
+    fn setattr(&self, request: &Request<'_>, set: &SetAttr) -> Result<Reply, Failure> {
+        let attr = self.volume.setattr(self.ino(request.node), set, &request.caller())?;
+        if set.size == Some(0) {
+            // Nothing is left of what was refused.
+            self.refused.forget(request.node);
+        }
+        Ok(Reply::Attr(attr, self.trust(request.node, &attr)))
+    }
+
+    fn forget(&self, node: u64, count: u64) {
+        self.refused.forget(node);
+        self.volume.forget(self.ino(node), count);
     }
 
     fn lookup(&self, dir: Ino, name: &[u8]) -> Result<Reply, Failure> {
@@ -355,7 +444,7 @@ impl Server {
             }
             made => made?,
         };
-        Ok(Reply::Created(self.node(attr.ino)?, attr))
+        self.created(attr)
     }
 
     /// Opens, for CREATE, a file that has just been looked up; gives the lookup back on failure.
@@ -397,7 +486,10 @@ impl Server {
         self.volume.readdir_plus(dir, cookie, &mut |entry, attr| {
             // The kernel takes no lookup for the dots, so they go without a node.
             let dots = entry.name == b"." || entry.name == b"..";
-            let known = attr.filter(|_| !dots).map(|attr| (self.node(attr.ino).unwrap_or(0), attr));
+            let known = attr.filter(|_| !dots).map(|attr| {
+                let node = self.node(attr.ino).unwrap_or(0);
+                (node, attr, self.trust(node, attr))
+            });
             listing.push_plus(entry, known)
         })?;
         Ok(Reply::Body(listing.len()))

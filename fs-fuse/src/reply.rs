@@ -29,6 +29,18 @@ const ATTR_VALID_SECS_CHANGED: u64 = 1;
 /// "Lately": longer than data stays unwritten.
 const CHANGED_LATELY_SECS: i64 = 60;
 
+/// How long the kernel may go by attributes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trust {
+    /// For good, but not for long when the file was changed lately.
+    #[default]
+    Usual,
+    /// For good, whatever the file; they are invalidated otherwise.
+    Lasting,
+    /// Not at all: it asks before each use.
+    Never,
+}
+
 /// What an operation answers. Numbers of inodes are already the kernel's.
 #[derive(Debug)]
 pub enum Reply {
@@ -39,15 +51,15 @@ pub enum Reply {
     /// What was agreed on.
     Init(wire::InitOut),
     /// An inode found or made under a name: node number and attributes.
-    Entry(u64, Attr),
+    Entry(u64, Attr, Trust),
     /// The name does not exist, and the kernel may remember that.
     NoEntry,
     /// An inode made and opened.
-    Created(u64, Attr),
+    Created(u64, Attr, Trust),
     /// Attributes.
-    Attr(Attr),
+    Attr(Attr, Trust),
     /// Attributes for statx(2).
-    Statx(Attr),
+    Statx(Attr, Trust),
     /// The first bytes of the body.
     Body(usize),
     /// Bytes written or copied, or the length of an attribute value.
@@ -123,27 +135,29 @@ impl Reply {
             Reply::Silent => None,
             Reply::Done => fixed(&[]),
             Reply::Init(out) => fixed(out.as_bytes()),
-            Reply::Entry(node, attr) => fixed(entry_out(*node, attr, now).as_bytes()),
+            Reply::Entry(node, attr, trust) => {
+                fixed(entry_out(*node, attr, *trust, now).as_bytes())
+            }
             Reply::NoEntry => {
                 let none = wire::EntryOut { entry_valid: ENTRY_VALID_SECS, ..Default::default() };
                 fixed(none.as_bytes())
             }
-            Reply::Created(node, attr) => {
-                let entry = entry_out(*node, attr, now);
+            Reply::Created(node, attr, trust) => {
+                let entry = entry_out(*node, attr, *trust, now);
                 let open =
                     wire::OpenOut { open_flags: wire::fopen::KEEP_CACHE, ..Default::default() };
                 fixed(wire::CreateOut { entry, open }.as_bytes())
             }
-            Reply::Attr(attr) => fixed(
+            Reply::Attr(attr, trust) => fixed(
                 wire::AttrOut {
-                    attr_valid: attr_valid(attr, now),
+                    attr_valid: attr_valid(attr, *trust, now),
                     attr_valid_nanos: 0,
                     dummy: 0,
                     attr: wire_attr(attr),
                 }
                 .as_bytes(),
             ),
-            Reply::Statx(attr) => fixed(statx_out(attr, now).as_bytes()),
+            Reply::Statx(attr, trust) => fixed(statx_out(attr, *trust, now).as_bytes()),
             Reply::Body(len) => Some((Head::new(unique, 0, &[], *len), *len)),
             Reply::Size(size) => fixed(wire::SizeOut { size: *size, padding: 0 }.as_bytes()),
             Reply::Wide(value) => fixed(value.as_bytes()),
@@ -156,7 +170,12 @@ impl Reply {
     }
 }
 
-fn attr_valid(attr: &Attr, now: i64) -> u64 {
+fn attr_valid(attr: &Attr, trust: Trust, now: i64) -> u64 {
+    match trust {
+        Trust::Usual => {}
+        Trust::Lasting => return ATTR_VALID_SECS,
+        Trust::Never => return 0,
+    }
     let age = now.saturating_sub(attr.ctime.secs);
     let settled = attr.mode & mode::TYPE != mode::REGULAR || age > CHANGED_LATELY_SECS;
     if settled {
@@ -187,12 +206,12 @@ fn wire_attr(attr: &Attr) -> wire::WireAttr {
     }
 }
 
-fn entry_out(node: u64, attr: &Attr, now: i64) -> wire::EntryOut {
+fn entry_out(node: u64, attr: &Attr, trust: Trust, now: i64) -> wire::EntryOut {
     wire::EntryOut {
         node,
         generation: attr.generation,
         entry_valid: ENTRY_VALID_SECS,
-        attr_valid: attr_valid(attr, now),
+        attr_valid: attr_valid(attr, trust, now),
         entry_valid_nanos: 0,
         attr_valid_nanos: 0,
         attr: wire_attr(attr),
@@ -203,12 +222,12 @@ fn statx_time(t: Timestamp) -> wire::StatxTime {
     wire::StatxTime { secs: t.secs, nanos: t.nanos, reserved: 0 }
 }
 
-fn statx_out(attr: &Attr, now: i64) -> wire::StatxOut {
+fn statx_out(attr: &Attr, trust: Trust, now: i64) -> wire::StatxOut {
     const BASIC_STATS_AND_BTIME: u32 = 0xfff;
     // STATX_ATTR_COMPRESSED, _IMMUTABLE, _APPEND and _NODUMP have the numbers of the flags.
     const ATTRIBUTES: u32 = flag::COMPRESS | flag::IMMUTABLE | flag::APPEND | flag::NODUMP;
     wire::StatxOut {
-        attr_valid: attr_valid(attr, now),
+        attr_valid: attr_valid(attr, trust, now),
         attr_valid_nanos: 0,
         flags: 0,
         spare: [0; 2],
@@ -281,9 +300,9 @@ impl<'a> Listing<'a> {
 
     /// Adds an entry of READDIRPLUS; false when there is no more room. Without attributes (node
     /// 0) the kernel learns the name only and looks it up when needed.
-    pub fn push_plus(&mut self, entry: &DirEntry<'_>, known: Option<(u64, &Attr)>) -> bool {
+    pub fn push_plus(&mut self, entry: &DirEntry<'_>, known: Option<(u64, &Attr, Trust)>) -> bool {
         let head = match known {
-            Some((node, attr)) => entry_out(node, attr, self.now),
+            Some((node, attr, trust)) => entry_out(node, attr, trust, self.now),
             None => wire::EntryOut::default(),
         };
         self.put(head.as_bytes(), entry)
@@ -351,8 +370,9 @@ mod tests {
             project: 0,
             version: 0,
         };
-        assert_eq!(attr_valid(&attr(mode::REGULAR, 1000), 1010), ATTR_VALID_SECS_CHANGED);
-        assert_eq!(attr_valid(&attr(mode::REGULAR, 1000), 2000), ATTR_VALID_SECS);
-        assert_eq!(attr_valid(&attr(mode::DIRECTORY, 1000), 1010), ATTR_VALID_SECS);
+        let valid = |file_type, now| attr_valid(&attr(file_type, 1000), Trust::Usual, now);
+        assert_eq!(valid(mode::REGULAR, 1010), ATTR_VALID_SECS_CHANGED);
+        assert_eq!(valid(mode::REGULAR, 2000), ATTR_VALID_SECS);
+        assert_eq!(valid(mode::DIRECTORY, 1010), ATTR_VALID_SECS);
     }
 }

@@ -59,7 +59,10 @@ pub enum Op<'a> {
         count: u64,
     },
     BatchForget(Forgets<'a>),
-    GetAttr,
+    GetAttr {
+        /// On behalf of an open file: a write, or a read or seek that depends on the size.
+        by_handle: bool,
+    },
     Statx,
     SetAttr(SetAttr),
     ReadLink,
@@ -315,7 +318,10 @@ fn decode_op<'a>(
             body.take::<wire::BatchForgetIn>()?;
             Op::BatchForget(Forgets(body.part()))
         }
-        opcode::GETATTR => Op::GetAttr,
+        opcode::GETATTR => {
+            let args: wire::GetattrIn = body.take()?;
+            Op::GetAttr { by_handle: args.getattr_flags & wire::GETATTR_BY_HANDLE != 0 }
+        }
         opcode::STATX => Op::Statx,
         opcode::SETATTR => Op::SetAttr(setattr(&body.take()?)),
         opcode::READLINK => Op::ReadLink,

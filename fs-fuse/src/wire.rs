@@ -123,6 +123,9 @@ pub mod fopen {
     pub const CACHE_DIR: u32 = 1 << 3;
 }
 
+/// Bit of [`GetattrIn::getattr_flags`]: asked on behalf of an open file, by read(2), write(2) or
+/// lseek(2); not by stat(2), fstat(2) or a permission check.
+pub const GETATTR_BY_HANDLE: u32 = 1 << 0;
 /// Bit of [`WriteIn::write_flags`]: clear set-user-id, set-group-id and capabilities.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// Bit of [`FsyncIn::fsync_flags`]: fdatasync(2).
@@ -310,6 +313,14 @@ pub struct ForgetOne {
 pub struct BatchForgetIn {
     pub count: u32,
     pub dummy: u32,
+}
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct GetattrIn {
+    pub getattr_flags: u32,
+    pub dummy: u32,
+    pub handle: u64,
 }
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

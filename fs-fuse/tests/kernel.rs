@@ -334,6 +334,112 @@ fn seek_over_dirty_pages(mount: &Mount) {
 }
 
 #[test]
+fn who_goes_on_writing_to_a_full_filesystem_is_told() {
+    if !can_mount() {
+        return;
+    }
+    const MIB: usize = 1 << 20;
+    let mount = Mount::on_image("rw");
+    let capacity = |mib: usize| {
+        let value = (mib * MIB).to_string();
+        let name = "user.capacity";
+        rfs::setxattr(mount.path(), name, value.as_bytes(), XattrFlags::empty()).unwrap();
+    };
+    capacity(8);
+    let path = mount.file("f");
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(&path).unwrap();
+    let full = |result: std::io::Result<()>| {
+        result.is_err_and(|error| error.raw_os_error() == Some(Errno::NOSPC.raw_os_error()))
+    };
+    file.write_all_at(&vec![1; 16 * MIB], 0).unwrap();
+    assert!(full(file.sync_data()), "more was stored than there is room for");
+    // What is written right behind the refusal may still be taken.
+    let write = |piece: u64| file.write_all_at(&vec![2; MIB], (16 + piece) * MIB as u64);
+    let told = (0..1000).find(|piece| {
+        std::thread::sleep(Duration::from_millis(1));
+        full(write(*piece))
+    });
+    let told = told.expect("the kernel takes more and more");
+    assert!((0..10).all(|piece| full(write(told + piece))), "and then again");
+    let appended = OpenOptions::new().append(true).open(&path).unwrap().write_all(&vec![3; MIB]);
+    assert!(full(appended), "another handle is told nothing");
+
+    // Reads, also across the end, seeks and stat are none of it; nor are other files.
+    for _ in 0..3 {
+        let size = file.metadata().unwrap().len();
+        assert_eq!(size, (16 + told) * MIB as u64);
+        assert_eq!(file.read_at(&mut [0; 4096], size - 100).unwrap(), 100);
+        assert_eq!(file.read_at(&mut [0; 4096], size).unwrap(), 0);
+        assert_eq!((&file).seek(SeekFrom::End(0)).unwrap(), size);
+        std::thread::sleep(Duration::from_millis(400));
+    }
+    fs::write(mount.file("other"), "").unwrap();
+
+    // There is room again.
+    capacity(64);
+    write(told).unwrap();
+    assert!(full(file.sync_data()) || told == 0, "what was taken before is not reported");
+    write(told + 1).unwrap();
+    file.sync_data().unwrap();
+}
+
+#[test]
+fn a_file_cut_to_nothing_is_written_like_any_other() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::on_image("rw");
+    let name = "user.capacity";
+    rfs::setxattr(mount.path(), name, b"1000000", XattrFlags::empty()).unwrap();
+    let path = mount.file("f");
+    let file = File::create(&path).unwrap();
+    file.write_all_at(&vec![1; 2 << 20], 0).unwrap();
+    assert!(file.sync_data().is_err());
+    drop(file);
+    for _ in 0..10 {
+        fs::write(&path, vec![7; 100_000]).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), vec![7; 100_000]);
+    }
+}
+
+#[test]
+fn a_file_that_never_changes_is_not_opened_for_writing() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::on_image("rw");
+    let path = mount.file("f");
+    fs::write(&path, "content").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+    rfs::setxattr(&path, "user.frozen", b"1", XattrFlags::empty()).unwrap();
+    // The kernel has known it as another.
+    fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+    for _ in 0..3 {
+        for flags in [OFlags::WRONLY, OFlags::RDWR, OFlags::WRONLY | OFlags::APPEND] {
+            let opened = rfs::open(&path, flags, Mode::empty()).map(drop);
+            assert_eq!(opened, Err(Errno::ROFS), "{flags:?}");
+        }
+        let created = rfs::open(&path, OFlags::RDWR | OFlags::CREATE, Mode::from(0o600));
+        assert_eq!(created.map(drop), Err(Errno::ROFS));
+        assert_eq!(rfs::access(&path, rfs::Access::WRITE_OK), Err(Errno::ROFS));
+        rfs::access(&path, rfs::Access::READ_OK).unwrap();
+        // All of it, over the end.
+        assert_eq!(fs::read(&path).unwrap(), b"content");
+        let mut file = File::open(&path).unwrap();
+        assert_eq!(file.seek(SeekFrom::End(0)).unwrap(), 7);
+        assert_eq!(file.read(&mut [0; 10]).unwrap(), 0);
+    }
+    // Others are asked nothing.
+    let other = mount.file("other");
+    fs::write(&other, "").unwrap();
+    let asked = mount.count("getattr");
+    for _ in 0..100 {
+        drop(OpenOptions::new().write(true).open(&other).unwrap());
+    }
+    assert!(mount.count("getattr") < asked + 10, "opens have become slower");
+}
+
+#[test]
 fn a_mapped_file_shows_and_stores_the_same_bytes() {
     if !can_mount() {
         return;

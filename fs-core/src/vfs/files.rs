@@ -244,8 +244,7 @@ impl Volume {
         if bytes.is_empty() {
             return Ok(offset);
         }
-        let room = sector_round(bytes.len() as u64) + 2 * SECTOR_BYTES;
-        let items = 3 + room.div_ceil(512 << 10);
+        let (room, items) = write_room(bytes.len() as u64);
         let inode = self.inode(ino)?;
         let mut reservation = match self.reserve(room, items, Class::Normal) {
             Err(Error::NoSpace) => self.promised_room(&inode, offset, bytes.len() as u64, items)?,
@@ -301,6 +300,15 @@ impl Volume {
             self.write_early(&inode);
         }
         Ok(at)
+    }
+
+    pub(super) fn do_check_write(&self, ino: Ino, bytes: u64) -> Result<()> {
+        let (room, items) = write_room(bytes);
+        match self.reserve(room, items, Class::Normal) {
+            // It depends on where it would be written.
+            Err(Error::NoSpace) if self.inode(ino)?.state.read().item.promised_bytes > 0 => Ok(()),
+            reserved => reserved.map(drop),
+        }
     }
 
     /// Room for a write into a range that fallocate promised, when there is no other.
@@ -810,6 +818,12 @@ impl Volume {
         }
         Ok(done)
     }
+}
+
+/// Bytes of data, and items, that a write of so many bytes may need.
+fn write_room(bytes: u64) -> (u64, u64) {
+    let room = sector_round(bytes) + 2 * SECTOR_BYTES;
+    (room, 3 + room.div_ceil(512 << 10))
 }
 
 fn is_full(reserved: &Result<Reservation>) -> bool {

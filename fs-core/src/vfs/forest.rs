@@ -693,6 +693,21 @@ impl Filesystem for Forest {
         held.write(inner, offset, data, flags)
     }
 
+    fn check_write(&self, ino: Ino, bytes: u64) -> Result<()> {
+        let (held, inner) = self.place(ino)?;
+        held.check_write(inner, bytes)
+    }
+
+    fn never_changes(&self, ino: Ino) -> bool {
+        match parts(ino) {
+            // A mount of a snapshot is read-only as a whole. There are no files in the others.
+            (0 | CONTROL, _) => false,
+            (slot, _) => {
+                self.slots.read().open.get(&slot).is_some_and(|slot| slot.volume.is_snapshot())
+            }
+        }
+    }
+
     fn fallocate(&self, ino: Ino, op: Fallocate, offset: u64, len: u64) -> Result<()> {
         let (held, inner) = self.place(ino)?;
         held.fallocate(inner, op, offset, len)

@@ -259,6 +259,18 @@ pub trait Filesystem: Send + Sync {
     fn read(&self, ino: Ino, offset: u64, out: &mut [u8]) -> Result<usize>;
     /// Writes all of `data`; returns the offset it was written at.
     fn write(&self, ino: Ino, offset: u64, data: &[u8], flags: WriteFlags) -> Result<u64>;
+    /// Whether a write of so many bytes somewhere in a file would be refused now, as far as the
+    /// state of the pool and its room decide that. May wait for a commit, as the write would.
+    fn check_write(&self, ino: Ino, bytes: u64) -> Result<()> {
+        let _ = (ino, bytes);
+        Ok(())
+    }
+    /// Whether an inode is one of a snapshot in a mount that otherwise takes changes: a driver must
+    /// not let it be opened for writing. May be called by `each` of a listing.
+    fn never_changes(&self, ino: Ino) -> bool {
+        let _ = ino;
+        false
+    }
     fn fallocate(&self, ino: Ino, op: Fallocate, offset: u64, len: u64) -> Result<()>;
     /// Position of the next data or hole at or after `offset`; ENXIO beyond the end.
     fn seek(&self, ino: Ino, offset: u64, what: Seek) -> Result<u64>;

@@ -443,6 +443,10 @@ impl Filesystem for Volume {
         self.do_write(ino, offset, data, flags)
     }
 
+    fn check_write(&self, ino: Ino, bytes: u64) -> Result<()> {
+        self.do_check_write(ino, bytes)
+    }
+
     fn fallocate(&self, ino: Ino, op: Fallocate, offset: u64, len: u64) -> Result<()> {
         self.do_fallocate(ino, op, offset, len)
     }

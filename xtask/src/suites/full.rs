@@ -16,9 +16,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const POOL_BYTES: u64 = 64 << 20;
 const PIECE: usize = 1 << 20;
+/// How much more than there is room for a writer may be rid of before it is told.
+const TAKEN_MAX: u64 = 4 * POOL_BYTES;
+/// Longer than a program writes that is told in time.
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// Fills a filesystem in each way.
 ///
@@ -32,6 +37,7 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
     for command in COMMANDS {
         program(volume.dir(), &source, command).with_context(|| command.join(" "))?;
     }
+    endless(&mut volume).context("a writer that does not stop by itself")?;
     copies(&mut volume, &source).context("copies of small files")?;
     for (what, flag) in [("O_DIRECT", OFlags::DIRECT), ("O_DSYNC", OFlags::DSYNC)] {
         acknowledged(&mut volume, Some(flag)).context(what)?;
@@ -43,12 +49,13 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
 }
 
 /// What people copy with: `SOURCE` is twice as long as there is room, `FILE` on the filesystem.
-const COMMANDS: [&[&str]; 6] = [
+const COMMANDS: [&[&str]; 7] = [
     &["cp", "SOURCE", "FILE"],
     &["dd", "if=SOURCE", "of=FILE", "bs=64k"],
     &["dd", "if=SOURCE", "of=FILE", "bs=64k", "conv=fsync"],
     &["dd", "if=SOURCE", "of=FILE", "bs=64k", "oflag=direct"],
     &["sh", "-c", "exec cat SOURCE > FILE"],
+    &["sh", "-c", "while cat SOURCE; do :; done 2> /dev/null | dd of=FILE bs=1M"],
     &["tar", "-cf", "FILE", "SOURCE"],
 ];
 
@@ -57,12 +64,45 @@ fn program(dir: &Path, source: &Path, command: &[&str]) -> Result<()> {
     let (source, name) = (source.display().to_string(), target.display().to_string());
     let words: Vec<String> =
         command.iter().map(|word| word.replace("SOURCE", &source).replace("FILE", &name)).collect();
-    let out = Cmd::new(&words[0]).args(&words[1..]).output()?;
+    let out = Cmd::new(&words[0]).args(&words[1..]).limit(LIMIT).output()?;
     let said = out.stderr;
     ensure!(out.code != Some(0), "it says that everything fitted");
     ensure!(said.contains("No space left on device"), "it says: {said}");
     fs::remove_file(&target)?;
     Ok(())
+}
+
+/// Who goes on writing, and never syncs or closes, is told; what is written when there is room again
+/// is stored.
+fn endless(volume: &mut Volume<'_>) -> Result<()> {
+    let other = volume.dir().join("other");
+    fs::write(&other, noise(6, POOL_BYTES as usize / 4))?;
+    File::open(&other)?.sync_all()?;
+    let path = volume.dir().join("file");
+    let mut file = OpenOptions::new().read(true).append(true).create_new(true).open(&path)?;
+    let piece = noise(7, PIECE);
+    let mut taken = 0;
+    let error = loop {
+        match file.write_all(&piece) {
+            Ok(()) => taken += PIECE as u64,
+            Err(error) => break error,
+        }
+        ensure!(taken < TAKEN_MAX, "{taken} bytes were taken, and it goes on");
+    };
+    no_space(&error)?;
+    let size = file.metadata()?.len();
+    ensure!(file.read_at(&mut [0; PIECE], size - 100)? == 100, "it cannot be read any more");
+    // It may have been told of everything.
+    let _ = file.sync_data();
+    std::thread::sleep(Duration::from_secs(2));
+    fs::remove_file(&other)?;
+    file.write_all(&piece).context("there is room again")?;
+    file.sync_data().context("there is room again")?;
+    let end = file.metadata()?.len() - PIECE as u64;
+    volume.remount()?;
+    let found = fs::read(&path)?;
+    ensure!(found.get(end as usize..) == Some(&piece[..]), "what was synced at last is lost");
+    empty(volume.dir())
 }
 
 /// Files that `cp` says it has copied have their content, the last before the first refusal too.
