@@ -7,6 +7,7 @@ use cairn_host::admin::{
 };
 use cairn_host::parse::format_uuid;
 use cairn_host::versions::{self, Change};
+use fs_core::engine::versions::VersionOp;
 use fs_core::engine::{DamagedFile, Engine};
 use fs_core::error::{Errno, Error};
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
@@ -14,17 +15,21 @@ use fs_core::format::FORMAT_VERSION;
 use fs_core::space::KindUsage;
 use fs_core::subvol::store::DataSettings;
 use fs_core::vfs::{Filesystem, Forest, Volume};
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Bytes of names of damaged files that are told at once: a message has a bound.
 const DAMAGED_BYTES_MAX: usize = 512 << 10;
 
-/// How long a change waits for operations under way on what it deletes or rolls back.
+/// How long a change waits for operations under way in what it deletes or rolls back. Others that
+/// come to it wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Answers requests about what is mounted; `kernel` is told what changes.
 pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
+    // One change after another: what one holds off another may let in.
+    let changing = Mutex::new(());
     Arc::new(move |request| {
         let volume = forest.base();
         match request {
@@ -77,10 +82,13 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
                     Err(sentence) => Reply::Failed(sentence),
                 }
             }
-            Request::Change(change) => match carry_out(&forest, &kernel, &change) {
-                Ok(()) => Reply::Changed,
-                Err(sentence) => Reply::Failed(sentence),
-            },
+            Request::Change(change) => {
+                let _one = changing.lock();
+                match carry_out(&forest, &kernel, &change) {
+                    Ok(()) => Reply::Changed,
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
         }
     })
 }
@@ -95,29 +103,41 @@ fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), St
         return Err("that is what is mounted: unmount it, and name the device instead".into());
     }
     let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
-    // Inodes that were let go of are stale whatever comes of it; so not for what cannot be done.
-    engine.store.writable().map_err(|error| versions::sentence(&error, change))?;
-    let begun = Instant::now();
-    let made = loop {
-        // Whoever comes to it meanwhile opens it again.
-        ends.iter().for_each(|id| forest.let_go(*id));
-        match engine.change_versions(ops.clone()) {
-            Err(Error::Posix(Errno::Busy)) if begun.elapsed() < PATIENCE && !ends.is_empty() => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            done => break done.map_err(|error| versions::sentence(&error, change)),
-        }
-    };
-    if made.is_ok() {
-        // Snapshots that are gone; space they held comes free when nobody looks into them.
-        versions::gone(engine, &touched).into_iter().for_each(|id| forest.let_go(id));
-    }
-    let made_ids = made.iter().flatten().copied();
-    places.extend(touched.iter().copied().chain(made_ids).filter_map(|id| forest.appears(id)));
+    let made = change_undisturbed(forest, ops, &ends);
+    let made = made.map_err(|error| versions::sentence(&error, change))?;
+    // Snapshots that are gone; space they held comes free when nobody looks into them.
+    versions::gone(engine, &touched).into_iter().for_each(|id| forest.let_go(id));
+    places.extend(touched.into_iter().chain(made).filter_map(|id| forest.appears(id)));
     for (dir, name) in places {
         kernel.name_changed(dir.0, &name);
     }
-    made.map(drop)
+    Ok(())
+}
+
+/// Carries operations out while nobody is in the versions that end with them. If nothing comes of
+/// it those are as they were: files stay open, and what is written to them is kept.
+fn change_undisturbed(
+    forest: &Forest,
+    ops: Vec<VersionOp>,
+    ends: &[u64],
+) -> Result<Vec<u64>, Error> {
+    let engine = forest.base().engine();
+    engine.store.writable()?;
+    let begun = Instant::now();
+    let made = loop {
+        if forest.hold_off(ends) {
+            break engine.change_versions(ops);
+        }
+        if begun.elapsed() >= PATIENCE {
+            break Err(Errno::Busy.into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    match &made {
+        Ok(_) => ends.iter().for_each(|id| forest.let_go(*id)),
+        Err(_) => forest.let_in(ends),
+    }
+    made
 }
 
 fn pool_info(volume: &Volume) -> PoolInfo {

@@ -25,15 +25,27 @@
 //! | [`CONTROL`] | `.cairn` and `.cairn/snapshot` of subvolumes |
 //!
 //! So the numbers of most versions are the same in every mount, and file handles outlive one. A
-//! slot is never given to another version: a number that a driver remembers names what it named, or
-//! nothing (ESTALE). After a rollback a subvolume gets another slot, because what drivers remember
-//! of it is wrong. Generations carry the version's number, so that a handle of a slot that was
-//! given away by one mount does not fit what has that slot in the next.
+//! slot is not given to another version as long as drivers hold on to an inode of the one that had
+//! it: a number that a driver remembers names what it named, or nothing (ESTALE). After a rollback a
+//! subvolume gets another slot, because what drivers remember of it is wrong. Generations carry the
+//! version's number, so that a handle does not fit what has its slot later, or in another mount.
+//! Listing gives no slots.
+//!
+//! A handle may carry any number. It leads only to what the mount shows: the subvolume that is
+//! mounted, those below it, and their snapshots.
+//!
+//! # Use
 //!
 //! A version is opened when somebody comes to its slot, and closed when drivers have forgotten all
-//! its inodes: the engine deletes no subvolume that is open, and a snapshot that is deleted stays
-//! as long as it is open. Who deletes one in spite of that lets go of it first
-//! ([`Forest::let_go`]): files that are open in it are stale then.
+//! its inodes: the engine deletes no subvolume that is in use, and a snapshot that is deleted stays
+//! as long as it is open. Who is to delete one, or to roll it back, holds everybody off first, and
+//! then lets go of it or lets everybody in again, whatever the engine decides:
+//!
+//! ```text
+//! open --hold_off()--> held off: who comes waits --nobody is in it--> not in use
+//! held off --let_in()--> open, as before
+//! held off --let_go()--> stale --drivers have forgotten all--> free
+//! ```
 
 #[cfg(test)]
 mod tests;
@@ -43,7 +55,7 @@ use crate::error::{Errno, Error};
 use crate::format::inode::mode;
 use crate::format::pool::{INO_MAX, ROOT_INO};
 use crate::subvol::versions::{Versions, CONTROL_NAME};
-use crate::sync::{Rank, RwLock};
+use crate::sync::{Rank, RwLock, Signal};
 use crate::units::{Ino, TreeId};
 use crate::vfs::{
     AccessTime, Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr,
@@ -54,6 +66,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
 use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Spreads the numbers of versions over generations, of which drivers remember 32 bits.
+const GENERATION_STEP: u64 = 0x9e37_79b1;
 
 /// Bits of a number within a slot.
 const INNER_BITS: u32 = 48;
@@ -72,8 +87,8 @@ const _: () = assert!(INO_MAX >> INNER_BITS == 0);
 struct Slot {
     number: u16,
     volume: Arc<Volume>,
-    /// How often drivers hold on to inodes of it.
-    lookups: AtomicU64,
+    /// How often drivers hold on to inodes of it. Outlives the slot.
+    lookups: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -83,8 +98,83 @@ struct Slots {
     numbers: BTreeMap<u64, u16>,
     /// The version of each slot that has not its version's number.
     given: BTreeMap<u16, u64>,
-    /// Slots of what is gone.
-    stale: BTreeSet<u16>,
+    /// Slots of what is gone, and how often drivers still hold on to inodes of it.
+    stale: BTreeMap<u16, Arc<AtomicU64>>,
+    /// Slots that nobody may come to for the moment.
+    held_off: BTreeSet<u16>,
+    /// The slot that was given last to a version that has another number.
+    last: u16,
+}
+
+impl Slots {
+    /// The version that a slot is for, or would be.
+    fn version_of(&self, slot: u16) -> u64 {
+        self.given.get(&slot).copied().unwrap_or(u64::from(slot))
+    }
+
+    fn is_free(&self, slot: u16) -> bool {
+        let has_own = self.numbers.get(&u64::from(slot)) == Some(&slot);
+        !has_own && !self.stale.contains_key(&slot) && !self.given.contains_key(&slot)
+    }
+
+    /// The slot that a version has, or its own number if that is free.
+    fn peek(&self, id: u64) -> Option<u16> {
+        let own = || u16::try_from(id).ok().filter(|slot| (1..CONTROL).contains(slot));
+        self.numbers.get(&id).copied().or_else(|| own().filter(|slot| self.is_free(*slot)))
+    }
+
+    /// A version that is open in a slot, if that is its slot and not held off.
+    fn open_at(&self, slot: u16, id: u64) -> Option<Arc<Slot>> {
+        let is_its = self.numbers.get(&id) == Some(&slot) && !self.held_off.contains(&slot);
+        self.open.get(&slot).filter(|_| is_its).cloned()
+    }
+
+    /// The next slot for which something holds, and that is the last one that was given. What has no
+    /// version of that number yet may get one, so it goes from the top downwards, and round.
+    fn next_slot(&mut self, suits: impl Fn(&Slots, u16) -> bool) -> Option<u16> {
+        let last = self.last;
+        let mut round = (1..last).rev().chain((last.max(1)..CONTROL).rev());
+        self.last = round.find(|slot| suits(self, *slot))?;
+        Some(self.last)
+    }
+
+    /// A slot that a version had which nobody uses and of which drivers have forgotten all; the one
+    /// that has had it longest.
+    fn take_back(&mut self) -> Option<u16> {
+        let is_unused = |slots: &Slots, slot: u16| {
+            let is_used = slots.open.contains_key(&slot) || slots.held_off.contains(&slot);
+            !is_used && !slots.stale.contains_key(&slot)
+        };
+        let slot = self.next_slot(is_unused)?;
+        let id = self.version_of(slot);
+        if self.numbers.get(&id) == Some(&slot) {
+            self.numbers.remove(&id);
+        }
+        self.given.remove(&slot);
+        Some(slot)
+    }
+
+    /// Gives a version a slot, unless it has one. `None` when drivers hold on to inodes in all.
+    fn give(&mut self, id: u64) -> Option<u16> {
+        let mut slot = self.peek(id);
+        if slot.is_none() && self.numbers.len() + self.stale.len() < usize::from(CONTROL) - 1 {
+            slot = self.next_slot(Slots::is_free);
+        }
+        let slot = slot.or_else(|| self.take_back())?;
+        if u64::from(slot) != id {
+            self.given.insert(slot, id);
+        }
+        self.numbers.insert(id, slot);
+        Some(slot)
+    }
+
+    /// Drivers hold on to inodes of something stale less often: maybe its slot is free again.
+    fn free_forgotten(&mut self, slot: u16) {
+        let lookups = self.stale.get(&slot).map(|lookups| lookups.load(Ordering::Relaxed));
+        if lookups == Some(0) {
+            self.stale.remove(&slot);
+        }
+    }
 }
 
 /// A mount over several subvolumes and snapshots.
@@ -93,6 +183,8 @@ pub struct Forest {
     access_time: AccessTime,
     /// What slots there are. Nothing that waits is called with it held.
     slots: RwLock<Slots>,
+    /// Notified when somebody is let in again.
+    let_in: Signal,
 }
 
 /// A directory that is not on disk, of the subvolume with that number.
@@ -203,7 +295,8 @@ impl Forest {
     /// A mount that shows `base`, and through it what is in it.
     pub fn new(base: Arc<Volume>) -> Arc<Forest> {
         let access_time = base.access_time;
-        Arc::new(Forest { base, access_time, slots: RwLock::ranked(Rank::Leaf, Slots::default()) })
+        let slots = RwLock::ranked(Rank::Leaf, Slots::default());
+        Arc::new(Forest { base, access_time, slots, let_in: Signal::new() })
     }
 
     /// What is mounted.
@@ -219,17 +312,25 @@ impl Forest {
         if slot == 0 {
             return Ok(Held::Base(&self.base));
         }
-        let id = {
+        let id = loop {
             let slots = self.slots.read();
+            if slots.held_off.contains(&slot) {
+                drop(slots);
+                self.wait_for(slot);
+                continue;
+            }
             if let Some(open) = slots.open.get(&slot) {
                 return Ok(Held::Slot(open.clone()));
             }
-            if slots.stale.contains(&slot) {
+            if slots.stale.contains_key(&slot) {
                 return Err(stale());
             }
-            slots.given.get(&slot).copied().unwrap_or(u64::from(slot))
+            break slots.version_of(slot);
         };
         // Nobody looked the version up in this mount, or all of it was forgotten.
+        if !self.reaches(id) {
+            return Err(stale());
+        }
         let held = self.open(id).map_err(|error| match error {
             Error::Posix(Errno::NoEnt) => stale(),
             error => error,
@@ -241,13 +342,43 @@ impl Forest {
         }
     }
 
+    /// Waits while a slot is held off.
+    fn wait_for(&self, slot: u16) {
+        self.let_in.wait_until(|| !self.slots.read().held_off.contains(&slot));
+    }
+
+    /// Whether a version is one that the mount shows: what is mounted, what is below it, or one of
+    /// their snapshots.
+    fn reaches(&self, id: u64) -> bool {
+        if self.base.is_snapshot() {
+            return id == self.base.version();
+        }
+        self.engine().with_versions(|versions| {
+            let owner = |id: u64| {
+                let version = versions.get(id)?;
+                match version.item.is_snapshot() {
+                    true => versions.get(version.item.owner),
+                    false => Some(version),
+                }
+            };
+            let (Some(base), Some(found)) = (owner(self.base.version()), owner(id)) else {
+                return false;
+            };
+            let below = found.name.strip_prefix(&base.name[..]);
+            below.is_some_and(|rest| {
+                base.name.is_empty() || rest.is_empty() || rest.starts_with(b"/")
+            })
+        })
+    }
+
     fn node(&self, ino: Ino) -> Result<Node<'_>> {
         match parts(ino) {
             (CONTROL, inner) => {
                 let control = Control::of(inner);
-                match self.engine().subvol(TreeId(control.subvolume())) {
-                    Some(_) => Ok(Node::Control(control)),
-                    None => Err(stale()),
+                let id = control.subvolume();
+                match self.engine().subvol(TreeId(id)) {
+                    Some(_) if self.reaches(id) => Ok(Node::Control(control)),
+                    _ => Err(stale()),
                 }
             }
             (slot, inner) => Ok(Node::In(self.held(slot)?, inner)),
@@ -270,42 +401,62 @@ impl Forest {
         if let Some(slot) = self.slots.read().numbers.get(&id) {
             return Ok(*slot);
         }
-        let mut slots = self.slots.write();
-        if let Some(slot) = slots.numbers.get(&id) {
-            return Ok(*slot);
-        }
-        let own = u16::try_from(id).ok().filter(|slot| (1..CONTROL).contains(slot));
-        let free = |slot: &u16| {
-            let has_own = slots.numbers.get(&u64::from(*slot)) == Some(slot);
-            !has_own && !slots.stale.contains(slot) && !slots.given.contains_key(slot)
+        self.slots.write().give(id).ok_or(Error::Posix(Errno::NoMem))
+    }
+
+    /// What a listing shows as the number of a version's root directory: the one that it has, or
+    /// will have as a rule, or one that nothing else has. Listing gives no slot.
+    fn listed(&self, id: u64) -> Ino {
+        let slot = match id == self.base.version() {
+            true => Some(0),
+            false => self.slots.read().peek(id),
         };
-        // What has no version of that number yet may get one, so search from the top.
-        let slot = own.filter(free).or_else(|| (1..CONTROL).rev().find(free));
-        let slot = slot.ok_or(Error::Posix(Errno::NoMem))?;
-        if Some(slot) != own {
-            slots.given.insert(slot, id);
-        }
-        slots.numbers.insert(id, slot);
-        Ok(slot)
+        // No control directory of a snapshot, or of a subvolume without a slot, has been shown.
+        slot.map_or(Control::Top(id).ino(), |slot| number(slot, Ino(ROOT_INO)))
     }
 
     /// Opens a version, unless it is open.
     fn open(&self, id: u64) -> Result<Held<'_>> {
-        let number = self.slot_of(id)?;
-        if number == 0 {
-            return Ok(Held::Base(&self.base));
+        loop {
+            let number = self.slot_of(id)?;
+            if number == 0 {
+                return Ok(Held::Base(&self.base));
+            }
+            if self.is_held_off(number) {
+                self.wait_for(number);
+                continue;
+            }
+            if let Some(slot) = self.slots.read().open_at(number, id) {
+                return Ok(Held::Slot(slot));
+            }
+            // Not under the lock: it reads.
+            let volume = match Volume::of_version(self.engine().clone(), id, self.access_time) {
+                // It has been held off since.
+                Err(Error::Posix(Errno::Busy)) if self.is_held_off(number) => continue,
+                opened => opened?,
+            };
+            if let Some(held) = self.install(id, number, volume)? {
+                return Ok(held);
+            }
         }
-        if let Some(slot) = self.slots.read().open.get(&number) {
-            return Ok(Held::Slot(slot.clone()));
-        }
-        // Not under the lock: it reads.
-        let volume = Volume::of_version(self.engine().clone(), id, self.access_time)?;
-        let fresh = Arc::new(Slot { number, volume, lookups: AtomicU64::new(0) });
+    }
+
+    fn is_held_off(&self, number: u16) -> bool {
+        self.slots.read().held_off.contains(&number)
+    }
+
+    /// Puts a version that was opened into its slot; `None` when that is not the slot any more, or
+    /// is held off.
+    fn install(&self, id: u64, number: u16, volume: Arc<Volume>) -> Result<Option<Held<'_>>> {
+        let fresh = Arc::new(Slot { number, volume, lookups: Arc::default() });
         let mut many = Vec::new();
         let slot = {
             let mut slots = self.slots.write();
-            if slots.stale.contains(&number) {
+            if slots.stale.contains_key(&number) {
                 return Err(stale());
+            }
+            if slots.numbers.get(&id) != Some(&number) || slots.held_off.contains(&number) {
+                return Ok(None);
             }
             if slots.open.len() >= OPEN_MANY {
                 many.extend(slots.open.values().cloned());
@@ -317,7 +468,7 @@ impl Forest {
         for slot in many {
             slot.volume.drop_clean();
         }
-        Ok(Held::Slot(slot))
+        Ok(Some(Held::Slot(slot)))
     }
 
     /// Closes a slot of which drivers have forgotten everything.
@@ -335,16 +486,66 @@ impl Forest {
         drop(closed);
     }
 
-    /// Lets go of a version that is about to be deleted or rolled back, or was: its inodes are
-    /// stale from now on. Operations under way still use it until they end.
+    /// Keeps everybody out of versions that may be about to be deleted or rolled back. True when
+    /// nobody is in them any more, and then they are not in use; else it must be called again. Who
+    /// comes waits, until one of [`Forest::let_in`] and [`Forest::let_go`] is called for each.
+    pub fn hold_off(&self, ids: &[u64]) -> bool {
+        let open: Vec<Arc<Slot>> = {
+            let mut slots = self.slots.write();
+            let numbers = ids.iter().filter(|id| **id != self.base.version());
+            let numbers: Vec<u16> = numbers.filter_map(|id| slots.give(*id)).collect();
+            slots.held_off.extend(numbers.iter().copied());
+            let open = || numbers.iter().filter_map(|number| slots.open.get(number));
+            // Whoever begins to use one gets it from here.
+            if !open().all(|slot| Arc::strong_count(slot) == 1) {
+                return false;
+            }
+            open().cloned().collect()
+        };
+        open.iter().for_each(|slot| slot.volume.pause_use());
+        true
+    }
+
+    /// Nothing came of it: everybody may come to what was held off, and finds it as it was.
+    pub fn let_in(&self, ids: &[u64]) {
+        let mut gone = Vec::new();
+        for id in ids {
+            let open = {
+                let slots = self.slots.read();
+                slots.numbers.get(id).and_then(|number| slots.open.get(number)).cloned()
+            };
+            if open.is_some_and(|slot| slot.volume.resume_use().is_err()) {
+                // Somebody else is about to end it.
+                gone.push(*id);
+            }
+        }
+        {
+            let mut slots = self.slots.write();
+            for id in ids {
+                if let Some(number) = slots.numbers.get(id).copied() {
+                    slots.held_off.remove(&number);
+                }
+            }
+        }
+        self.let_in.notify_all();
+        gone.into_iter().for_each(|id| self.let_go(id));
+    }
+
+    /// Lets go of a version that was deleted or rolled back: its inodes are stale from now on.
+    /// Operations under way still use it until they end.
     pub fn let_go(&self, id: u64) {
         let mut slots = self.slots.write();
         let Some(number) = slots.numbers.remove(&id) else { return };
         slots.given.remove(&number);
-        slots.stale.insert(number);
+        slots.held_off.remove(&number);
         let closed = slots.open.remove(&number);
+        if let Some(slot) = &closed {
+            slots.stale.insert(number, slot.lookups.clone());
+        }
+        slots.free_forgotten(number);
         drop(slots);
         drop(closed);
+        self.let_in.notify_all();
     }
 
     /// Where a version appears: a directory, and its name there. What drivers remember of both is
@@ -364,7 +565,7 @@ impl Forest {
             Some((Ok(versions.subvolume(above)?), name.to_vec()))
         })?;
         match dir {
-            Ok(above) => Some((number(self.slot_of(above).ok()?, Ino(ROOT_INO)), name)),
+            Ok(above) => Some((self.listed(above), name)),
             Err(control) => Some((control.ino(), name)),
         }
     }
@@ -403,10 +604,8 @@ impl Forest {
             let below = self.engine().with_versions(|versions| nested(versions, id).len());
             attr.nlink = attr.nlink.saturating_add(below as u32);
         }
-        if let Held::Slot(slot) = held {
-            attr.ino = number(slot.number, attr.ino);
-            attr.generation ^= slot.volume.version();
-        }
+        attr.ino = number(held.slot(), attr.ino);
+        attr.generation ^= held.version().wrapping_mul(GENERATION_STEP);
         attr
     }
 
@@ -477,7 +676,7 @@ impl Forest {
         let above = match control {
             Control::Top(id) => {
                 entries.push((3, Control::Snapshots(id).ino(), SNAPSHOT_NAME.to_vec()));
-                number(self.slot_of(id)?, Ino(ROOT_INO))
+                self.listed(id)
             }
             Control::Snapshots(_) => {
                 let snapshots = self.engine().with_versions(|versions| {
@@ -487,7 +686,7 @@ impl Forest {
                     all
                 });
                 for (id, name) in snapshots.into_iter().filter(|(id, _)| *id > cookie) {
-                    entries.push((id, number(self.slot_of(id)?, Ino(ROOT_INO)), name));
+                    entries.push((id, self.listed(id), name));
                 }
                 Control::Top(id).ino()
             }
@@ -520,7 +719,7 @@ impl Forest {
             if at <= cookie || !is_there(id) || held.has_name(dir, &name)? {
                 continue;
             }
-            let ino = number(self.slot_of(id)?, Ino(ROOT_INO));
+            let ino = self.listed(id);
             let entry = DirEntry { ino, cookie: at, file_type: mode::DIRECTORY, name: &name };
             if !each(id, &entry) {
                 break;
@@ -577,12 +776,34 @@ impl Filesystem for Forest {
         if number == 0 {
             return self.base.forget(inner, count);
         }
-        // Of what is stale nothing is held.
-        let open = self.slots.read().open.get(&number).cloned();
-        let Some(slot) = open else { return };
+        let less = |lookups: &AtomicU64| {
+            let less = |lookups: u64| Some(lookups.saturating_sub(count));
+            lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+        };
+        let slot = loop {
+            let slots = self.slots.read();
+            if slots.held_off.contains(&number) {
+                drop(slots);
+                self.wait_for(number);
+                continue;
+            }
+            break match slots.open.get(&number) {
+                Some(slot) => slot.clone(),
+                None => {
+                    let is_last = slots
+                        .stale
+                        .get(&number)
+                        .is_some_and(|lookups| less(lookups).is_ok_and(|before| before <= count));
+                    drop(slots);
+                    if is_last {
+                        self.slots.write().free_forgotten(number);
+                    }
+                    return;
+                }
+            };
+        };
         slot.volume.forget(inner, count);
-        let less = |lookups: u64| Some(lookups.saturating_sub(count));
-        let before = slot.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let before = less(&slot.lookups);
         drop(slot);
         if before.is_ok_and(|before| before <= count) {
             self.close_forgotten(number);

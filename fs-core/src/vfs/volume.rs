@@ -18,7 +18,7 @@ use crate::space::{Class, Reservation};
 use crate::subvol::inode::{Inode, State};
 use crate::subvol::room::Pieces;
 use crate::subvol::{InUse, Subvol};
-use crate::sync::WriteGuard;
+use crate::sync::{Mutex, Rank, WriteGuard};
 use crate::units::{Ino, Txg, SECTOR_BYTES};
 use crate::vfs::{
     Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
@@ -45,8 +45,8 @@ pub struct Volume {
     pub(super) engine: Arc<Engine>,
     pub(super) subvol: Arc<Subvol>,
     is_snapshot: bool,
-    /// Keeps the subvolume from being deleted.
-    _in_use: InUse,
+    /// Keeps the subvolume from being deleted, unless that is about to be tried.
+    in_use: Mutex<Option<InUse>>,
     pub(super) access_time: AccessTime,
 }
 
@@ -84,9 +84,9 @@ impl Volume {
         subvol: Arc<Subvol>,
         access_time: AccessTime,
     ) -> Result<Arc<Volume>> {
-        let _in_use = subvol.begin_use()?;
+        let in_use = Mutex::ranked(Rank::Leaf, Some(subvol.begin_use()?));
         let is_snapshot = subvol.item().is_snapshot();
-        Ok(Arc::new(Volume { engine, subvol, is_snapshot, _in_use, access_time }))
+        Ok(Arc::new(Volume { engine, subvol, is_snapshot, in_use, access_time }))
     }
 
     /// The number of the subvolume or snapshot.
@@ -97,6 +97,24 @@ impl Volume {
     /// Whether it is a snapshot, which never changes.
     pub fn is_snapshot(&self) -> bool {
         self.is_snapshot
+    }
+
+    /// Lets the subvolume be deleted or rolled back from now on. No operation may be under way or
+    /// begin before [`Volume::resume_use`] succeeds.
+    pub(super) fn pause_use(&self) {
+        let _ = self.in_use.lock().take();
+    }
+
+    /// Keeps it from being deleted again.
+    ///
+    /// # Errors
+    /// EBUSY when it is about to be deleted or rolled back.
+    pub(super) fn resume_use(&self) -> Result<()> {
+        let mut in_use = self.in_use.lock();
+        if in_use.is_none() {
+            *in_use = Some(self.subvol.begin_use()?);
+        }
+        Ok(())
     }
 
     /// Whether a directory has an entry of that name.

@@ -167,9 +167,10 @@ fn what_was_let_go_of_is_stale_and_its_numbers_name_nothing_else() {
     let roll_back = VersionOp::Rollback { snapshot: before, keep: b"was".to_vec() };
     // As long as the mount has it open it is in use.
     assert_eq!(errno(forest.engine().change_versions(vec![roll_back.clone()])), Errno::Busy);
+    assert!(forest.hold_off(&[home]));
+    change(&forest, roll_back);
     forest.let_go(home);
     assert_eq!(errno(forest.getattr(file)), Errno::Stale);
-    change(&forest, roll_back);
     assert_eq!(errno(forest.lookup(dir, b"file")), Errno::Stale);
     let again = walk(&forest, "home/file").unwrap();
     assert!(again != file && parts(again).1 == parts(file).1);
@@ -181,8 +182,9 @@ fn what_was_let_go_of_is_stale_and_its_numbers_name_nothing_else() {
 
     let snapshots: Vec<u64> = forest.engine().with_versions(|all| all.snapshots(home));
     for id in snapshots.into_iter().chain([home]) {
-        forest.let_go(id);
+        assert!(forest.hold_off(&[id]));
         change(&forest, VersionOp::Delete { id });
+        forest.let_go(id);
     }
     assert_eq!(errno(walk(&forest, "home")), Errno::NoEnt);
     assert_eq!(errno(forest.getattr(again)), Errno::Stale);
@@ -252,4 +254,160 @@ fn a_mounted_snapshot_shows_itself_and_nothing_else() {
     assert_eq!(read(&shown, file), b"old");
     assert_eq!(errno(walk(&shown, "home")), Errno::NoEnt);
     assert_eq!(errno(walk(&shown, ".cairn")), Errno::NoEnt);
+}
+
+#[test]
+fn what_was_held_off_in_vain_is_as_it_was_and_who_came_meanwhile_has_waited() {
+    let (forest, _test) = forest();
+    let home = subvolume(&forest, "home");
+    let dir = walk(&forest, "home").unwrap();
+    let file = write(&forest, dir, "file", b"data");
+    // Open, and without a name: it goes when it is forgotten.
+    let open = write(&forest, dir, "open", b"open");
+    forest.unlink(dir, b"open").unwrap();
+    snapshot(&forest, home, "one");
+    let attr = forest.getattr(file).unwrap();
+
+    // Somebody is in it.
+    let held = forest.held(parts(dir).0).unwrap();
+    assert!(!forest.hold_off(&[home]));
+    drop(held);
+    assert!(forest.hold_off(&[home]));
+    let came = std::sync::atomic::AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let come = |what: fn(&Forest, Ino, Ino)| {
+            let (forest, came) = (&forest, &came);
+            scope.spawn(move || {
+                what(forest, dir, file);
+                came.fetch_add(1, Ordering::SeqCst);
+            });
+        };
+        come(|forest, _, file| {
+            forest.write(file, 0, b"more", WriteFlags::default()).unwrap();
+        });
+        come(|forest, dir, _| {
+            forest.lookup(dir, b"file").unwrap();
+        });
+        come(|forest, _, _| {
+            walk(forest, "home").unwrap();
+        });
+        come(|forest, _, file| forest.forget(file, 1));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(came.load(Ordering::SeqCst), 0);
+        // It has a snapshot.
+        let delete = VersionOp::Delete { id: home };
+        assert_eq!(errno(forest.engine().change_versions(vec![delete.clone()])), Errno::Busy);
+        assert_eq!(came.load(Ordering::SeqCst), 0);
+        forest.let_in(&[home]);
+    });
+    assert_eq!(read(&forest, file), b"more");
+    assert_eq!(forest.getattr(file).unwrap().generation, attr.generation);
+    assert_eq!(read(&forest, open), b"open");
+    // It is in use as before, until all is forgotten.
+    let delete = VersionOp::Delete { id: home };
+    assert_eq!(errno(forest.engine().change_versions(vec![delete])), Errno::Busy);
+    forest.forget(open, 1);
+    assert_eq!(errno(forest.getattr(open)), Errno::Stale);
+    assert_eq!(forest.statfs_at(dir).unwrap().inodes, 2);
+}
+
+#[test]
+fn listing_snapshots_gives_no_slots_and_shows_the_numbers_they_get() {
+    let (forest, _test) = forest();
+    for at in 0..20 {
+        snapshot(&forest, HOME, &std::format!("s{at}"));
+    }
+    subvolume(&forest, "home");
+    let dir = walk(&forest, ".cairn/snapshot").unwrap();
+    let listed = |dir: Ino| {
+        let mut all = BTreeMap::new();
+        forest
+            .readdir(dir, 0, &mut |entry| all.insert(entry.name.to_vec(), entry.ino).is_none())
+            .unwrap();
+        all.retain(|name, _| !name.starts_with(b"."));
+        all
+    };
+    let (snapshots, top) = (listed(dir), listed(TOP));
+    assert_eq!((snapshots.len(), top.len()), (20, 1));
+    assert!(forest.slots.read().numbers.is_empty());
+    for (name, ino) in snapshots {
+        assert_eq!(forest.lookup(dir, &name).unwrap().ino, ino);
+    }
+    assert_eq!(forest.lookup(TOP, b"home").unwrap().ino, top[&b"home"[..]]);
+}
+
+#[test]
+fn slots_that_are_forgotten_are_given_again_and_others_are_not() {
+    let mut slots = Slots::default();
+    let ids = || 1_000_000..1_000_000 + u64::from(CONTROL) - 1;
+    let given: BTreeSet<u16> = ids().map(|id| slots.give(id).unwrap()).collect();
+    assert_eq!(given.len(), usize::from(CONTROL) - 1, "a slot is given twice");
+    // All are forgotten.
+    let again: BTreeSet<u16> = (1..1000).map(|id| slots.give(id).unwrap()).collect();
+    assert_eq!(again.len(), 999);
+    // Something stale, of which drivers hold on to an inode.
+    let (mut slots, lookups) = (Slots::default(), Arc::new(AtomicU64::new(1)));
+    slots.stale.insert(CONTROL - 1, lookups.clone());
+    assert_eq!(slots.give(1 << 20), Some(CONTROL - 2));
+    slots.free_forgotten(CONTROL - 1);
+    assert_eq!(slots.give(1 << 21), Some(CONTROL - 3));
+    lookups.store(0, Ordering::Relaxed);
+    slots.free_forgotten(CONTROL - 1);
+    assert!(slots.is_free(CONTROL - 1) && !slots.is_free(CONTROL - 2));
+}
+
+#[test]
+fn a_stale_slot_is_free_when_drivers_have_forgotten_its_inodes() {
+    let (forest, _test) = forest();
+    let home = subvolume(&forest, "home");
+    let dir = walk(&forest, "home").unwrap();
+    let file = write(&forest, dir, "file", b"data");
+    assert!(forest.hold_off(&[home]));
+    change(&forest, VersionOp::Delete { id: home });
+    forest.let_go(home);
+    assert_eq!(forest.slots.read().stale.len(), 1);
+    forest.forget(file, 1);
+    forest.forget(dir, 1);
+    assert!(forest.slots.read().stale.is_empty());
+    // Whatever has the slot next: handles carry another generation.
+    assert_eq!(errno(forest.lookup(file, b".")), Errno::Stale);
+}
+
+#[test]
+fn handles_lead_to_nothing_that_the_mount_does_not_show() {
+    let (forest, _test) = forest();
+    let engine = forest.engine().clone();
+    let [home, inner, other] = ["home", "home/inner", "other"].map(|name| subvolume(&forest, name));
+    let (one, two) = (snapshot(&forest, home, "one"), snapshot(&forest, HOME, "two"));
+    let top = |id: u64| number(u16::try_from(id).unwrap(), Ino(ROOT_INO));
+    for id in [home, inner, other, one, two] {
+        forest.getattr(top(id)).unwrap();
+    }
+    let shown = Forest::new(Volume::of_version(engine.clone(), home, AccessTime::Never).unwrap());
+    for id in [inner, one] {
+        shown.getattr(top(id)).unwrap();
+        shown.lookup(top(id), b".").unwrap();
+    }
+    for id in [HOME, home, other, two] {
+        assert_eq!(errno(shown.getattr(top(id))), Errno::Stale, "{id}");
+        assert_eq!(errno(shown.lookup(top(id), b".")), Errno::Stale, "{id}");
+    }
+    assert_eq!(errno(shown.getattr(Control::Top(other).ino())), Errno::Stale);
+    shown.getattr(Control::Top(inner).ino()).unwrap();
+    let shown = Forest::new(Volume::of_version(engine, one, AccessTime::Never).unwrap());
+    for id in [HOME, home, inner, other, two] {
+        assert_eq!(errno(shown.getattr(top(id))), Errno::Stale, "{id}");
+    }
+}
+
+#[test]
+fn a_handle_of_what_was_mounted_does_not_fit_what_is_mounted_instead() {
+    let (forest, _test) = forest();
+    let engine = forest.engine().clone();
+    let ids = ["one", "two"].map(|name| subvolume(&forest, name));
+    let generations = ids.map(|id| {
+        let volume = Volume::of_version(engine.clone(), id, AccessTime::Never).unwrap();
+        Forest::new(volume).getattr(TOP).unwrap().generation as u32
+    });
+    assert_ne!(generations[0], generations[1]);
 }
