@@ -3,8 +3,8 @@
 //! The tests of the driver mount it to see what the kernel and the driver do together without
 //! the engine. Attributes `user.count.NAME` of the root directory show how often an operation was
 //! called: `sync`, `fsync`, `write`, `open-inodes` and so on. Setting `user.capacity` of the root
-//! directory makes writes beyond so many bytes in all fail; setting `user.frozen` of a file makes it
-//! one that never changes.
+//! directory makes writes beyond so many bytes in all fail; setting `user.frozen` of a file makes
+//! it one that never changes.
 
 use fs_core::error::{Errno, Error};
 use fs_core::format::inode::mode;

@@ -101,8 +101,8 @@ impl Refused {
         !self.is_empty() && self.files.lock().contains_key(&node)
     }
 
-    /// Somebody asks for attributes by handle, a write or who is not known: what to tell it. `check`
-    /// says whether so much data would be refused now; it may wait.
+    /// Somebody asks for attributes by handle, a write or who is not known: what to tell it.
+    /// `check` says whether so much data would be refused now; it may wait.
     pub(crate) fn tell(
         &self,
         node: u64,

@@ -26,10 +26,10 @@
 //!
 //! So the numbers of most versions are the same in every mount, and file handles outlive one. A
 //! slot is not given to another version as long as drivers hold on to an inode of the one that had
-//! it: a number that a driver remembers names what it named, or nothing (ESTALE). After a rollback a
-//! subvolume gets another slot, because what drivers remember of it is wrong. Generations carry the
-//! version's number, so that a handle does not fit what has its slot later, or in another mount.
-//! Listing gives no slots.
+//! it: a number that a driver remembers names what it named, or nothing (ESTALE). After a rollback
+//! a subvolume gets another slot, because what drivers remember of it is wrong. Generations carry
+//! the version's number, so that a handle does not fit what has its slot later, or in another
+//! mount. Listing gives no slots.
 //!
 //! A handle may carry any number. It leads only to what the mount shows: the subvolume that is
 //! mounted, those below it, and their snapshots.
@@ -129,7 +129,7 @@ impl Slots {
         self.open.get(&slot).filter(|_| is_its).cloned()
     }
 
-    /// The next slot for which something holds, and that is the last one that was given. What has no
+    /// The next slot for which something holds; it is the last one that was given now. What has no
     /// version of that number yet may get one, so it goes from the top downwards, and round.
     fn next_slot(&mut self, suits: impl Fn(&Slots, u16) -> bool) -> Option<u16> {
         let last = self.last;

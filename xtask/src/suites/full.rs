@@ -72,8 +72,8 @@ fn program(dir: &Path, source: &Path, command: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Who goes on writing, and never syncs or closes, is told; what is written when there is room again
-/// is stored.
+/// Who goes on writing, and never syncs or closes, is told; what is written when there is room
+/// again is stored.
 fn endless(volume: &mut Volume<'_>) -> Result<()> {
     let other = volume.dir().join("other");
     fs::write(&other, noise(6, POOL_BYTES as usize / 4))?;
@@ -99,6 +99,7 @@ fn endless(volume: &mut Volume<'_>) -> Result<()> {
     file.write_all(&piece).context("there is room again")?;
     file.sync_data().context("there is room again")?;
     let end = file.metadata()?.len() - PIECE as u64;
+    drop(file);
     volume.remount()?;
     let found = fs::read(&path)?;
     ensure!(found.get(end as usize..) == Some(&piece[..]), "what was synced at last is lost");
