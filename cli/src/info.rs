@@ -92,6 +92,11 @@ fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> 
         newest.ok_or_else(|| Failure::new("the label is there, but no superblock is valid"))?;
     fill_from_superblock(&mut info, &superblock);
     info.is_split = members::split(devices).is_some();
+    if info.is_split {
+        // There is no saying which trees are the pool's.
+        info.devices.sort_by_key(|device| device.index);
+        return Ok((info, Done::Whole));
+    }
     match View::open(devices.to_vec()).and_then(|view| fill_from_trees(&mut info, &view)) {
         Ok(()) => Ok((info, Done::Whole)),
         Err(error) => {

@@ -13,7 +13,7 @@ use predicates::str::contains;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 fn cairn() -> Command {
@@ -361,6 +361,61 @@ fn the_status_of_a_mirror_tells_which_device_is_missing() {
     let said = contains("state: degraded").and(contains("device 1 (missing)"));
     cairn().args(["status", "-x"]).arg(&paths[0]).assert().code(3).stdout(said);
     cairn().arg("df").arg(&paths[0]).assert().code(0);
+}
+
+/// Opens the pool on one of its devices alone, and publishes so many groups.
+fn write_alone(path: &Path, groups: usize) {
+    let options = OpenOptions::new(Access::ReadWrite);
+    let device = FileDevice::open(path, options, &Wait::none()).unwrap();
+    let options = engine::OpenOptions { degraded: true, ..engine::OpenOptions::default() };
+    let devices = vec![Arc::new(device) as DeviceRef];
+    let engine = engine::open(devices, cairn_host::host_platform(), &options).unwrap();
+    for _ in 0..groups {
+        engine.want_commit();
+        engine.commit().unwrap();
+    }
+    engine.close().unwrap();
+}
+
+#[test]
+fn the_status_of_halves_that_were_both_written_is_split() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|name| dir.path().join(name));
+    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "-L", "tank", "--profile", "mirror"];
+    arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
+    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    write_alone(&paths[0], 3);
+    cairn().args(["status", "-x"]).arg(&paths[0]).assert().code(3);
+    write_alone(&paths[1], 5);
+    for path in &paths {
+        let said = contains("state: split").and(contains("two halves"));
+        cairn().args(["status", "-x"]).arg(path).assert().code(3).stdout(said);
+    }
+}
+
+#[test]
+fn a_scrub_of_a_pool_that_is_not_mounted_repairs_what_it_can_and_names_the_rest() {
+    let image = Image::of_pool();
+    let scrub = |code: i32| {
+        let done = cairn().args(["scrub", "--offline"]).arg(image.path()).assert().code(code);
+        String::from_utf8_lossy(&done.get_output().stdout).into_owned()
+    };
+    assert!(scrub(0).starts_with("scrub repaired 0 B in "));
+    // An older superblock, which the second area has as well.
+    image.damage((128 << 10) + 4096, 4096);
+    let repaired = scrub(0);
+    assert!(!repaired.starts_with("scrub repaired 0 B"), "{repaired}");
+    let noise = image.json(&["inspect", "file"], &["/dir/noise"], 0);
+    let place = noise["extents"][0]["places"][0].as_str().unwrap().to_string();
+    image.damage(place.rsplit_once('@').unwrap().1.parse().unwrap(), 100);
+    let named = scrub(3);
+    assert!(named.contains("with 1 error on ") && named.contains("/dir/noise"), "{named}");
+    let status = image.json(&["scrub", "status"], &[], 3);
+    assert_eq!((&status["state"], &status["lost_count"]), (&"finished".into(), &1.into()));
+    cairn().args(["status", "-x"]).arg(image.path()).assert().code(3).stdout(contains("scan: "));
+    let said = contains("cairn scrub --offline");
+    cairn().args(["scrub", "start"]).arg(image.path()).assert().code(1).stderr(said);
+    cairn().arg("scrub").arg(image.path()).assert().code(2);
 }
 
 #[test]

@@ -4,13 +4,16 @@ use assert_cmd::Command;
 use cairn_host::{Access, FileDevice, OpenOptions, Wait};
 use clap::Parser;
 use fs_core::check::findings::rules::TABLE;
+use fs_core::engine;
 use fs_core::format::label::{label_areas, ring_slot};
 use fs_core::format::superblock::Superblock;
+use fs_core::platform::DeviceRef;
 use predicates::prelude::*;
 use predicates::str::contains;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const BYTES: u64 = 16 << 20;
 
@@ -243,4 +246,33 @@ fn the_other_devices_of_a_pool_are_found_or_missed() {
     fsck().arg(&paths[1]).assert().code(4).stdout(contains("W-DEVICE-MISSING"));
     // Whether it can do without is for the mount to say: a boot goes on.
     fsck().arg("-a").arg(&paths[1]).assert().code(0).stderr(contains("device 0 is missing"));
+}
+
+/// Opens the pool on one of its devices alone, and publishes so many groups.
+fn write_alone(path: &Path, groups: usize) {
+    let options = OpenOptions::new(Access::ReadWrite);
+    let device = FileDevice::open(path, options, &Wait::none()).unwrap();
+    let options = engine::OpenOptions { degraded: true, ..engine::OpenOptions::default() };
+    let devices = vec![Arc::new(device) as DeviceRef];
+    let engine = engine::open(devices, cairn_host::host_platform(), &options).unwrap();
+    for _ in 0..groups {
+        engine.want_commit();
+        engine.commit().unwrap();
+    }
+    engine.close().unwrap();
+}
+
+#[test]
+fn a_boot_does_not_go_on_with_halves_that_were_both_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|name| dir.path().join(name));
+    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "--profile", "mirror"];
+    arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
+    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    write_alone(&paths[0], 3);
+    fsck().arg("-a").arg(&paths[0]).assert().code(0);
+    write_alone(&paths[1], 5);
+    for path in &paths {
+        fsck().arg("-a").arg(path).assert().code(4).stderr(contains("two halves"));
+    }
 }
