@@ -305,6 +305,22 @@ pub(crate) enum Subvolume {
     },
     /// Choose the subvolume that is mounted unless another is asked for
     SetDefault(Shown),
+    /// Limit how much a subvolume may hold: beyond it, writing fails with EDQUOT
+    ///
+    /// What is in snapshots of it or in subvolumes below does not count, but for what the subvolume
+    /// still refers to itself. Removing files is never refused.
+    #[command(group(clap::ArgGroup::new("what").required(true).multiple(true)
+        .args(["referenced", "own"])))]
+    Limit {
+        #[command(flatten)]
+        of: Shown,
+        /// What it refers to, shared or not
+        #[arg(short, long, value_name = "SIZE|none", value_parser = parse_limit)]
+        referenced: Option<u64>,
+        /// What it has that its newest snapshot does not have
+        #[arg(short, long, value_name = "SIZE|none", value_parser = parse_limit)]
+        own: Option<u64>,
+    },
     /// Delete a subvolume
     Delete {
         #[command(flatten)]
@@ -353,7 +369,7 @@ pub(crate) enum Snapshot {
         #[command(flatten)]
         of: Shown,
         /// Name of the snapshot that keeps what the subvolume is now [default: before- and the
-        /// seconds since 1970]
+        /// seconds since 1970, to the millisecond]
         #[arg(short, long, value_name = "NAME")]
         keep: Option<String>,
     },
@@ -397,6 +413,18 @@ pub(crate) enum Snapshot {
         #[arg(value_name = "BOOKMARK")]
         bookmark: String,
     },
+}
+
+/// Bytes of a limit; zero for none.
+fn parse_limit(text: &str) -> Result<u64, String> {
+    match text {
+        "none" => Ok(0),
+        text => match cairn_host::parse::parse_size(text) {
+            Ok(0) => Err("a limit is at least a byte; \"none\" takes it away".into()),
+            Ok(bytes) => Ok(bytes),
+            Err(bad) => Err(bad.to_string()),
+        },
+    }
 }
 
 #[derive(Args, Clone, Debug)]

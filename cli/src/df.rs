@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &Df) -> Result<Done, Failure> {
         output::json(&rows);
     } else {
         let tables: Vec<String> = rows.iter().map(|row| table(row, arguments.exact)).collect();
-        print!("{}", tables.join("\n"));
+        cairn_host::output::text(&tables.join("\n"));
     }
     Ok(done)
 }

@@ -91,7 +91,9 @@ pub fn write_completions(directory: &Path) -> io::Result<()> {
 pub(crate) fn print_completions(shell: Shell) -> Result<Done, Failure> {
     for mut command in commands() {
         let name = command.get_name().to_string();
-        clap_complete::generate(shell, &mut command, name, &mut io::stdout());
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut command, name, &mut script);
+        cairn_host::output::text(&String::from_utf8_lossy(&script));
     }
     Ok(Done::Whole)
 }

@@ -6,6 +6,7 @@ use crate::view::View;
 use crate::{output, target, Done, Failure};
 use cairn_host::admin::{Reply, Request};
 use cairn_host::mounts::Mount;
+use cairn_host::say;
 use cairn_host::versions::VersionName;
 use fs_core::error::Error;
 use fs_core::format::key::Key;
@@ -42,7 +43,7 @@ pub(crate) fn run(arguments: &Id) -> Result<Done, Failure> {
             "complete": view.superblock.clean,
         }));
     } else {
-        println!("{identity}  {}", output::printable(&name.to_string()));
+        say!("{identity}  {}", output::printable(&name.to_string()));
     }
     // What is in the log is not in a snapshot anyway.
     if view.superblock.clean || version.snapshot.is_some() {
@@ -69,7 +70,7 @@ fn of_mount(mount: &Mount, version: VersionName, arguments: &Id) -> Result<Done,
     if arguments.of.json {
         output::json(&serde_json::json!({ "name": name, "identity": identity }));
     } else {
-        println!("{identity}  {}", output::printable(&name));
+        say!("{identity}  {}", output::printable(&name));
     }
     Ok(Done::Whole)
 }

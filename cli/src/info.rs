@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
     if arguments.json {
         output::json(&info);
     } else {
-        print!("{}", table(&info));
+        cairn_host::output::text(&table(&info));
     }
     Ok(done)
 }

@@ -79,6 +79,8 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     match run(Arguments::parse_from(given).command) {
+        // What was asked for was to be shown.
+        Ok(Done::Whole) if cairn_host::output::failed() => ExitCode::FAILURE,
         Ok(Done::Whole) => ExitCode::SUCCESS,
         Ok(Done::Attention) => ExitCode::from(3),
         Ok(Done::Partly) => ExitCode::from(4),

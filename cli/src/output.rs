@@ -1,11 +1,12 @@
 //! Printing: JSON, and the same as text.
 
+use cairn_host::say;
 use serde::Serialize;
 use serde_json::Value;
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) {
-    println!("{:#}", serde_json::json!(value));
+    say!("{:#}", serde_json::json!(value));
 }
 
 /// A JSON value on one line as people read it: `a 1, b {c 2}`, text without quotes.

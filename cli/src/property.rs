@@ -5,6 +5,7 @@
 
 use crate::arguments::{parse_assignment, Get, Property, Set};
 use crate::{output, Done, Failure};
+use cairn_host::say;
 use rustix::fs::{getxattr, removexattr, setxattr, XattrFlags};
 use rustix::io::Errno;
 use std::path::{Path, PathBuf};
@@ -39,7 +40,7 @@ pub(crate) fn get(arguments: &Get) -> Result<Done, Failure> {
             let value = read(path, *property)?;
             let shown = value.as_deref().unwrap_or(INHERITED);
             if !arguments.json {
-                println!("{}\t{}\t{shown}", path.display(), property.name());
+                say!("{}\t{}\t{shown}", path.display(), property.name());
             }
             found.push(serde_json::json!({
                 "path": path, "property": property.name(), "value": value,

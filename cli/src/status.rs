@@ -43,7 +43,7 @@ pub(crate) fn run(arguments: &Status) -> Result<Done, Failure> {
         output::json(&rows);
     } else {
         let tables: Vec<String> = rows.iter().map(table).collect();
-        print!("{}", tables.join("\n"));
+        cairn_host::output::text(&tables.join("\n"));
     }
     Ok(done)
 }

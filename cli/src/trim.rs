@@ -4,6 +4,7 @@ use crate::arguments::Trim;
 use crate::target::mount_point;
 use crate::{output, Done, Failure};
 use cairn_host::parse::format_size;
+use cairn_host::say;
 use std::fs::File;
 use std::path::Path;
 
@@ -13,7 +14,7 @@ pub(crate) fn run(arguments: &Trim) -> Result<Done, Failure> {
         let bytes = trim_one(path, arguments.min_len)?;
         if !arguments.json {
             let size = format_size(bytes);
-            println!("{}: {size} ({bytes} bytes) discarded", path.display());
+            say!("{}: {size} ({bytes} bytes) discarded", path.display());
         }
         trimmed.push(serde_json::json!({ "mount": path, "discarded": bytes }));
     }

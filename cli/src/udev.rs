@@ -29,7 +29,7 @@ pub(crate) fn run(device: &Path) -> Result<Done, Failure> {
         let safe: String = name.chars().map(|c| if is_plain(c) { c } else { '_' }).collect();
         let _ = writeln!(text, "ID_FS_LABEL={safe}\nID_FS_LABEL_ENC={}", encode(&name));
     }
-    print!("{text}");
+    cairn_host::output::text(&text);
     Ok(Done::Whole)
 }
 

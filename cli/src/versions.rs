@@ -9,6 +9,7 @@ use crate::{output, Done, Failure};
 use cairn_host::admin::{Reply, Request};
 use cairn_host::mounts::{self, Mount};
 use cairn_host::parse::format_size;
+use cairn_host::say;
 use cairn_host::versions::{
     self, Change, Differences, Differing, Happened, VersionInfo, VersionName,
 };
@@ -39,6 +40,9 @@ pub(crate) fn subvolume(command: &Subvolume) -> Result<Done, Failure> {
         Subvolume::SetDefault(of) => {
             change(of, |name| Ok(Change::SetDefault { name: whole(name)? }))
         }
+        Subvolume::Limit { of, referenced, own } => change(of, |name| {
+            Ok(Change::Limit { name: whole(name)?, referenced: *referenced, own: *own })
+        }),
         Subvolume::Delete { of, recursive } => {
             change(of, |name| Ok(Change::Delete { name: whole(name)?, recursive: *recursive }))
         }
@@ -69,8 +73,9 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
             change(of, |name| Ok(Change::Rename { name: part(name)?, new: new.clone() }))
         }
         Snapshot::Rollback { of, keep } => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-            let keep = keep.clone().unwrap_or_else(|| format!("before-{now}"));
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let now = format!("before-{}.{:03}", now.as_secs(), now.subsec_millis());
+            let keep = keep.clone().unwrap_or(now);
             change(of, |name| Ok(Change::Rollback { snapshot: part(name)?, keep }))
         }
         Snapshot::Clone { of, new } => change(of, |name| {
@@ -268,7 +273,7 @@ fn diff(of: &Shown, later: Option<&str>) -> Result<Done, Failure> {
     let mut show = |found: Differences| {
         match of.json {
             true => all.extend(found.all),
-            false => found.all.iter().for_each(|change| println!("{}", line(change))),
+            false => found.all.iter().for_each(|change| say!("{}", line(change))),
         }
         found.next
     };
@@ -340,7 +345,7 @@ fn list(arguments: &ListVersions, parts: bool) -> Result<Done, Failure> {
     if arguments.of.json {
         output::json(&shown);
     } else {
-        print!("{}", table(&shown, arguments));
+        cairn_host::output::text(&table(&shown, arguments));
     }
     Ok(Done::Whole)
 }
@@ -367,12 +372,14 @@ fn show(of: &Shown) -> Result<Done, Failure> {
         ("referenced", size(found.referenced)),
         ("unique", size(found.unique)),
         ("logical", size(found.logical)),
+        ("may refer to", size(found.limit_referenced)),
+        ("may have own", size(found.limit_own)),
         ("inodes", (found.inodes != 0).then(|| found.inodes.to_string())),
         ("default", found.is_default.then(|| "yes".to_string())),
         ("held by", (!found.holds.is_empty()).then(|| found.holds.join(", "))),
     ];
     for (label, value) in lines.into_iter().filter_map(|(label, v)| Some((label, v?))) {
-        println!("{label:<14}{}", output::printable(&value));
+        say!("{label:<14}{}", output::printable(&value));
     }
     Ok(Done::Whole)
 }

@@ -455,6 +455,14 @@ fn subvolumes_and_snapshots_of_a_pool_that_is_not_mounted_are_made_shown_and_del
     run("snapshot", "delete", "@first", &[]).failure().stderr(contains("held"));
     run("snapshot", "release", "@first", &["keep"]).success();
     run("snapshot", "rollback", "/mail@first", &["--keep", "was"]).success();
+    run("subvolume", "limit", "/mail", &[]).failure();
+    run("subvolume", "limit", "/mail", &["--own", "0"]).failure().stderr(contains("none"));
+    run("subvolume", "limit", "/mail", &["--referenced", "4M", "--own=2M"]).success();
+    run("subvolume", "limit", "/mail", &["--own=none"]).success();
+    run("subvolume", "show", "/mail", &[])
+        .success()
+        .stdout(contains("may refer to  4.00 MiB").and(contains("may have own").not()));
+    run("snapshot", "rename", "/mail@was", &["/house@is"]).failure().stderr(contains("stays"));
     run("subvolume", "rename", "/mail", &["house"]).success();
     run("snapshot", "rename", "/house@was", &["is"]).success();
     run("subvolume", "set-default", "/work", &[]).success();
@@ -474,6 +482,29 @@ fn subvolumes_and_snapshots_of_a_pool_that_is_not_mounted_are_made_shown_and_del
     let volume = open(&image);
     assert_eq!(volume.engine().with_versions(|versions| versions.iter().count()), 1);
     volume.close().unwrap();
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_nothing_and_a_full_disk_is_told() {
+    let image = Image::of_pool();
+    let mut listing = std::process::Command::new(assert_cmd::cargo::cargo_bin("cairn"))
+        .args(["completions", "bash"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(listing.stdout.take());
+    let ended = listing.wait_with_output().unwrap();
+    assert!(ended.status.success() && ended.stderr.is_empty(), "{ended:?}");
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let ended = std::process::Command::new(assert_cmd::cargo::cargo_bin("cairn"))
+        .args(["df", "-j"])
+        .arg(image.path())
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("cannot be written"), "{ended:?}");
 }
 
 #[test]

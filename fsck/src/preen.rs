@@ -1,6 +1,7 @@
 //! The look at boot: can the pool be opened?
 
 use crate::{Arguments, ERRORS_LEFT, OPERATIONAL};
+use cairn_host::say;
 use cairn_host::{members, probe, stored, FileDevice};
 use fs_core::platform::Device;
 use std::sync::Arc;
@@ -69,9 +70,9 @@ fn preen_one(device: &FileDevice, arguments: &Arguments) -> u8 {
         false => "was not unmounted; mounting it will bring it up to date",
     };
     if arguments.verbose > 0 || !superblock.clean {
-        println!("{pool}: {state} (group {})", superblock.txg);
+        say!("{pool}: {state} (group {})", superblock.txg);
     } else {
-        println!("{pool}: {state}");
+        say!("{pool}: {state}");
     }
     0
 }

@@ -2,34 +2,40 @@
 
 use crate::Arguments;
 use cairn_host::parse::format_size;
+use cairn_host::say;
 use fs_core::check::{findings::rules, CheckReport, Finding, Place, Severity};
 use fs_core::error::Error;
 use serde_json::{json, Value};
 
 pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, seconds: f64) {
     if arguments.json {
-        println!("{:#}", json(report, devices, seconds));
+        say!("{:#}", json(report, devices, seconds));
         return;
     }
-    report.findings.iter().for_each(|finding| println!("{finding}"));
+    report.findings.iter().for_each(|finding| say!("{finding}"));
     for (id, more) in not_listed(report) {
-        println!("... and {more} more of {id}");
+        say!("... and {more} more of {id}");
     }
-    println!("{devices}: {}", verdict(report));
+    say!("{devices}: {}", verdict(report));
     if arguments.verbose > 0 {
         let stats = &report.stats;
-        println!(
+        say!(
             "group {}: {} tree nodes, {} items, {} inodes, {} names, {} extents",
-            stats.txg, stats.nodes, stats.items, stats.inodes, stats.names, stats.extents
+            stats.txg,
+            stats.nodes,
+            stats.items,
+            stats.inodes,
+            stats.names,
+            stats.extents
         );
-        println!(
+        say!(
             "{} of data verified, {} in use",
             format_size(stats.data_bytes),
             format_size(stats.used_bytes)
         );
     }
     if arguments.timing > 0 {
-        println!("{seconds:.2} s");
+        say!("{seconds:.2} s");
     }
 }
 
@@ -37,9 +43,9 @@ pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, 
 pub(crate) fn print_unopenable(error: &Error, arguments: &Arguments, devices: &str) {
     if arguments.json {
         let report = json!({ "devices": devices, "clean": false, "unopenable": error.to_string() });
-        println!("{report:#}");
+        say!("{report:#}");
     } else {
-        println!("{devices}: cannot be opened: {error}");
+        say!("{devices}: cannot be opened: {error}");
     }
 }
 

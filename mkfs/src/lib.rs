@@ -12,6 +12,7 @@ mod targets;
 
 pub use arguments::Arguments;
 
+use cairn_host::say;
 use cairn_host::{host_platform, parse, FixedClock, LogReport, LogTarget, SeededEntropy};
 use clap::{CommandFactory, Parser};
 use fs_core::engine::{format, FormatOptions};
@@ -31,7 +32,7 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     if arguments.features.contains(&arguments::Feature::List) {
-        println!(
+        say!(
             "Format version {FORMAT_VERSION} has no optional features: what a pool needs is \
              turned on when it is first used, or follows from the profile."
         );

@@ -2,6 +2,7 @@
 
 use crate::{Arguments, Failure};
 use cairn_host::parse::{format_size, format_uuid};
+use cairn_host::say;
 use cairn_host::stored;
 use fs_core::engine::FormatOptions;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
@@ -71,9 +72,9 @@ impl Summary {
     pub(crate) fn print(mut self, arguments: &Arguments) {
         self.dry_run = arguments.dry_run;
         if arguments.json {
-            println!("{:#}", serde_json::json!(self));
+            say!("{:#}", serde_json::json!(self));
         } else if !arguments.quiet {
-            print!("{}", self.table());
+            cairn_host::output::text(&self.table());
         }
     }
 

@@ -7,6 +7,7 @@ use super::{describe, tree_name};
 use crate::output;
 use crate::view::View;
 use crate::Done;
+use cairn_host::say;
 use fs_core::btree::NodeSource;
 use fs_core::error::Error;
 use fs_core::format::key::{kind, Key};
@@ -26,7 +27,7 @@ pub(super) fn run(view: &View, subvol: TreeId, ino: u64, as_json: bool) -> Resul
     if as_json {
         output::json(&steps);
     } else {
-        steps.iter().for_each(|step| println!("{}", output::line(step)));
+        steps.iter().for_each(|step| say!("{}", output::line(step)));
     }
     // What was good down to the break has been shown.
     way.map(|()| Done::Whole)

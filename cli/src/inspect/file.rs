@@ -4,6 +4,7 @@ use super::describe;
 use crate::output;
 use crate::view::View;
 use crate::Done;
+use cairn_host::say;
 use fs_core::btree::Tree;
 use fs_core::error::Error;
 use fs_core::format::extent::Extent;
@@ -26,8 +27,8 @@ pub(super) fn run(view: &View, tree: &Tree, ino: u64, as_json: bool) -> Result<D
     if as_json {
         output::json(&report);
     } else {
-        println!("inode {ino}: {}", output::line(&report["attributes"]));
-        extents.iter().for_each(|extent| println!("{}", output::line(extent)));
+        say!("inode {ino}: {}", output::line(&report["attributes"]));
+        extents.iter().for_each(|extent| say!("{}", output::line(extent)));
     }
     Ok(Done::Whole)
 }

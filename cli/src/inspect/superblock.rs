@@ -4,6 +4,7 @@ use super::describe::{self, pointer};
 use crate::output;
 use crate::target::open_to_look;
 use crate::{Done, Failure};
+use cairn_host::say;
 use cairn_host::stored::{self, Area};
 use fs_core::format::chunk::{Chunk, ChunkHeader, StripeItem};
 use fs_core::format::label::Label;
@@ -80,16 +81,16 @@ fn system_chunk(chunk: &Chunk) -> Value {
 
 fn print(report: &Value) {
     for area in report["areas"].as_array().into_iter().flatten() {
-        println!("label area at {}", area["at"]);
-        println!("  {}", output::line(&area["label"]));
+        say!("label area at {}", area["at"]);
+        say!("  {}", output::line(&area["label"]));
         for slot in area["ring"].as_array().into_iter().flatten() {
-            println!("  {}", output::line(slot));
+            say!("  {}", output::line(slot));
         }
     }
     if let Some(newest) = report["newest"].as_object() {
-        println!("newest superblock");
+        say!("newest superblock");
         for (name, value) in newest {
-            println!("  {name:<18}{}", output::line(value));
+            say!("  {name:<18}{}", output::line(value));
         }
     }
 }

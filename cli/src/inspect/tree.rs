@@ -4,6 +4,7 @@ use super::{describe, tree_name};
 use crate::arguments::TreeName;
 use crate::view::View;
 use crate::{output, Done};
+use cairn_host::say;
 use fs_core::btree::Walk;
 use fs_core::error::Error;
 use fs_core::format::key::Key;
@@ -128,7 +129,7 @@ impl Printer {
         self.count += 1;
         match &mut self.list {
             Some(list) => list.push(value.clone()),
-            None => println!("{}", text(value)),
+            None => say!("{}", text(value)),
         }
     }
 

@@ -26,6 +26,7 @@ mod codecs;
 mod device;
 pub mod members;
 pub mod mounts;
+pub mod output;
 pub mod parse;
 pub mod probe;
 mod report;

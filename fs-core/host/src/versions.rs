@@ -133,6 +133,15 @@ pub enum Change {
         /// The subvolume.
         name: VersionName,
     },
+    /// Limit how much a subvolume may have; what is not given stays as it is.
+    Limit {
+        /// The subvolume.
+        name: VersionName,
+        /// Bytes that it may refer to; zero for any number.
+        referenced: Option<u64>,
+        /// Bytes that it may have beyond those of its newest snapshot; zero for any number.
+        own: Option<u64>,
+    },
 }
 
 /// What a subvolume or snapshot is.
@@ -157,6 +166,10 @@ pub struct VersionInfo {
     pub unique: Option<u64>,
     /// Bytes of its data before compression.
     pub logical: Option<u64>,
+    /// Bytes that a subvolume may refer to, if there is a limit.
+    pub limit_referenced: Option<u64>,
+    /// Bytes that it may have beyond those of its newest snapshot, if there is a limit.
+    pub limit_own: Option<u64>,
     /// Number of its files and directories.
     pub inodes: u64,
     /// Whether it is mounted unless another is asked for.
@@ -268,9 +281,18 @@ impl Names<'_> {
                 vec![VersionOp::Rollback { snapshot: id, keep }]
             }
             Change::Rename { name, new } if name.snapshot.is_some() => {
-                let name_after = new.rsplit('@').next().unwrap_or(new);
-                let name_after = name_after.as_bytes().to_vec();
-                vec![VersionOp::Rename { id: self.snapshot(name)?, name: name_after }]
+                let new = match new.split_once('@') {
+                    None => new,
+                    Some(("", new)) => new,
+                    Some((of, new)) if VersionName::parse(of).subvolume == name.subvolume => new,
+                    Some((of, _)) => {
+                        return Err(format!(
+                            "{name} stays a snapshot of its subvolume, not of {of}"
+                        ))
+                    }
+                };
+                let new = new.as_bytes().to_vec();
+                vec![VersionOp::Rename { id: self.snapshot(name)?, name: new }]
             }
             Change::Rename { name, new } => {
                 let new = self.new_subvolume(&VersionName::parse(new))?;
@@ -292,6 +314,17 @@ impl Names<'_> {
             }
             Change::SetDefault { name } => {
                 vec![VersionOp::SetDefault { subvolume: self.subvolume(name)? }]
+            }
+            Change::Limit { name, referenced, own } => {
+                let subvolume = self.subvolume(name)?;
+                let now = self.versions.get(subvolume).map(|version| &version.item);
+                let (old_referenced, old_own) =
+                    now.map_or((0, 0), |item| (item.limit_referenced, item.limit_own));
+                vec![VersionOp::SetLimits {
+                    subvolume,
+                    referenced: referenced.unwrap_or(old_referenced),
+                    own: own.unwrap_or(old_own),
+                }]
             }
         })
     }
@@ -474,7 +507,7 @@ fn subject(change: &Change) -> String {
         Change::Rename { new, .. } => new.clone(),
         Change::Hold { tag, .. } | Change::Release { tag, .. } => format!("hold {tag}"),
         Change::Bookmark { bookmark, .. } => bookmark.clone(),
-        Change::SetDefault { name } => name.to_string(),
+        Change::SetDefault { name } | Change::Limit { name, .. } => name.to_string(),
     }
 }
 
@@ -639,6 +672,8 @@ pub fn list(engine: &Engine) -> Vec<VersionInfo> {
                     referenced: None,
                     unique: None,
                     logical: None,
+                    limit_referenced: None,
+                    limit_own: None,
                     inodes: 0,
                     is_default: false,
                     holds: Vec::new(),
@@ -666,6 +701,7 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
     let version = versions.get(id)?;
     let item = &version.item;
     let counted = |bytes: u64| counts.then_some(bytes);
+    let limit = |bytes: u64| (bytes != 0).then_some(bytes);
     Some(VersionInfo {
         number: id,
         name: name_of(versions, id)?,
@@ -676,6 +712,8 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
         referenced: counted(item.referenced_bytes()),
         unique: counted(versions.unique_bytes(id)),
         logical: Some(item.logical_bytes),
+        limit_referenced: limit(item.limit_referenced),
+        limit_own: limit(item.limit_own),
         inodes: item.inodes,
         is_default: id == default,
         holds: version.holds.iter().map(|tag| text(tag)).collect(),
