@@ -50,7 +50,7 @@ pub struct Failure(String);
 
 impl Failure {
     fn new(sentence: impl fmt::Display) -> Failure {
-        Failure(sentence.to_string())
+        Failure(cairn_host::without_codes(&sentence.to_string()))
     }
 }
 

@@ -25,7 +25,13 @@ impl Target {
     pub(crate) fn find(paths: &[PathBuf]) -> Result<Target, Failure> {
         for path in paths {
             // A symlink or a name that is gone is the business of whoever opens it.
-            let Ok(kind) = std::fs::metadata(path) else { continue };
+            let kind = match std::fs::metadata(path) {
+                Ok(kind) => kind,
+                Err(error) => match daemon_gone(path, &error) {
+                    Some(failure) => return Err(failure),
+                    None => continue,
+                },
+            };
             if kind.is_dir() {
                 return mount_point(path).map(Target::Mounted);
             }
@@ -38,6 +44,22 @@ impl Target {
         let mount = others.filter_map(|path| mounts::mount_of_device(&path)).find(Mount::is_cairn);
         Ok(mount.map_or_else(|| Target::Devices(paths.to_vec()), Target::Mounted))
     }
+}
+
+/// The failure, where a path cannot be looked at because the daemon of its mount has died.
+pub(crate) fn daemon_gone(path: &Path, error: &std::io::Error) -> Option<Failure> {
+    if error.raw_os_error() != Some(rustix::io::Errno::NOTCONN.raw_os_error()) {
+        return None;
+    }
+    // The mount point is as far up as the error is.
+    let is_gone = |path: &&Path| {
+        let error = std::fs::symlink_metadata(path).err();
+        error.and_then(|e| e.raw_os_error()) == Some(rustix::io::Errno::NOTCONN.raw_os_error())
+    };
+    let mount_point = path.ancestors().take_while(is_gone).last().unwrap_or(path).display();
+    Some(Failure::new(format_args!(
+        "{mount_point}: the daemon of this mount is gone; run umount {mount_point}, then mount"
+    )))
 }
 
 /// The cairn mount at a directory.

@@ -4,7 +4,7 @@
 //! takes. Both do the same, by `cairn_host::versions`.
 
 use crate::arguments::{ListVersions, Named, Shown, Snapshot, Subvolume};
-use crate::target::{ask, ask_failed, Target};
+use crate::target::{ask, ask_failed, daemon_gone, Target};
 use crate::{output, Done, Failure};
 use cairn_host::admin::{Reply, Request};
 use cairn_host::mounts::{self, Mount};
@@ -140,14 +140,26 @@ pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
     let text = text.ok_or_else(|| Failure::new(format_args!("{shown}: names are UTF-8")))?;
     for (pool, rest) in cuts(text) {
         let path = Path::new(pool);
-        let Ok(kind) = std::fs::metadata(path) else { continue };
+        let kind = match std::fs::metadata(path) {
+            Ok(kind) => kind,
+            Err(error) => match daemon_gone(path, &error) {
+                Some(failure) => return Err(failure),
+                None => continue,
+            },
+        };
+        if leads_out_of_a_pool(path) {
+            continue;
+        }
         if !kind.is_dir() {
             let paths = std::iter::once(path.to_path_buf()).chain(of.device.iter().cloned());
-            let place = match Target::find(&paths.collect::<Vec<_>>())? {
-                Target::Mounted(mount) => Place::Mounted(mount),
-                Target::Devices(paths) => Place::Devices(paths),
-            };
-            return Ok((place, VersionName::parse(rest)));
+            let name = VersionName::parse(rest);
+            return Ok(match Target::find(&paths.collect::<Vec<_>>())? {
+                Target::Mounted(mount) => {
+                    let name = from_mounted(&mount, name)?;
+                    (Place::Mounted(mount), name)
+                }
+                Target::Devices(paths) => (Place::Devices(paths), name),
+            });
         }
         match mounts::mount_of(path) {
             Ok(Some((mount, place))) if mount.is_cairn() => {
@@ -166,6 +178,43 @@ pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
     Err(Failure::new(format_args!(
         "{shown}: no mounted pool, device or image file begins like that"
     )))
+}
+
+/// Whether a path goes through a symlink that is in a mounted pool. Names in a pool are names of
+/// subvolumes; what somebody put there must not lead a command elsewhere.
+fn leads_out_of_a_pool(path: &Path) -> bool {
+    let is_in_pool = |above: &Path| {
+        let above = if above.as_os_str().is_empty() { Path::new(".") } else { above };
+        mounts::mount_of(above).is_ok_and(|found| found.is_some_and(|(mount, _)| mount.is_cairn()))
+    };
+    path.ancestors().any(|part| {
+        let is_symlink = std::fs::symlink_metadata(part).is_ok_and(|kind| kind.is_symlink());
+        is_symlink && part.parent().is_some_and(is_in_pool)
+    })
+}
+
+/// A name from the root subvolume on, as the daemon takes it: from the one that is mounted.
+fn from_mounted(mount: &Mount, name: VersionName) -> Result<VersionName, Failure> {
+    let base = match ask(mount, Request::Versions(0)) {
+        Ok(Reply::Versions { base, .. }) => base,
+        Ok(_) => return Err(Failure::new("the daemon answered another question")),
+        Err(error) => return Err(ask_failed(mount, &error)),
+    };
+    relative(&base, name).map_err(|name| {
+        let at = mount.mount_point.display();
+        Failure::new(format_args!(
+            "{name} is not in {base}, which is what is mounted on {at}: mount what it is in"
+        ))
+    })
+}
+
+/// A name from the root subvolume on, from another one on; itself when it is not in that.
+fn relative(base: &str, name: VersionName) -> Result<VersionName, VersionName> {
+    if !is_below(&name.subvolume, base) {
+        return Err(name);
+    }
+    let subvolume = name.subvolume[base.len()..].trim_start_matches('/').to_string();
+    Ok(VersionName { subvolume, ..name })
 }
 
 /// Opens the pool on devices that are not mounted.
@@ -462,6 +511,19 @@ mod tests {
         );
         assert_eq!(cuts("@now").collect::<Vec<_>>()[1..], [(".", "@now"), (".", "@now")]);
         assert_eq!(cuts("home").collect::<Vec<_>>(), [("home", ""), (".", "home")]);
+    }
+
+    #[test]
+    fn names_from_the_root_are_turned_into_those_of_a_mount_or_refused() {
+        let relative = |base, name| {
+            let name = relative(base, VersionName::parse(name));
+            name.map(|name| name.to_string()).map_err(|name| name.to_string())
+        };
+        assert_eq!(relative("", "home/alice@one"), Ok("home/alice@one".into()));
+        assert_eq!(relative("home", "home/alice@one"), Ok("alice@one".into()));
+        assert_eq!(relative("home", "home@one"), Ok("@one".into()));
+        assert_eq!(relative("home", "homes"), Err("homes".into()));
+        assert_eq!(relative("home", "@one"), Err("@one".into()));
     }
 
     #[test]

@@ -217,7 +217,7 @@ fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
         devices.remove(0)
     };
     if invocation.fake {
-        return Ok(());
+        return rehearse(&invocation, &source, open);
     }
     if invocation.foreground {
         return serve(&invocation, &source, open, Launch::foreground());
@@ -227,6 +227,17 @@ fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
         Detached::Parent(code) => std::process::exit(code.into()),
         Detached::Child(launch) => serve(&invocation, &source, open, launch),
     }
+}
+
+/// Does what a mount does up to the mount itself, and writes nothing: whether the pool is there, is
+/// whole, is not in use, and has what the options name.
+fn rehearse(invocation: &Invocation, source: &Path, open: Opener<'_>) -> Result<(), Exit> {
+    if invocation.noop {
+        return Ok(());
+    }
+    let options = Options { read_only: true, ..invocation.options.clone() };
+    let opened = open(source, &options, false).map_err(Exit::failed)?;
+    opened.volume.close().map_err(|e| Exit::failed(format!("{}: {e}", source.display())))
 }
 
 /// What the process that serves owes to whoever started it.
@@ -441,6 +452,17 @@ mod tests {
         assert!(options("subvol=home@monday").read_only);
         assert!(!options("subvol=home").read_only);
         assert!(parsed(&["a", "/mnt", "-o", "snapshot="]).is_err());
+    }
+
+    #[test]
+    fn a_mount_that_is_only_tried_fails_where_a_real_one_would_and_opens_to_read() {
+        let dir = std::env::temp_dir();
+        let arguments = ["image", dir.to_str().unwrap(), "--fake"].map(OsString::from);
+        let open = |_: &Path, options: &Options, _: bool| {
+            assert!(options.read_only);
+            Err("image: there is no pool".to_string())
+        };
+        assert_eq!(run(arguments.into_iter(), &open), exit::MOUNT_FAILED);
     }
 
     #[test]

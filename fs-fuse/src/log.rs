@@ -33,6 +33,7 @@ pub fn info(message: &str) {
 }
 
 fn write(severity: u8, message: &str) {
+    let message = cairn_host::without_codes(message);
     match SYSLOG.get() {
         Some(socket) => {
             let line =

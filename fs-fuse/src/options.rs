@@ -145,6 +145,19 @@ const IGNORED_WITH_VALUE: &[&str] = &[
     "user_id",
 ];
 
+/// Options that say nothing without a value.
+const NEEDS_VALUE: &[&str] = &[
+    "cache",
+    "commit",
+    "compress",
+    "device",
+    "dirty",
+    "snapshot",
+    "subvol",
+    "threads",
+    "transport",
+];
+
 const SECURITY: &[&str] = &["context", "defcontext", "fscontext", "rootcontext"];
 
 impl Options {
@@ -173,6 +186,9 @@ impl Options {
             return Ok(true);
         }
         match value {
+            None if NEEDS_VALUE.contains(&name) => {
+                Err(BadOption(format!("mount option '{name}' needs a value: {name}=...")))
+            }
             None => Ok(self.add_flag(name) || name.is_empty()),
             Some(value) => self.add_value(name, value),
         }
@@ -421,6 +437,14 @@ mod tests {
         let mut options = Options::default();
         options.add("ro,compres=zstd", true).unwrap();
         assert!(options.read_only);
+    }
+
+    #[test]
+    fn an_option_without_the_value_it_needs_is_refused_even_when_sloppy() {
+        for name in NEEDS_VALUE {
+            let error = Options::default().add(name, true).unwrap_err();
+            assert_eq!(error.0, format!("mount option '{name}' needs a value: {name}=..."));
+        }
     }
 
     #[test]

@@ -39,8 +39,10 @@ const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 const STALLED: Duration = Duration::from_secs(5);
 /// How long a client waits for most replies.
 const REPLY_PATIENCE: Duration = Duration::from_secs(600);
-/// Connections served at once.
+/// Connections of root, and of whom the daemon belongs to, served at once.
 const CONNECTIONS_MAX: usize = 16;
+/// Connections of everybody else; they take none of the others.
+const GUESTS_MAX: usize = 16;
 
 /// What a command may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,9 +103,13 @@ pub enum ScrubChange {
 impl Request {
     /// Whether only some may ask: it changes the pool, or shows what not everybody may see.
     fn is_guarded(&self) -> bool {
-        use Request::{Change, ClearErrors, Damaged, Differences, Identity, Scrub};
-        let is_change = matches!(self, Change(_) | ClearErrors | Scrub(_));
-        is_change || matches!(self, Damaged | Differences { .. } | Identity(_))
+        match self {
+            Request::Info | Request::Df | Request::Sync => false,
+            // Names of subvolumes that others may not come to, and of their snapshots.
+            Request::Versions(_) => true,
+            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => true,
+            Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
+        }
     }
 
     /// How long to wait for the reply: a sync may have much to write, an identity all to read.
@@ -588,22 +594,50 @@ impl Drop for Server {
     }
 }
 
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Peer {
+    /// Root, or whom the daemon belongs to.
+    Owner,
+    Guest,
+}
+
+impl Peer {
+    fn of(stream: &UnixStream) -> io::Result<Peer> {
+        let peer = rustix::net::sockopt::socket_peercred(stream)?.uid;
+        let is_owner = peer.is_root() || peer == rustix::process::geteuid();
+        Ok(if is_owner { Peer::Owner } else { Peer::Guest })
+    }
+
+    fn connections_max(self) -> usize {
+        match self {
+            Peer::Owner => CONNECTIONS_MAX,
+            Peer::Guest => GUESTS_MAX,
+        }
+    }
+}
+
 fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
-    let open = Arc::new(AtomicUsize::new(0));
+    let (owners, guests) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     for stream in listener.incoming() {
         let Ok(stream) = stream else {
             // Out of descriptors, most likely: others must close theirs first.
             std::thread::sleep(Duration::from_millis(100));
             continue;
         };
-        if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
+        let Ok(peer) = Peer::of(&stream) else { continue };
+        let open = match peer {
+            Peer::Owner => &owners,
+            Peer::Guest => &guests,
+        };
+        if open.load(Ordering::Relaxed) >= peer.connections_max() {
             continue;
         }
         open.fetch_add(1, Ordering::Relaxed);
         let (handler, count) = (handler.clone(), open.clone());
         let thread = std::thread::Builder::new().name("cairn-admin".into()).spawn(move || {
             // Whoever breaks the protocol is hung up on.
-            let _ = serve(stream, &*handler);
+            let _ = serve(stream, peer, &*handler);
             count.fetch_sub(1, Ordering::Relaxed);
         });
         if thread.is_err() {
@@ -612,13 +646,11 @@ fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
     }
 }
 
-fn serve(mut stream: UnixStream, handler: &Handler) -> Result<(), AdminError> {
+fn serve(mut stream: UnixStream, peer: Peer, handler: &Handler) -> Result<(), AdminError> {
     stream.set_read_timeout(Some(STALLED))?;
     stream.set_write_timeout(Some(STALLED))?;
-    let peer = rustix::net::sockopt::socket_peercred(&stream).map_err(io::Error::from)?.uid;
-    let may = peer.is_root() || peer == rustix::process::geteuid();
     while let Some(request) = receive::<Request>(&mut stream)? {
-        let reply = match request.is_guarded() && !may {
+        let reply = match request.is_guarded() && peer == Peer::Guest {
             true => Reply::Failed("only root and whoever mounted the pool may do that".into()),
             false => handler(request),
         };
@@ -706,6 +738,26 @@ mod tests {
         for end in 1..good.len() {
             assert!(receive::<Request>(&mut &good[..end]).is_err(), "{end} bytes");
         }
+    }
+
+    #[test]
+    fn a_guest_learns_no_names_and_changes_nothing() {
+        let ask = |peer, request: &Request| {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            let serving = std::thread::spawn(move || serve(there, peer, &answer));
+            send(&mut here, request).unwrap();
+            let reply = receive::<Reply>(&mut here).unwrap().unwrap();
+            drop(here);
+            serving.join().unwrap().unwrap();
+            reply
+        };
+        let change = Change::SetDefault { name: VersionName::default() };
+        let guarded = [Request::Versions(0), Request::Damaged, Request::Change(change)];
+        for request in guarded {
+            assert!(matches!(ask(Peer::Guest, &request), Reply::Failed(_)), "{request:?}");
+            assert_eq!(ask(Peer::Owner, &request), answer(request));
+        }
+        assert_eq!(ask(Peer::Guest, &Request::Df), answer(Request::Df));
     }
 
     #[test]

@@ -79,9 +79,29 @@ impl Report for LogReport {
     }
 }
 
+/// A message without the numbers that libraries put behind what the system says: ` (os error 2)`.
+pub fn without_codes(message: &str) -> String {
+    let mut plain = String::with_capacity(message.len());
+    let mut rest = message;
+    while let Some((before, after)) = rest.split_once(" (os error ") {
+        plain.push_str(before);
+        let after = after.trim_start_matches(|c: char| c.is_ascii_digit() || c == '-');
+        rest = after.strip_prefix(')').unwrap_or(after);
+    }
+    plain + rest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_errors_are_left_out_of_messages() {
+        let error = std::io::Error::from_raw_os_error(2);
+        let said = without_codes(&format!("a: {error}; b: {error} (option x)"));
+        assert_eq!(said, "a: No such file or directory; b: No such file or directory (option x)");
+        assert_eq!(without_codes("(os error 2"), "(os error 2");
+    }
 
     #[test]
     fn a_syslog_line_names_facility_process_and_device() {
