@@ -276,9 +276,10 @@ pub(crate) fn flush(mount: &Mount) -> Result<(), Failure> {
     let path = &mount.mount_point;
     let flush = || File::open(path).and_then(|root| Ok(rustix::fs::syncfs(&root)?));
     // The first may tell of what was refused before; that is whoever wrote it to hear.
-    flush()
-        .or_else(|_| flush())
-        .map_err(|error| Failure::new(format_args!("{}: {error}", path.display())))
+    flush().or_else(|_| flush()).map_err(|error| {
+        let failed = || Failure::new(format_args!("{}: {error}", path.display()));
+        daemon_gone(path, &error).unwrap_or_else(failed)
+    })
 }
 
 fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
