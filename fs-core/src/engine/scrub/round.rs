@@ -27,7 +27,7 @@ const ROUND_BYTES_MAX: u64 = 256 << 20;
 /// Of pools with stripes: parts of blocks wait in memory for the others.
 const STRIPED_BYTES_MAX: u64 = 64 << 20;
 /// How long a round is to take, in nanoseconds, and when others use the devices.
-const ROUND_NS: u64 = 200_000_000;
+const ROUND_NS: u64 = 400_000_000;
 const ROUND_NS_IN_THE_WAY: u64 = 25_000_000;
 /// When others use the devices, it rests so many times as long as it worked.
 const REST: u64 = 3;
@@ -120,7 +120,7 @@ impl Rounds {
             first: Txg(item.first),
             since,
             rate: item.rate,
-            target_bytes: ROUND_BYTES_MIN * 8,
+            target_bytes: ROUND_BYTES_MIN * 32,
             settled_ns: 0,
             again: 0,
             seen: Seen::default(),
