@@ -94,7 +94,7 @@ impl fmt::Debug for Buf {
 
 /// As much as a shelf should keep where memory is not short: about what the requests of one stream
 /// have under way.
-pub const SHELF_BYTES: usize = 4 << 20;
+pub const SHELF_BYTES: usize = 16 << 20;
 /// Shorter buffers come from pages that an allocator cuts into several; one that is kept keeps
 /// such a page from being given back, which is many times its size.
 const SHELVED_MIN: usize = 256 << 10;
