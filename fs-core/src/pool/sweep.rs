@@ -252,7 +252,7 @@ impl Sweep {
             }
             let buf = match spare.iter().position(|buf| buf.len() as u64 == bytes) {
                 Some(index) => spare.swap_remove(index),
-                None => Buf::zeroed(bytes as usize)?,
+                None => self.pool.buffer(bytes as usize)?,
             };
             ops.push(ReadOp { at, buf, result: Ok(()) });
             first = end;
