@@ -8,6 +8,7 @@ use crate::{output, Done, Failure};
 use cairn_host::admin::{Reply, Request, ScrubChange, ScrubDeviceInfo, ScrubEndInfo, ScrubInfo};
 use cairn_host::mounts::Mount;
 use cairn_host::parse::format_size;
+use cairn_host::say;
 use fs_core::engine::Engine;
 use fs_core::format::scrub::ScrubState;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -64,7 +65,7 @@ fn wait_if(wait: bool, mount: &Mount) -> Result<Done, Failure> {
         return Ok(Done::Whole);
     }
     let scrub = wait_for(mount)?;
-    lines(&scrub, false).iter().for_each(|line| println!("{line}"));
+    lines(&scrub, false).iter().for_each(|line| say!("{line}"));
     Ok(done_of(&scrub))
 }
 
@@ -98,13 +99,13 @@ fn status(pool: &[PathBuf], wait: bool, json: bool) -> Result<Done, Failure> {
     let (info, done) = of_target(target)?;
     match &info.scrub {
         _ if json => output::json(&info.scrub),
-        None => println!("never scrubbed"),
+        None => say!("never scrubbed"),
         Some(scrub) => {
-            lines(scrub, info.read_only).iter().for_each(|line| println!("{line}"));
+            lines(scrub, info.read_only).iter().for_each(|line| say!("{line}"));
             for (index, device) in scrub.devices.iter().enumerate() {
                 let named = info.devices.iter().find(|named| usize::from(named.index) == index);
                 let name = named.map_or(format!("device {index}"), |d| output::printable(&d.name));
-                println!("{name}: {}", device_line(device));
+                say!("{name}: {}", device_line(device));
             }
         }
     }
@@ -124,10 +125,10 @@ fn offline(arguments: &ScrubOffline) -> Result<Done, Failure> {
     if arguments.json {
         output::json(&scrub);
     } else {
-        lines(&scrub, false).iter().for_each(|line| println!("{line}"));
+        lines(&scrub, false).iter().for_each(|line| say!("{line}"));
         for file in damaged {
             let path = String::from_utf8_lossy(&file.path).into_owned();
-            println!("damaged: {} (subvolume {})", output::printable(&path), file.tree);
+            say!("damaged: {} (subvolume {})", output::printable(&path), file.tree);
         }
     }
     Ok(done_of(&scrub))

@@ -411,15 +411,15 @@ impl Engine {
         self.store.pool.set_name(format::name_field(name)?)
     }
 
-    /// Remembers a damaged file. Returns whether it was not known to be.
+    /// Remembers a damaged file, unless too many are. Returns whether it is remembered only now.
     pub fn note_damaged(&self, file: DamagedFile) -> bool {
         let mut damaged = self.damaged.lock();
         let DamagedFile { tree, ino, path } = file;
-        let is_known = damaged.contains_key(&(tree, ino));
-        if damaged.len() < DAMAGED_FILES_MAX || is_known {
-            damaged.insert((tree, ino), path);
+        let has_room = damaged.len() < DAMAGED_FILES_MAX;
+        if !has_room && !damaged.contains_key(&(tree, ino)) {
+            return false;
         }
-        !is_known
+        damaged.insert((tree, ino), path).is_none()
     }
 
     /// Files that were found damaged since the pool was opened, or errors were cleared. There may

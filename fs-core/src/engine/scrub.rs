@@ -263,10 +263,12 @@ impl Engine {
     pub fn start_scrub(self: &Arc<Engine>, rate: u64) -> Result<()> {
         self.store.writable()?;
         let total_bytes = self.used_bytes();
-        let first = self.store.groups.published();
         let began = self.store.now().secs;
         let clock = &self.store.platform.clock;
         {
+            // A group that is being written may move data without knowing of the scrub.
+            let _no_commit = self.committer();
+            let first = self.store.groups.published();
             let mut state = self.scrub.state.lock();
             let what = match state.state() {
                 Some(ScrubState::Running) => "a scrub is under way already",
@@ -334,7 +336,8 @@ impl Engine {
                 record.item.state = ScrubState::Running as u8;
                 record.item.rate = rate.unwrap_or(record.item.rate);
             }
-            state.rounds = None;
+            // A round from before may be under way, at another rate.
+            state.supersede();
             state.note_running(now_ns, self.store.pool.members());
             state.is_unsaved = true;
         }
@@ -449,7 +452,13 @@ impl Engine {
             Ok(()) if rounds.generation == state.generation => state.rounds = Some(rounds),
             Ok(()) => {}
             // From where it was, after a while.
-            Err(_) => state.rests_until_ns = now_ns.saturating_add(PAUSE_NS),
+            Err(_) => {
+                state.rests_until_ns = now_ns.saturating_add(PAUSE_NS);
+                if rounds.generation == state.generation {
+                    rounds.go_back(&state.progress);
+                    state.rounds = Some(rounds);
+                }
+            }
         }
     }
 

@@ -508,6 +508,40 @@ fn promised_room_is_nobody_elses_while_the_promise_is_committed() {
 }
 
 #[test]
+fn a_scrub_does_not_begin_while_a_group_is_written() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    create(&fs, fs.root(), b"file");
+    let (sender, answer) = std::sync::mpsc::channel();
+    let engine = fs.engine().clone();
+    device.on_next_flush(move || {
+        let starter = engine.clone();
+        let start = std::thread::spawn(move || starter.start_scrub(0));
+        // Long enough for one that does not wait.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        sender.send((engine.scrub_status().is_some(), start)).unwrap();
+    });
+    fs.sync().unwrap();
+    let (has_begun, start) = answer.recv().unwrap();
+    start.join().unwrap().unwrap();
+    assert!(!has_begun, "what the group moved would be passed over");
+    assert!(fs.engine().scrub_status().is_some());
+}
+
+#[test]
+fn of_more_damaged_files_than_are_remembered_nobody_is_told() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let note = |number: u64| {
+        let (tree, ino) = (crate::units::TreeId(256), Ino(number));
+        fs.engine().note_damaged(crate::engine::DamagedFile { tree, ino, path: Vec::new() })
+    };
+    assert!(note(0) && !note(0));
+    let told = (1..5000).filter(|number| note(*number)).count();
+    assert_eq!(told + 1, fs.engine().damaged_files().len());
+}
+
+#[test]
 fn what_is_accepted_while_a_pool_becomes_read_only_is_durable_when_it_is() {
     let (device, test) = new_pool(64 << 20);
     let fs = mount(&device, &test);

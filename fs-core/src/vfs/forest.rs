@@ -65,7 +65,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Deref;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{fence, AtomicU64, Ordering};
 
 /// Spreads the numbers of versions over generations, of which drivers remember 32 bits.
 const GENERATION_STEP: u64 = 0x9e37_79b1;
@@ -474,9 +474,12 @@ impl Forest {
     /// Closes a slot of which drivers have forgotten everything.
     fn close_forgotten(&self, number: u16) {
         let mut slots = self.slots.write();
-        // Whoever begins to use it gets it from here, so nobody does if it is only here.
+        // Whoever begins to use it gets it from here, so nobody does if it is only here; and what
+        // those counted who did before is seen only then.
         let is_forgotten = |slot: &Arc<Slot>| {
-            slot.lookups.load(Ordering::Relaxed) == 0 && Arc::strong_count(slot) == 1
+            let is_only_here = Arc::strong_count(slot) == 1;
+            fence(Ordering::Acquire);
+            is_only_here && slot.lookups.load(Ordering::Relaxed) == 0
         };
         let closed = match slots.open.get(&number).is_some_and(is_forgotten) {
             true => slots.open.remove(&number),

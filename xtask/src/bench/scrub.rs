@@ -11,7 +11,7 @@ use super::{drop_caches, Contender};
 use crate::guard::{self, Guard};
 use crate::random::{Aligned, Random};
 use crate::run::Cmd;
-use crate::subject::MountOptions;
+use crate::subject::{MountOptions, Subject};
 use crate::{checkout, need};
 use anyhow::{Context, Result};
 use rustix::fs::OFlags;
@@ -79,32 +79,14 @@ pub fn measure(
         (_, Contender::Device) => read_both(scale, pair)?,
         ("cairn", Contender::Mounted(subject)) => {
             need::release_build()?;
-            Cmd::new(checkout::binary("mkfs.cairn"))
-                .args(["-q", "-f", "--profile", "mirror"])
-                .args(&pair.devices)
-                .limit(LIMIT)
-                .quiet()?;
-            filled(
-                scale,
-                pair,
-                |device, dir| subject.mount(device, dir, MountOptions::default()),
-                |dir| {
-                    Cmd::new(checkout::binary("cairn")).args(["scrub", "start", "--wait"]).arg(dir)
-                },
-            )?
+            let format = Cmd::new(checkout::binary("mkfs.cairn")).args(["-q", "-f"]);
+            let scrub = Cmd::new(checkout::binary("cairn")).args(["scrub", "start", "--wait"]);
+            filled(scale, pair, &**subject, format.args(["--profile", "mirror"]), scrub)?
         }
         ("btrfs", Contender::Mounted(subject)) => {
-            Cmd::new("mkfs.btrfs")
-                .args(["-q", "-f", "-d", "raid1", "-m", "raid1"])
-                .args(&pair.devices)
-                .limit(LIMIT)
-                .quiet()?;
-            filled(
-                scale,
-                pair,
-                |device, dir| subject.mount(device, dir, MountOptions::default()),
-                |dir| Cmd::new("btrfs").args(["scrub", "start", "-B"]).arg(dir),
-            )?
+            let format = Cmd::new("mkfs.btrfs").args(["-q", "-f", "-d", "raid1", "-m", "raid1"]);
+            let scrub = Cmd::new("btrfs").args(["scrub", "start", "-B"]);
+            filled(scale, pair, &**subject, format, scrub)?
         }
         _ => return Ok(None),
     };
@@ -112,16 +94,18 @@ pub fn measure(
     Ok(Some(Metric::rate(NAME, "MiB/s", mib, seconds)))
 }
 
-/// Mounts, writes the stream, mounts anew and scrubs; how long the scrub took, in seconds.
+/// Formats, mounts, writes the stream, mounts anew and scrubs; how long the scrub took, in seconds.
 fn filled(
     scale: &Scale,
     pair: &Pair,
-    mount: impl Fn(&Path, &Path) -> Result<()>,
-    scrub: impl Fn(&Path) -> Cmd,
+    subject: &dyn Subject,
+    format: Cmd,
+    scrub: Cmd,
 ) -> Result<f64> {
+    format.args(&pair.devices).limit(LIMIT).quiet()?;
     let (dir, _mount_point) = guard::mount_point()?;
     let mounted = || -> Result<Guard> {
-        mount(&pair.devices[0], &dir)?;
+        subject.mount(&pair.devices[0], &dir, MountOptions::default())?;
         Ok(guard::mounted(&dir))
     };
     let unmount = |guard: Guard| -> Result<()> {
@@ -143,7 +127,7 @@ fn filled(
     let guard = mounted()?;
     drop_caches()?;
     let start = Instant::now();
-    scrub(&dir).limit(LIMIT).quiet().context("the scrub")?;
+    scrub.arg(&dir).limit(LIMIT).quiet().context("the scrub")?;
     let seconds = start.elapsed().as_secs_f64();
     unmount(guard)?;
     Ok(seconds)

@@ -127,6 +127,12 @@ impl Rounds {
             lost: Vec::new(),
         }
     }
+
+    /// What was gathered since the last round that counted is gathered again.
+    pub(super) fn go_back(&mut self, progress: &Progress) {
+        self.pass = Pass::resumed(self.since, progress);
+        (self.gathered, self.is_over) = (None, false);
+    }
 }
 
 impl Engine {
@@ -160,8 +166,7 @@ impl Engine {
                 // With others waiting it had better stop, and begin with less.
                 Some(_) => {
                     let state = self.scrub.state.lock();
-                    rounds.pass = Pass::resumed(rounds.since, &state.progress);
-                    (rounds.gathered, rounds.is_over) = (None, false);
+                    rounds.go_back(&state.progress);
                     return Ok(());
                 }
             };
