@@ -106,7 +106,8 @@ fn create_in_disguise(
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             sys::unshare_mounts()?;
-            mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+            // What is mounted here stays here; what is unmounted elsewhere does not linger.
+            mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?;
             mount_bind(&anchor.path, plan.source)?;
             Context::new("fuseblk", plan, device)?.create()
         });

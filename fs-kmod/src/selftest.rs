@@ -558,6 +558,10 @@ const TESTS: &[(&str, fn() -> Outcome)] = tests![
 /// for interrupts.
 const STACK_BYTES_MAX: usize = 12 << 10;
 
+/// How often a test may begin to find out what it needs itself: an interrupt at the deepest place
+/// adds up to 2 KiB, and does not come at that place each time.
+const STACK_TRIES: u32 = 3;
+
 /// Runs one test on a thread of its own, whose stack is watched.
 fn run_one(test: fn() -> Outcome) -> Outcome {
     let outcome = Arc::new(Mutex::new(None));
@@ -565,6 +569,19 @@ fn run_one(test: fn() -> Outcome) -> Outcome {
     drop(Thread::spawn(move || *slot.lock() = Some(test())).map_err(failed)?);
     let outcome = outcome.lock().take();
     outcome.unwrap_or_else(|| Err(String::from("the thread ended without a result")))
+}
+
+/// Runs one test, and says how many bytes of stack it needed.
+fn measure(test: fn() -> Outcome) -> (Outcome, usize) {
+    let mut least = usize::MAX;
+    for _ in 0..STACK_TRIES {
+        let outcome = run_one(test);
+        least = least.min(stack::take_deepest());
+        if outcome.is_err() || least <= STACK_BYTES_MAX {
+            return (outcome, least);
+        }
+    }
+    (Err(format!("used {least} bytes of stack")), least)
 }
 
 /// Runs all tests.
@@ -576,12 +593,8 @@ pub(crate) fn run() -> Result {
     let mut failures = 0;
     for (name, test) in TESTS {
         let begin = KernelClock.uptime_ns();
-        let mut outcome = run_one(*test);
+        let (outcome, bytes) = measure(*test);
         let ms = (KernelClock.uptime_ns() - begin) / 1_000_000;
-        let bytes = stack::take_deepest();
-        if outcome.is_ok() && bytes > STACK_BYTES_MAX {
-            outcome = Err(format!("used {bytes} bytes of stack"));
-        }
         match outcome {
             Ok(()) => pr_info!("selftest {} ... ok ({} ms, {} bytes of stack)\n", name, ms, bytes),
             Err(why) => {

@@ -78,16 +78,21 @@ fn headers(release: &str) -> String {
     format!("/usr/src/linux-headers-{release}")
 }
 
-/// Enters a build root: in a mount namespace of its own, so that nothing stays mounted.
+/// Enters a build root: in a mount namespace of its own, so that nothing stays mounted. The rest of
+/// the machine's mounts are let go of there: they would stay in use for as long as a build takes,
+/// though unmounted everywhere else.
 const ENTER: &str = r#"
 set -eu
 root=$1 checkout=$2
 shift 2
+mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mkdir -p "$root$checkout"
 mount --bind "$checkout" "$root$checkout"
-exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
+cd "$root"
+pivot_root . mnt
+exec chroot . /bin/sh -c 'umount --lazy /mnt && exec "$@"' enter /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
     DEBIAN_FRONTEND=noninteractive ${http_proxy:+"http_proxy=$http_proxy"} "$@"
 "#;
 

@@ -46,7 +46,8 @@ const MIXES: &[Mix] = &[
     Mix {
         name: "tiny",
         share: 1,
-        long_share: 1,
+        // As above: the more mappings there are, the longer each next one takes.
+        long_share: 8,
         // Below the size at which files are stored inline, and a little above it.
         configuration: "flen = 6000\n[opsize]\nmin = 1\nmax = 3000\n[weights]\n\
             close_open = 2\ninvalidate = 0\nmapread = 2\nmapwrite = 2\nread = 10\nwrite = 10\n\
