@@ -393,6 +393,19 @@ impl Forest {
         }
     }
 
+    /// Two inodes that have to be in one version. Its slot is asked for once: who waits for one that
+    /// is held off must not be in any, or holding off would wait for it in turn.
+    fn both(&self, one: Ino, other: Ino) -> Result<(Held<'_>, Ino, Ino)> {
+        let (held, inner) = self.place(one)?;
+        let (slot, other_inner) = parts(other);
+        if slot == held.slot() {
+            return Ok((held, inner, other_inner));
+        }
+        drop(held);
+        self.place(other)?;
+        Err(Errno::XDev.into())
+    }
+
     /// The slot of a version.
     fn slot_of(&self, id: u64) -> Result<u16> {
         if id == self.base.version() {
@@ -485,6 +498,8 @@ impl Forest {
             true => slots.open.remove(&number),
             false => None,
         };
+        // It may have been let go of since.
+        slots.free_forgotten(number);
         drop(slots);
         drop(closed);
     }
@@ -651,9 +666,8 @@ impl Forest {
     }
 
     /// What is above the root directory of a version.
-    fn lookup_above(&self, held: &Held<'_>) -> Result<Attr> {
-        let id = held.version();
-        if held.is_snapshot() {
+    fn lookup_above(&self, id: u64, is_snapshot: bool) -> Result<Attr> {
+        if is_snapshot {
             let owner = self
                 .engine()
                 .with_versions(|versions| versions.get(id).map_or(0, |version| version.item.owner));
@@ -759,18 +773,21 @@ impl Filesystem for Forest {
             Node::Control(control) => return self.lookup_control(control, name),
         };
         if name == b".." && inner.0 == ROOT_INO && held.slot() != 0 {
-            return self.lookup_above(&held);
+            let (id, is_snapshot) = (held.version(), held.is_snapshot());
+            // What is above may be held off, and so may this one: see `Forest::both`.
+            drop(held);
+            return self.lookup_above(id, is_snapshot);
         }
         match held.lookup(inner, name) {
             Err(Error::Posix(Errno::NoEnt)) if inner.0 == ROOT_INO && !held.is_snapshot() => {}
             found => return found.map(|attr| self.found(&held, attr)),
         }
-        if let Some(id) = self.nested_at(&held, inner, name) {
-            return self.enter(id);
-        }
-        match name == CONTROL_NAME {
-            true => self.control_attr(Control::Top(held.version())),
-            false => Err(Errno::NoEnt.into()),
+        let (id, nested) = (held.version(), self.nested_at(&held, inner, name));
+        drop(held);
+        match nested {
+            Some(nested) => self.enter(nested),
+            None if name == CONTROL_NAME => self.control_attr(Control::Top(id)),
+            None => Err(Errno::NoEnt.into()),
         }
     }
 
@@ -854,10 +871,7 @@ impl Filesystem for Forest {
     }
 
     fn link(&self, ino: Ino, dir: Ino, name: &[u8]) -> Result<Attr> {
-        let ((source, inner), (held, inner_dir)) = (self.place(ino)?, self.place(dir)?);
-        if source.slot() != held.slot() {
-            return Err(Errno::XDev.into());
-        }
+        let (held, inner, inner_dir) = self.both(ino, dir)?;
         self.check_free(&held, inner_dir, name)?;
         Ok(self.found(&held, held.link(inner, inner_dir, name)?))
     }
@@ -891,12 +905,9 @@ impl Filesystem for Forest {
         flags: RenameFlags,
         caller: &Caller,
     ) -> Result<()> {
-        let ((held, inner), (target, new_inner)) = (self.place(dir)?, self.place(new_dir)?);
-        if held.slot() != target.slot() {
-            return Err(Errno::XDev.into());
-        }
+        let (held, inner, new_inner) = self.both(dir, new_dir)?;
         // What is on disk has its name before what appears.
-        if self.is_taken(&target, new_inner, new_name) && !target.has_name(new_inner, new_name)? {
+        if self.is_taken(&held, new_inner, new_name) && !held.has_name(new_inner, new_name)? {
             return Err(Errno::Busy.into());
         }
         match held.rename(inner, name, new_inner, new_name, flags, caller) {
@@ -950,11 +961,8 @@ impl Filesystem for Forest {
         target_offset: u64,
         len: u64,
     ) -> Result<u64> {
-        let ((from, source), (to, target)) = (self.place(source)?, self.place(target)?);
-        if from.slot() != to.slot() {
-            return Err(Errno::XDev.into());
-        }
-        to.copy_range(source, source_offset, target, target_offset, len)
+        let (held, source, target) = self.both(source, target)?;
+        held.copy_range(source, source_offset, target, target_offset, len)
     }
 
     fn fsync(&self, ino: Ino, data_only: bool) -> Result<()> {

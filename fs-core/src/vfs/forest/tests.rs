@@ -9,6 +9,7 @@ use std::vec;
 
 const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 const TOP: Ino = Ino(ROOT_INO);
+const NONE: RenameFlags = RenameFlags { no_replace: false, exchange: false, whiteout: false };
 const HOME: u64 = TreeId::FIRST_SUBVOL.0;
 
 fn forest() -> (Arc<Forest>, TestPlatform) {
@@ -410,4 +411,50 @@ fn a_handle_of_what_was_mounted_does_not_fit_what_is_mounted_instead() {
         Forest::new(volume).getattr(TOP).unwrap().generation as u32
     });
     assert_ne!(generations[0], generations[1]);
+}
+
+#[test]
+fn who_waits_for_what_is_held_off_is_in_nothing_else_that_may_be() {
+    let (forest, _test) = forest();
+    let (home, mail) = (subvolume(&forest, "home"), subvolume(&forest, "home/mail"));
+    let dir = walk(&forest, "home").unwrap();
+    let nested = walk(&forest, "home/mail").unwrap();
+    let file = write(&forest, nested, "file", b"data");
+    assert!(forest.hold_off(&[mail]));
+    std::thread::scope(|scope| {
+        let down = scope.spawn(|| forest.lookup(dir, b"mail").unwrap().ino);
+        let across = scope.spawn(|| errno(forest.link(file, dir, b"link")));
+        let back = scope.spawn(|| errno(forest.rename(dir, b"a", nested, b"b", NONE, &ROOT)));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!down.is_finished() && !across.is_finished() && !back.is_finished());
+        assert!(forest.hold_off(&[home]));
+        forest.let_in(&[home, mail]);
+        assert_eq!(down.join().unwrap(), nested);
+        assert_eq!(across.join().unwrap(), Errno::XDev);
+        assert_eq!(back.join().unwrap(), Errno::XDev);
+    });
+    // The other way round: from what is held off to what is above it.
+    assert!(forest.hold_off(&[home]));
+    std::thread::scope(|scope| {
+        let up = scope.spawn(|| forest.lookup(nested, b"..").unwrap().ino);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!up.is_finished());
+        assert!(forest.hold_off(&[mail]));
+        forest.let_in(&[home, mail]);
+        assert_eq!(up.join().unwrap(), dir);
+    });
+}
+
+#[test]
+fn the_slot_of_what_is_let_go_of_while_it_is_being_forgotten_is_free() {
+    let (forest, _test) = forest();
+    let home = subvolume(&forest, "home");
+    let dir = walk(&forest, "home").unwrap();
+    let slot = parts(dir).0;
+    forest.let_go(home);
+    assert!(forest.slots.read().stale.contains_key(&slot));
+    // As one does that found it open.
+    forest.slots.read().stale[&slot].store(0, Ordering::Relaxed);
+    forest.close_forgotten(slot);
+    assert!(!forest.slots.read().stale.contains_key(&slot));
 }
