@@ -538,6 +538,32 @@ fn what_moves_while_it_runs_is_not_missed() {
 }
 
 #[test]
+fn what_is_written_while_it_runs_is_read_only_if_it_was_shared() {
+    let (mut world, _, places) = three_files();
+    let volume = world.volume().clone();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    world.engine().start_scrub(64 << 10).unwrap();
+    while world.status().done_bytes == 0 {
+        world.let_time_pass();
+    }
+    // What was bad before is looked at where it goes.
+    let source = volume.lookup(volume.root(), b"two").unwrap();
+    let target = volume.mknod(volume.root(), b"four", 0o100_644, 0, &caller).unwrap();
+    assert_eq!(volume.copy_range(source.ino, 0, target.ino, 0, 200 << 10), Ok(200 << 10));
+    volume.sync().unwrap();
+    spoil(&world, &places[3], 0x11);
+    write_file(&volume, b"much", 6 << 20, 9);
+    volume.sync().unwrap();
+    drop(volume);
+    let status = world.finish();
+    assert_eq!(status.lost_count, 1, "{status:?}");
+    assert!(status.done_bytes < 4 << 20, "{status:?}");
+    let paths: BTreeSet<Vec<u8>> =
+        world.engine().damaged_files().into_iter().map(|file| file.path).collect();
+    assert!(paths.contains(&b"/four"[..]), "{paths:?}");
+}
+
+#[test]
 fn the_power_may_fail_at_every_write_of_a_scrub() {
     let wanted = if is_long() { 40_000 } else { 700 };
     let mut count = 0;

@@ -256,7 +256,7 @@ impl Engine {
         let GroupDebts { mut garbage, mut shared } = self.store.take_debts(txg);
         debts.garbage.append(&mut garbage);
         debts.shared.append(&mut shared);
-        if let Some(edit) = self.take_scrub_edit(txg, !debts.shared.is_empty()) {
+        if let Some(edit) = self.take_scrub_edit(txg, &debts.shared) {
             committer.superblock.features[0] |= features::SCRUB;
             let at = pool_edits.partition_point(|(key, _)| *key < edit.0);
             pool_edits.insert(at, edit);

@@ -14,8 +14,9 @@
 //!
 //! - *What moves.* Data that is shared with, or moved to, a place that the pass is past of may be
 //!   named there only when the pass comes to where it was. So when there was any, another pass
-//!   follows over what is younger than the one before: it looks at what young references name,
-//!   which is little. The last one sees the trees as one group has them, or none moved anything
+//!   follows over what is younger than the one before: of what young references name it looks at
+//!   what was shared since then, or at all after a remount, which has forgotten what that was. So
+//!   it is over soon, however much others write. The last one sees the trees as one group has them, or none moved anything
 //!   meanwhile.
 //! - *What changes meanwhile.* A round holds the trees as one group has them, so that nothing it
 //!   reads is used for something else before it has settled: what it finds bad was in use, and what
@@ -41,9 +42,11 @@
 //! | file | idea |
 //! | --- | --- |
 //! | `round` | gathering, sweeping and mending |
+//! | `seen` | a set of addresses |
 //! | `status` | what is shown of a scrub |
 
 mod round;
+mod seen;
 mod status;
 
 pub use status::{ScrubEnd, ScrubStatus};
@@ -56,6 +59,7 @@ use crate::error::{Error, Incident};
 use crate::format::key::{kind, Key};
 use crate::format::pool::property;
 use crate::format::scrub::{ScrubDevice, ScrubItem, ScrubRecord, ScrubSpan, ScrubState, SPANS_MAX};
+use crate::format::space::Run;
 use crate::format::DiskField;
 use crate::subvol::store::Result;
 use crate::sync::{Mutex, Rank, Signal};
@@ -65,6 +69,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 use round::Rounds;
+use seen::Seen;
 
 /// How often it is looked whether there is something to do, in milliseconds.
 const TICK_MS: u64 = 20;
@@ -109,6 +114,8 @@ struct State {
     has_timer: bool,
     /// Between two turns.
     rounds: Option<Box<Rounds>>,
+    /// What was shared since this pass began, and in the one before; `None` if that is not known.
+    moved: [Option<Arc<Seen>>; 2],
 }
 
 impl Scrub {
@@ -126,6 +133,7 @@ impl Scrub {
             mends: Vec::new(),
             has_timer: false,
             rounds: None,
+            moved: [None, None],
         };
         Scrub {
             state: Mutex::ranked(Rank::Short, state),
@@ -174,6 +182,21 @@ impl State {
         self.mends = members.iter().map(Member::mends).collect();
     }
 
+    /// Remembers what a group shares.
+    fn note_moved(&mut self, shared: &[Run]) {
+        let Some(mut moved) = self.moved[0].take() else { return };
+        // Nobody else has that of this pass.
+        let is_known = Arc::get_mut(&mut moved).is_some_and(|m| shared.iter().all(|r| m.add(*r)));
+        self.moved[0] = is_known.then_some(moved);
+    }
+
+    /// What is known before the first round from where the pass is.
+    fn fresh_rounds(&self, item: &ScrubItem) -> Box<Rounds> {
+        // The first pass looks at everything.
+        let moved = self.moved[1].clone().filter(|_| item.since > 0);
+        Box::new(Rounds::new(self.generation, item, &self.progress, moved))
+    }
+
     /// What is under way counts for nothing from now on.
     fn supersede(&mut self) {
         self.generation += 1;
@@ -211,14 +234,21 @@ impl Engine {
             done: record.spans.iter().map(|span| (span.first, span.last)).collect(),
             at: (item.at_tree != 0).then_some(spot),
         };
+        // Groups before this one may have shared something.
+        state.moved = [None, None];
+        if record.item.shared_txg <= record.item.pass_txg {
+            state.moved[0] = Some(Arc::default());
+        }
         state.record = Some(Box::new(record));
     }
 
     /// What group `txg` is to store of the scrub, if that is not what the pool has. It is told
-    /// whether the group shares data.
-    pub(super) fn take_scrub_edit(&self, txg: Txg, shares: bool) -> Option<(Key, Edit)> {
+    /// what data the group shares.
+    pub(super) fn take_scrub_edit(&self, txg: Txg, shared: &[Run]) -> Option<(Key, Edit)> {
         let mut state = self.scrub.state.lock();
-        if shares && matches!(state.state(), Some(ScrubState::Running | ScrubState::Paused)) {
+        let is_under_way = matches!(state.state(), Some(ScrubState::Running | ScrubState::Paused));
+        if is_under_way && !shared.is_empty() {
+            state.note_moved(shared);
             state.record.as_mut()?.item.shared_txg = txg.0;
             state.is_unsaved = true;
         }
@@ -243,9 +273,14 @@ impl Engine {
     /// A group that carries rollbacks out begins the pass of the scrub again.
     pub(super) fn restart_scrub(&self) {
         let mut state = self.scrub.state.lock();
+        let state = &mut *state;
         let Some(record) = state.record.as_mut() else { return };
         if matches!(record.state(), ScrubState::Running | ScrubState::Paused) {
             let item = &mut record.item;
+            if item.since > 0 {
+                // What was shared in the first pass is forgotten, and the new one passes it over.
+                state.moved[0] = None;
+            }
             (item.done_bytes, item.since, item.pass_txg) = (0, 0, item.first);
             state.progress = Progress::default();
             state.marks = [(state.counted_ns, 0); 2];
@@ -291,6 +326,7 @@ impl Engine {
             let devices = Vec::new();
             state.record = Some(Box::new(ScrubRecord { item, devices, spans: Vec::new() }));
             state.progress = Progress::default();
+            state.moved = [Some(Arc::default()), None];
             state.supersede();
             state.note_running(clock.uptime_ns(), self.store.pool.members());
             state.is_unsaved = true;
@@ -469,19 +505,22 @@ impl Engine {
         if !state.is_running() || now_ns < state.rests_until_ns {
             return None;
         }
-        let generation = state.generation;
         if let Some(rounds) = state.rounds.take() {
             return Some(rounds);
         }
-        let item = &state.record.as_ref()?.item;
-        Some(Box::new(Rounds::new(generation, item, &state.progress)))
+        let item = state.record.as_ref()?.item;
+        Some(state.fresh_rounds(&item))
     }
 
     /// Begins another pass, if something was moved during the one that is over.
-    fn begin_pass(&self, generation: u64) -> bool {
+    fn begin_pass(&self, rounds: &mut Rounds) -> bool {
+        // What a group that is being written shares has to be seen by the pass that begins, or
+        // remembered for the one after it.
+        let _no_commit = self.committer();
         let published = self.store.groups.published();
         let mut state = self.scrub.state.lock();
-        if generation != state.generation {
+        let state = &mut *state;
+        if rounds.generation != state.generation {
             return true;
         }
         let Some(record) = state.record.as_mut() else { return true };
@@ -490,9 +529,14 @@ impl Engine {
             return false;
         }
         (item.since, item.pass_txg) = (item.pass_txg, published.0);
+        state.moved = [Some(Arc::default()), state.moved[0].take()];
         state.progress = Progress::default();
         state.is_unsaved = true;
+        let item = record.item;
         state.supersede();
+        let mut next = state.fresh_rounds(&item);
+        next.keep_lost_of(rounds);
+        state.rounds = Some(next);
         true
     }
 

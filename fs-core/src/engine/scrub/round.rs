@@ -1,5 +1,6 @@
 //! Rounds: gathering, sweeping and mending.
 
+use super::seen::Seen;
 use super::{State, SAVE_NS, SPEED_NS};
 use crate::btree::Tree;
 use crate::engine::log::LogPlace;
@@ -16,7 +17,6 @@ use crate::intent::compare_copies;
 use crate::pool::{Content, DataSource, Lost, Sweep};
 use crate::subvol::store::{Result, Store};
 use crate::units::{Ino, Logical, TreeId, Txg};
-use alloc::collections::BTreeMap;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -39,8 +39,6 @@ const LIMITED_ROUNDS: u64 = 5;
 const GATHERED_BYTES_MAX: usize = 8 << 20;
 /// Bytes of nodes that a round passes over at most.
 const PASSED_BYTES_MAX: u64 = 16 << 20;
-/// Runs with several references that are remembered.
-const SEEN_MAX: usize = 65536;
 /// Runs without a good copy that are remembered.
 const LOST_MAX: usize = 4096;
 /// How often a round is made again, because something could be read at last and was passed over.
@@ -67,6 +65,8 @@ pub(super) struct Rounds {
     seen: Seen,
     /// Runs without a good copy.
     lost: Vec<Run>,
+    /// In passes after the first: all that was moved during the one before, if that is known.
+    moved: Option<Arc<Seen>>,
 }
 
 /// Who names what is read.
@@ -110,7 +110,12 @@ struct Losses {
 }
 
 impl Rounds {
-    pub(super) fn new(generation: u64, item: &ScrubItem, progress: &Progress) -> Rounds {
+    pub(super) fn new(
+        generation: u64,
+        item: &ScrubItem,
+        progress: &Progress,
+        moved: Option<Arc<Seen>>,
+    ) -> Rounds {
         let since = Txg(item.since);
         Rounds {
             generation,
@@ -125,7 +130,13 @@ impl Rounds {
             again: 0,
             seen: Seen::default(),
             lost: Vec::new(),
+            moved,
         }
+    }
+
+    /// What was lost in the pass before is counted already.
+    pub(super) fn keep_lost_of(&mut self, before: &mut Rounds) {
+        self.lost = core::mem::take(&mut before.lost);
     }
 
     /// What was gathered since the last round that counted is gathered again.
@@ -172,7 +183,7 @@ impl Engine {
             };
         }
         // Seen as one group has it all, nothing can have moved behind the pass.
-        if rounds.gathered != Some(1) && self.begin_pass(rounds.generation) {
+        if rounds.gathered != Some(1) && self.begin_pass(rounds) {
             return Ok(());
         }
         self.look_at_the_rest(rounds)
@@ -211,6 +222,7 @@ impl Engine {
             since: rounds.since,
             seen: &rounds.seen,
             lost: &rounds.lost,
+            moved: rounds.moved.as_deref(),
             entries: Vec::new(),
             senseless: Vec::new(),
             unread: Vec::new(),
@@ -379,7 +391,10 @@ impl Engine {
         if is_due {
             self.want_commit();
         }
-        round.shared.iter().for_each(|run| rounds.seen.add(*run));
+        for run in &round.shared {
+            // What is not remembered is read once more.
+            rounds.seen.add(*run);
+        }
         let ms = took_ns / 1_000_000;
         let wanted = if is_in_the_way { ROUND_NS_IN_THE_WAY } else { ROUND_NS } / 1_000_000;
         let fitting = round.bytes.saturating_mul(wanted) / ms.max(1);
@@ -496,6 +511,7 @@ struct Gathering<'a> {
     since: Txg,
     seen: &'a Seen,
     lost: &'a [Run],
+    moved: Option<&'a Seen>,
     entries: Vec<(Content, TreeId, Option<Key>)>,
     senseless: Vec<(TreeId, Error)>,
     unread: Vec<BlockPtr>,
@@ -551,10 +567,11 @@ impl Visitor for Gathering<'_> {
             Txg(0) => birth <= self.first,
             since => birth > since,
         };
-        if !is_wanted {
+        let run = source.run();
+        // What others go on writing while the scrub runs is not to keep it from ending.
+        if !is_wanted || self.moved.is_some_and(|moved| !moved.touches(run)) {
             return Ok(());
         }
-        let run = source.run();
         if run.bytes > 0 && self.is_shared(run) {
             let is_lost = |lost: &Run| lost.addr < run.end() && run.addr < lost.end();
             // All who name what is lost are told.
@@ -572,60 +589,5 @@ impl Visitor for Gathering<'_> {
         self.bytes >= self.target_bytes
             || self.memory >= GATHERED_BYTES_MAX
             || self.passed >= PASSED_BYTES_MAX
-    }
-}
-
-/// Runs with several references that were come to: begin and end. They do not touch.
-#[derive(Default)]
-struct Seen {
-    runs: BTreeMap<u64, u64>,
-}
-
-impl Seen {
-    fn covers(&self, run: Run) -> bool {
-        let before = self.runs.range(..=run.addr.0).next_back();
-        before.is_some_and(|(_, end)| *end >= run.end().0)
-    }
-
-    fn add(&mut self, run: Run) {
-        let (mut start, mut end) = (run.addr.0, run.end().0);
-        while let Some((first, last)) =
-            self.runs.range(..=end).next_back().map(|(first, last)| (*first, *last))
-        {
-            if last < start {
-                break;
-            }
-            self.runs.remove(&first);
-            (start, end) = (start.min(first), end.max(last));
-        }
-        if self.runs.len() < SEEN_MAX {
-            self.runs.insert(start, end);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn what_was_seen_is_what_was_added(
-            added in proptest::collection::vec((0u64..40, 1u64..8), 0..20),
-            asked in (0u64..40, 1u64..8),
-        ) {
-            let mut seen = Seen::default();
-            let mut want = [false; 64];
-            for (addr, bytes) in added {
-                seen.add(Run { addr: Logical(addr), bytes });
-                want[addr as usize..(addr + bytes) as usize].fill(true);
-            }
-            let ends: Vec<(u64, u64)> = seen.runs.iter().map(|(a, b)| (*a, *b)).collect();
-            prop_assert!(ends.windows(2).all(|pair| pair[0].1 < pair[1].0));
-            let run = Run { addr: Logical(asked.0), bytes: asked.1 };
-            let all = want[asked.0 as usize..(asked.0 + asked.1) as usize].iter().all(|b| *b);
-            prop_assert_eq!(seen.covers(run), all);
-        }
     }
 }
