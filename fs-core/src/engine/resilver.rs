@@ -157,7 +157,7 @@ impl Engine {
         let turns = self.turns.load(Ordering::Acquire);
         state.take_if(|resilver| !resilver.fits(turns, &behind));
         // Held for this turn only, unless the last pass holds its own.
-        let parts = self.parts().ok()?;
+        let parts = self.parts();
         let resilver = state.get_or_insert_with(|| self.begin_resilver(turns, &behind, &parts));
         if resilver.resumes_ns > clock.uptime_ns() {
             return Some(());
@@ -251,6 +251,10 @@ struct Comparing<'a> {
 }
 
 impl Visitor for Comparing<'_> {
+    fn rootless(&mut self, _: TreeId, _: &Error) {
+        // A device that lacks nothing else has all that there is.
+    }
+
     fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
         self.blocks += 1;
         self.work += self.node_bytes;

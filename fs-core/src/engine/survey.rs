@@ -39,7 +39,8 @@ use alloc::vec::Vec;
 
 /// A tree to look at.
 struct Part {
-    tree: Tree,
+    /// Or what is wrong with what the version says of its root.
+    tree: core::result::Result<Tree, Error>,
     /// What is not younger is another part's.
     since: Txg,
     /// The part that has to be looked at before.
@@ -58,6 +59,8 @@ pub(super) struct Parts {
 
 /// What is shown what a pass comes to.
 pub(super) trait Visitor {
+    /// A version that names no root that can be: nothing of it is found.
+    fn rootless(&mut self, id: TreeId, error: &Error);
     /// A block of a tree, before what it names.
     fn block(&mut self, seen: &Seen<'_>) -> Result<()>;
     /// File data, born in group `birth`, in the subvolume or snapshot `id`.
@@ -108,14 +111,11 @@ pub(super) struct Pass {
 
 impl Engine {
     /// All trees as the published group has them. Waits for a group that is being written.
-    ///
-    /// # Errors
-    /// [`Error::BadItem`] for a version whose root cannot be.
-    pub(super) fn parts(&self) -> Result<Parts> {
+    pub(super) fn parts(&self) -> Parts {
         let committer = self.committer();
         let view = self.store.space_view();
         let (txg, roots) = (committer.superblock.txg, &committer.roots);
-        let own = |tree: Tree| Part { tree, since: Txg(0), after: 0 };
+        let own = |tree: Tree| Part { tree: Ok(tree), since: Txg(0), after: 0 };
         let mut by_id = BTreeMap::new();
         for tree in [roots.pool, roots.chunk, view.tree, roots.refs, roots.dead] {
             by_id.insert(tree.id.0, own(tree));
@@ -126,20 +126,23 @@ impl Engine {
             if item.flags & version::STARTED != 0 {
                 continue;
             }
-            let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id))?;
-            let tree = Tree { id: item.lineage(TreeId(id)), root };
+            let tree = match item.root(txg) {
+                Ok(root) => Ok(Tree { id: item.lineage(TreeId(id)), root }),
+                Err(bad) => Err(bad.in_item(TreeId::POOL, id)),
+            };
             let (after, since) = before(&versions, id);
             by_id.insert(id, Part { tree, since, after });
         }
         drop(versions);
-        Ok(Parts { txg, by_id, residue: roots.residue, _view: view })
+        Parts { txg, by_id, residue: roots.residue, _view: view }
     }
 }
 
 impl Parts {
     /// The tree of references, unless it is empty.
     pub(super) fn references(&self) -> Option<Tree> {
-        self.by_id.get(&TreeId::REFS.0).map(|part| part.tree).filter(|tree| tree.root.is_some())
+        let tree = self.by_id.get(&TreeId::REFS.0)?.tree.as_ref().ok()?;
+        tree.root.is_some().then_some(*tree)
     }
 }
 
@@ -203,10 +206,18 @@ impl Pass {
     ) -> Result<bool> {
         let Some((id, from)) = self.next(parts) else { return Ok(false) };
         let part = &parts.by_id[&id];
+        let tree = match &part.tree {
+            Ok(tree) => tree,
+            Err(error) => {
+                visitor.rootless(TreeId(id), error);
+                self.done.insert(id);
+                return Ok(true);
+            }
+        };
         self.at = Some(Spot { id, since: part.since, key: from });
         let mut walk = Walk { id: TreeId(id), since: part.since, blob: Logical(0), visitor };
         let since = part.since.max(self.least);
-        let next = part.tree.patrol(store, since, from, &mut |ptr, node| {
+        let next = tree.patrol(store, since, from, &mut |ptr, node| {
             walk.visitor.block(&Seen { id: walk.id, ptr, error: node.err() })?;
             if let Ok(node) = node {
                 walk.leaf(node)?;

@@ -207,7 +207,7 @@ impl Engine {
         if rounds.is_over {
             return Ok(None);
         }
-        let parts = self.parts()?;
+        let parts = self.parts();
         let refs = self.store.has_references().then(|| parts.references()).flatten();
         let target_bytes = match rounds.rate {
             // Short passes are to end, whatever goes on.
@@ -412,7 +412,7 @@ impl Engine {
         let pool = &self.store.pool;
         let mut losses = Losses::default();
         {
-            let parts = self.parts()?;
+            let parts = self.parts();
             if let Some(ptr) = &parts.residue {
                 let content = Content::Block(*ptr);
                 let lost = try_to_mend(pool, &content)?;
@@ -547,6 +547,10 @@ impl Gathering<'_> {
 }
 
 impl Visitor for Gathering<'_> {
+    fn rootless(&mut self, id: TreeId, error: &Error) {
+        self.senseless.push((id, error.clone()));
+    }
+
     fn block(&mut self, seen: &SeenBlock<'_>) -> Result<()> {
         self.passed += self.store.node_bytes as u64;
         match seen.error {

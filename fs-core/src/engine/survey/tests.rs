@@ -16,9 +16,14 @@ use std::vec::Vec;
 struct Noting {
     blocks: BTreeSet<(Logical, Txg)>,
     sectors: BTreeSet<Logical>,
+    rootless: Vec<TreeId>,
 }
 
 impl Visitor for Noting {
+    fn rootless(&mut self, id: TreeId, _: &Error) {
+        self.rootless.push(id);
+    }
+
     fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
         assert!(seen.error.is_none());
         self.blocks.insert((seen.ptr.addr, seen.ptr.birth));
@@ -48,7 +53,7 @@ fn pass(
 ) {
     loop {
         before();
-        let parts = engine.parts().unwrap();
+        let parts = engine.parts();
         if let Some(least) = stored {
             *pass = Pass::resumed(least, &pass.progress(&parts));
         }
@@ -177,13 +182,13 @@ proptest! {
         let engine = fixture.engine();
         let mut noting = Noting::default();
         let mut left = steps.iter().enumerate();
-        let first = engine.parts().unwrap().txg;
+        let first = engine.parts().txg;
         let mut began = first;
         for number in 0..2 {
             let mut current = match number {
                 0 => Pass::default(),
                 _ => {
-                    let now = engine.parts().unwrap().txg;
+                    let now = engine.parts().txg;
                     Pass::younger_than(core::mem::replace(&mut began, now))
                 }
             };
@@ -198,7 +203,7 @@ proptest! {
                 }
             });
         }
-        let parts = engine.parts().unwrap();
+        let parts = engine.parts();
         let mut last = Pass::younger_than(began);
         while last.step(&engine.store, &parts, &mut noting).unwrap() {}
         let all = all(engine);
@@ -266,6 +271,9 @@ fn a_deletion_that_has_stopped_is_not_waited_for() {
 fn what_a_visitor_could_not_take_is_shown_again() {
     struct Failing(Noting, u32);
     impl Visitor for Failing {
+        fn rootless(&mut self, id: TreeId, error: &Error) {
+            self.0.rootless(id, error);
+        }
         fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
             self.0.block(seen)
         }
@@ -285,7 +293,7 @@ fn what_a_visitor_could_not_take_is_shown_again() {
     let want = all(engine).sectors;
     let mut failing = Box::new(Failing(Noting::default(), 0));
     let mut current = Pass::default();
-    let parts = engine.parts().unwrap();
+    let parts = engine.parts();
     for _ in 0..10 {
         let _ = current.step(&engine.store, &parts, &mut *failing);
     }
@@ -293,4 +301,24 @@ fn what_a_visitor_could_not_take_is_shown_again() {
 
     while current.step(&engine.store, &parts, &mut failing.0).unwrap() {}
     assert_eq!(want.difference(&failing.0.sectors).count(), 0);
+}
+
+#[test]
+fn a_version_whose_root_makes_no_sense_is_told_of_once_and_keeps_no_pass_from_its_end() {
+    let fixture = fixture();
+    let engine = fixture.engine();
+    let all_blocks = all(engine).blocks.len();
+    let mut parts = engine.parts();
+    let bad = TreeId::FIRST_SUBVOL;
+    let error = Error::BadItem { what: "a root", tree: TreeId::POOL, object: bad.0 };
+    parts.by_id.get_mut(&bad.0).unwrap().tree = Err(error);
+    let (mut current, mut noting) = (Pass::default(), Noting::default());
+    let mut steps = 0;
+    while current.step(&engine.store, &parts, &mut noting).unwrap() {
+        steps += 1;
+        assert!(steps < 10_000);
+    }
+    assert_eq!(noting.rootless, [bad]);
+    assert!(noting.sectors.is_empty());
+    assert!((1..all_blocks).contains(&noting.blocks.len()));
 }
