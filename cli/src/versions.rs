@@ -35,7 +35,11 @@ pub(crate) fn subvolume(command: &Subvolume) -> Result<Done, Failure> {
         Subvolume::List(arguments) => list(arguments, false),
         Subvolume::Show(of) => show(of),
         Subvolume::Rename { of, new } => {
-            change(of, |name| Ok(Change::Rename { name: whole(name)?, new: new.clone() }))
+            let (place, name, base) = find_from(&of.at)?;
+            let new = new_name(&place, base.as_deref(), new)?.to_string();
+            carry_out(&place, &[Change::Rename { name: whole(name.clone())?, new }])?;
+            say(of, &name);
+            Ok(Done::Whole)
         }
         Subvolume::SetDefault(of) => {
             change(of, |name| Ok(Change::SetDefault { name: whole(name)? }))
@@ -52,13 +56,13 @@ pub(crate) fn subvolume(command: &Subvolume) -> Result<Done, Failure> {
 pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
     match command {
         Snapshot::Create { of, recursive, writable } => {
-            let (place, name) = find(&of.at)?;
+            let (place, name, base) = find_from(&of.at)?;
             let name = part(name)?;
             let mut changes = vec![Change::Snapshot { name: name.clone(), recursive: *recursive }];
-            changes.extend(writable.as_ref().map(|new| Change::Clone {
-                snapshot: name.clone(),
-                name: VersionName::parse(new),
-            }));
+            if let Some(new) = writable {
+                let new = new_name(&place, base.as_deref(), new)?;
+                changes.push(Change::Clone { snapshot: name.clone(), name: new });
+            }
             carry_out(&place, &changes)?;
             say(of, &name);
             Ok(Done::Whole)
@@ -78,9 +82,13 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
             let keep = keep.clone().unwrap_or(now);
             change(of, |name| Ok(Change::Rollback { snapshot: part(name)?, keep }))
         }
-        Snapshot::Clone { of, new } => change(of, |name| {
-            Ok(Change::Clone { snapshot: part(name)?, name: VersionName::parse(new) })
-        }),
+        Snapshot::Clone { of, new } => {
+            let (place, name, base) = find_from(&of.at)?;
+            let new = new_name(&place, base.as_deref(), new)?;
+            carry_out(&place, &[Change::Clone { snapshot: part(name.clone())?, name: new }])?;
+            say(of, &name);
+            Ok(Done::Whole)
+        }
         Snapshot::Hold { of, tag } => {
             change(of, |name| Ok(Change::Hold { name: part(name)?, tag: tag.clone() }))
         }
@@ -135,6 +143,12 @@ fn cuts(text: &str) -> impl Iterator<Item = (&str, &str)> {
 
 /// Finds out what a name names.
 pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
+    find_from(of).map(|(place, name, _)| (place, name))
+}
+
+/// As [`find`]. For a mounted pool that was named by a device comes the name of the subvolume that
+/// is mounted: the user's names begin at the root subvolume, those of the result at that one.
+fn find_from(of: &Named) -> Result<(Place, VersionName, Option<String>), Failure> {
     let shown = of.name.display();
     let text = of.name.to_str();
     let text = text.ok_or_else(|| Failure::new(format_args!("{shown}: names are UTF-8")))?;
@@ -155,10 +169,11 @@ pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
             let name = VersionName::parse(rest);
             return Ok(match Target::find(&paths.collect::<Vec<_>>())? {
                 Target::Mounted(mount) => {
-                    let name = from_mounted(&mount, name)?;
-                    (Place::Mounted(mount), name)
+                    let base = mounted_subvolume(&mount)?;
+                    let name = from_mounted(&mount, &base, name)?;
+                    (Place::Mounted(mount), name, Some(base))
                 }
-                Target::Devices(paths) => (Place::Devices(paths), name),
+                Target::Devices(paths) => (Place::Devices(paths), name, None),
             });
         }
         match mounts::mount_of(path) {
@@ -170,7 +185,7 @@ pub(crate) fn find(of: &Named) -> Result<(Place, VersionName), Failure> {
                     Some(place) => format!("{place}{rest}"),
                     None => continue,
                 };
-                return Ok((Place::Mounted(mount), VersionName::parse(&name)));
+                return Ok((Place::Mounted(mount), VersionName::parse(&name), None));
             }
             _ => continue,
         }
@@ -193,19 +208,32 @@ fn leads_out_of_a_pool(path: &Path) -> bool {
     })
 }
 
+/// The name of the subvolume that is mounted.
+fn mounted_subvolume(mount: &Mount) -> Result<String, Failure> {
+    match ask(mount, Request::Versions(0)) {
+        Ok(Reply::Versions { base, .. }) => Ok(base),
+        Ok(_) => Err(Failure::new("the daemon answered another question")),
+        Err(error) => Err(ask_failed(mount, &error)),
+    }
+}
+
 /// A name from the root subvolume on, as the daemon takes it: from the one that is mounted.
-fn from_mounted(mount: &Mount, name: VersionName) -> Result<VersionName, Failure> {
-    let base = match ask(mount, Request::Versions(0)) {
-        Ok(Reply::Versions { base, .. }) => base,
-        Ok(_) => return Err(Failure::new("the daemon answered another question")),
-        Err(error) => return Err(ask_failed(mount, &error)),
-    };
-    relative(&base, name).map_err(|name| {
+fn from_mounted(mount: &Mount, base: &str, name: VersionName) -> Result<VersionName, Failure> {
+    relative(base, name).map_err(|name| {
         let at = mount.mount_point.display();
         Failure::new(format_args!(
             "{name} is not in {base}, which is what is mounted on {at}: mount what it is in"
         ))
     })
+}
+
+/// A name that a user gives to something new, from where [`find_from`] has names begin.
+fn new_name(place: &Place, base: Option<&str>, new: &str) -> Result<VersionName, Failure> {
+    let name = VersionName::parse(new);
+    match (place, base) {
+        (Place::Mounted(mount), Some(base)) => from_mounted(mount, base, name),
+        _ => Ok(name),
+    }
 }
 
 /// A name from the root subvolume on, from another one on; itself when it is not in that.
