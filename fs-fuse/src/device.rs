@@ -13,7 +13,10 @@
 //! The kernel keeps one queue and wakes its readers in the order in which they began to wait. With
 //! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted
 //! CPU costs several times what the request does. So normally *one* thread waits, the leader, and
-//! it stays on the CPU on which requests are made (`Follow`).
+//! it stays on the CPU on which requests are made. Where that is, a thread of its own finds out
+//! (`Session::follow`): what the kernel says of a process may be the last that holds on to its
+//! memory, and then its mappings end there and then, with dirty pages that have to be written back,
+//! which somebody must be free to do.
 //!
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
@@ -79,6 +82,13 @@ const WATCH_LOOKS_IDLE: u32 = 50;
 
 /// Time between two looks for requests that nobody waits for.
 const COLLECT_EVERY: Duration = Duration::from_millis(2);
+
+/// Requests after which the leader lets it be found out where they come from. It costs about as
+/// much as one.
+const FOLLOW_EVERY: u64 = 64;
+
+/// No CPU has this number.
+const NO_CPU: usize = usize::MAX;
 
 /// Most memory that a thread needs, in bytes: its buffers, and for a request of the largest size
 /// what is read, and what becomes of that when it is decompressed.
@@ -178,9 +188,14 @@ impl Session {
             ready();
             match way {
                 Way::Device => {
+                    let (askers, to_follow) = mpsc::sync_channel(1);
                     start(scope, "fuse-seek", || self.seek_all(to_seek));
+                    if self.threads.follow {
+                        start(scope, "fuse-follow", || self.follow(to_follow));
+                    }
                     start(scope, "fuse-watch", || self.watch(scope, seeks));
-                    self.lead(leader);
+                    self.lead(leader, &askers);
+                    drop(askers);
                     self.crew.end();
                 }
                 Way::Rings => self.collect(leader),
@@ -246,16 +261,37 @@ impl Session {
         }
     }
 
-    fn lead(&self, mut worker: Worker<'_>) {
-        let mut follow = self.threads.follow.then(Follow::default);
+    /// Life of the leader. Now and then `askers` is told who asks.
+    fn lead(&self, mut worker: Worker<'_>, askers: &mpsc::SyncSender<u32>) {
+        let mut at = NO_CPU;
         worker.be_eager();
-        loop {
-            if let (Some(follow), Some(pid)) = (&mut follow, worker.last_pid) {
-                follow.served(pid);
+        for count in 1u64.. {
+            if count % FOLLOW_EVERY == 0 {
+                if let Some(pid) = worker.last_pid {
+                    // Nobody follows, or has come to the last one yet.
+                    let _ = askers.try_send(pid);
+                }
+            }
+            let wanted = self.crew.cpu.load(Ordering::Relaxed);
+            if wanted != at {
+                at = wanted;
+                stay_on(wanted);
             }
             if !self.turn(&mut worker) {
                 return;
             }
+        }
+    }
+
+    /// Finds out where those who ask are: two in agreement move the leader.
+    fn follow(&self, askers: mpsc::Receiver<u32>) {
+        let mut before = None;
+        for pid in askers {
+            let seen = last_cpu(pid);
+            if let Some(cpu) = seen.filter(|_| seen == before) {
+                self.crew.cpu.store(cpu, Ordering::Relaxed);
+            }
+            before = seen;
         }
     }
 
@@ -385,7 +421,6 @@ struct Asked {
 }
 
 /// Who waits, who is parked.
-#[derive(Default)]
 struct Crew {
     /// Threads waiting for a request.
     waiting: AtomicUsize,
@@ -393,6 +428,8 @@ struct Crew {
     served: AtomicU64,
     /// Whether the watch sleeps until a request arrives.
     watch_sleeps: AtomicBool,
+    /// Where the leader should be.
+    cpu: AtomicUsize,
     /// Leaf lock; nothing is called with it held.
     state: Mutex<CrewState>,
     changed: Condvar,
@@ -415,6 +452,19 @@ enum Parked {
     Ended,
     /// Nothing happened for as long as one was ready to wait.
     Still,
+}
+
+impl Default for Crew {
+    fn default() -> Crew {
+        Crew {
+            waiting: AtomicUsize::new(0),
+            served: AtomicU64::new(0),
+            watch_sleeps: AtomicBool::new(false),
+            cpu: AtomicUsize::new(NO_CPU),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
 }
 
 impl Crew {
@@ -496,34 +546,6 @@ impl Crew {
     fn end(&self) {
         self.state.lock().ended = true;
         self.changed.notify_all();
-    }
-}
-
-/// Keeps the leader on the CPU of those it serves.
-///
-/// Now and then it looks where the asking thread last ran; two such looks in agreement move it.
-#[derive(Default)]
-struct Follow {
-    requests: u32,
-    cpu: Option<usize>,
-    proposed: Option<usize>,
-}
-
-impl Follow {
-    /// A look costs about as much as one request.
-    const LOOK_EVERY: u32 = 64;
-
-    fn served(&mut self, pid: u32) {
-        self.requests += 1;
-        if self.requests < Follow::LOOK_EVERY {
-            return;
-        }
-        self.requests = 0;
-        let seen = last_cpu(pid);
-        if seen.is_some() && seen == self.proposed && seen != self.cpu {
-            self.cpu = seen.filter(|&cpu| stay_on(cpu));
-        }
-        self.proposed = seen;
     }
 }
 
