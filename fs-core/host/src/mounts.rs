@@ -35,7 +35,12 @@ impl Mount {
 /// # Errors
 /// What the system says when the table cannot be read.
 pub fn mounts() -> io::Result<Vec<Mount>> {
-    let table = std::fs::read("/proc/self/mountinfo")?;
+    table_of(Path::new("/proc/self"))
+}
+
+/// The mounts that a process sees.
+fn table_of(process: &Path) -> io::Result<Vec<Mount>> {
+    let table = std::fs::read(process.join("mountinfo"))?;
     Ok(table.split(|b| *b == b'\n').filter_map(parse_line).collect())
 }
 
@@ -72,14 +77,49 @@ pub fn mount_of(path: &Path) -> io::Result<Option<(Mount, PathBuf)>> {
 
 /// A mount of this block device or image file, by whatever name, also through a loop device.
 pub fn mount_of_device(path: &Path) -> Option<Mount> {
-    let canonical = path.canonicalize().ok()?;
-    let kind = std::fs::metadata(&canonical).ok()?;
-    let mut names = loop_devices_on(&canonical);
-    names.push(canonical);
-    let number = kind.file_type().is_block_device().then(|| kind.rdev());
-    mounts().ok()?.into_iter().rev().find(|mount| {
-        Some(mount.device) == number
-            || mount.source.canonicalize().is_ok_and(|source| names.contains(&source))
+    let used = Used::of(path)?;
+    mounts().ok()?.into_iter().rev().find(|mount| used.is_source_of(mount))
+}
+
+/// What a mount table may call a device.
+struct Used {
+    names: Vec<PathBuf>,
+    number: Option<u64>,
+}
+
+impl Used {
+    fn of(path: &Path) -> Option<Used> {
+        let canonical = path.canonicalize().ok()?;
+        let kind = std::fs::metadata(&canonical).ok()?;
+        let mut names = loop_devices_on(&canonical);
+        names.push(canonical);
+        let number = kind.file_type().is_block_device().then(|| kind.rdev());
+        Some(Used { names, number })
+    }
+
+    fn is_source_of(&self, mount: &Mount) -> bool {
+        Some(mount.device) == self.number
+            || mount.source.canonicalize().is_ok_and(|source| self.names.contains(&source))
+    }
+}
+
+/// A process that sees a mount of a device which this one does not: in a mount namespace of its
+/// own, as containers and services have, what is unmounted elsewhere may live on.
+fn seen_elsewhere(path: &Path) -> Option<String> {
+    let used = Used::of(path)?;
+    let mut namespaces = vec![std::fs::read_link("/proc/self/ns/mnt").ok()?];
+    std::fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
+        let pid = process.file_name().into_string().ok()?;
+        let namespace = std::fs::read_link(process.path().join("ns/mnt")).ok()?;
+        if namespaces.contains(&namespace) {
+            return None;
+        }
+        namespaces.push(namespace);
+        let table = table_of(&process.path()).ok()?;
+        table.iter().find(|mount| used.is_source_of(mount))?;
+        let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        let name = name.trim_end();
+        Some(format!("a mount in the mount namespace of process {pid} ({name})"))
     })
 }
 
@@ -103,6 +143,9 @@ pub fn loop_devices_on(image: &Path) -> Vec<PathBuf> {
 pub fn holder_of(path: &Path) -> Option<String> {
     if let Some(mount) = mount_of_device(path) {
         return Some(format!("the mount on {}", mount.mount_point.display()));
+    }
+    if let Some(elsewhere) = seen_elsewhere(path) {
+        return Some(elsewhere);
     }
     let path = path.canonicalize().ok()?;
     let own = std::process::id().to_string();

@@ -17,8 +17,9 @@ use fs_core::format::label::{self, Label};
 use fs_core::format::superblock::Superblock;
 use fs_core::units::Physical;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -242,6 +243,7 @@ pub fn devices(suite: &Suite<'_>) -> Result<Outcome> {
     type Case = fn(&Suite<'_>) -> Result<()>;
     let cases: &[(&str, Case)] = &[
         ("busy", busy),
+        ("mounted in another namespace", mounted_elsewhere),
         ("full", full),
         ("read-only device", read_only_device),
         ("writes fail", writes_fail),
@@ -281,6 +283,28 @@ fn busy(suite: &Suite<'_>) -> Result<()> {
         volume.finish()?;
     }
     Ok(())
+}
+
+/// What is unmounted here lives on in a mount namespace that somebody made before: he is named.
+fn mounted_elsewhere(suite: &Suite<'_>) -> Result<()> {
+    let mut volume = Volume::create(suite.subject, Backing::Loop, DEVICE_BYTES)?;
+    volume.mount()?;
+    let mut elsewhere = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 600"])
+        .stdout(std::process::Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let ends = guard::process_group(elsewhere.id());
+    elsewhere.stdout.take().context("no pipe")?.read_exact(&mut [0])?;
+    volume.unmount()?;
+    let out = fsck(volume.target())?;
+    check_code(&out, &[FSCK_OPERATIONAL])?;
+    let named = format!("a mount in the mount namespace of process {}", elsewhere.id());
+    ensure!(out.stderr.contains(&named), "not named:\n{}", out.both());
+    drop(ends);
+    elsewhere.wait()?;
+    volume.mount()?;
+    volume.finish()
 }
 
 /// ENOSPC, and nothing worse; deleting works; what was there stays.
