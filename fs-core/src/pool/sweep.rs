@@ -62,8 +62,8 @@ impl Content {
     }
 }
 
-/// Bytes of all batches that are read at one moment.
-const FLYING_BYTES: u64 = 64 << 20;
+/// Bytes of all batches of a sweep that are read at one moment; two sweeps may be under way.
+const FLYING_BYTES: u64 = 32 << 20;
 /// Bytes of a batch: enough transfers that a device with several queues is busy.
 const BATCH_BYTES: core::ops::RangeInclusive<u64> = 512 << 10..=4 << 20;
 /// Bytes of a transfer, when neighbours are joined.
@@ -122,6 +122,8 @@ pub struct Sweep {
     busy_looks: AtomicU32,
     /// It is not looked: whoever sweeps reads for himself.
     is_blind: AtomicBool,
+    /// What is not begun is left.
+    is_cancelled: AtomicBool,
 }
 
 impl Sweep {
@@ -166,6 +168,7 @@ impl Sweep {
             looks: AtomicU32::new(0),
             busy_looks: AtomicU32::new(0),
             is_blind: AtomicBool::new(false),
+            is_cancelled: AtomicBool::new(false),
         })
     }
 
@@ -191,6 +194,12 @@ impl Sweep {
         self.is_blind.store(is_blind, Ordering::Relaxed);
     }
 
+    /// Leaves what was not begun, and waits for the rest. What was found counts for nothing.
+    pub fn cancel(&self) {
+        self.is_cancelled.store(true, Ordering::Relaxed);
+        self.finish();
+    }
+
     /// Does what nobody has begun, and waits for the rest. Returns the indices of suspects.
     pub fn finish(&self) -> Vec<usize> {
         self.lanes.iter().for_each(|lane| self.work(lane));
@@ -211,6 +220,10 @@ impl Sweep {
         loop {
             let index = lane.next.fetch_add(1, Ordering::Relaxed);
             let Some(batch) = lane.batches.get(index) else { return };
+            if self.is_cancelled.load(Ordering::Relaxed) {
+                self.end_batch();
+                continue;
+            }
             if !self.is_blind.load(Ordering::Relaxed) {
                 let is_busy = self.pool.members().iter().any(Member::is_busy);
                 self.looks.fetch_add(1, Ordering::Relaxed);
@@ -221,9 +234,13 @@ impl Sweep {
                 // Without memory for all of it, each may do.
                 wants.iter().for_each(|want| self.suspect(want.content));
             }
-            if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.done.notify_all();
-            }
+            self.end_batch();
+        }
+    }
+
+    fn end_batch(&self) {
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.done.notify_all();
         }
     }
 

@@ -17,6 +17,7 @@ use crate::intent::compare_copies;
 use crate::pool::{Content, DataSource, Lost, Sweep};
 use crate::subvol::store::{Result, Store};
 use crate::units::{Ino, Logical, TreeId, Txg};
+use alloc::boxed::Box;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -156,31 +157,37 @@ impl Engine {
     ) -> Result<()> {
         rounds.settled_ns = self.store.platform.clock.uptime_ns();
         let mut next = self.gather(rounds)?;
+        next.iter().for_each(|round| round.sweep.start());
         while let Some(round) = next.take() {
-            round.sweep.start();
             let following = match self.goes_on(rounds, until_ns) {
                 true => {
                     round.sweep.set_blind(true);
                     let following = self.gather(rounds);
                     round.sweep.set_blind(false);
+                    // At once, so that devices do not wait for what this one does at its end.
+                    following.iter().flatten().for_each(|round| round.sweep.start());
                     Some(following)
                 }
                 false => None,
             };
             let suspects = round.sweep.finish();
             let is_in_the_way = round.sweep.was_in_the_way();
-            let losses = self.mend(&round, &suspects, rounds)?;
-            self.settle(rounds, round, losses, is_in_the_way);
-            next = match following {
-                None => return Ok(()),
-                Some(following) if self.goes_on(rounds, until_ns) => following?,
-                // With others waiting it had better stop, and begin with less.
-                Some(_) => {
-                    let state = self.scrub.state.lock();
-                    rounds.go_back(&state.progress);
-                    return Ok(());
+            let settled = self.mend(&round, &suspects, rounds);
+            let goes_on = settled.map(|losses| {
+                self.settle(rounds, &round, &losses, is_in_the_way);
+                following.is_some() && self.goes_on(rounds, until_ns)
+            });
+            match (following, goes_on) {
+                (Some(following), Ok(true)) => next = following?,
+                (following, goes_on) => {
+                    // With others waiting it had better stop, and begin with less.
+                    if let Some(following) = following {
+                        following.iter().flatten().for_each(|round| round.sweep.cancel());
+                        rounds.go_back(&self.scrub.state.lock().progress);
+                    }
+                    return goes_on.map(drop);
                 }
-            };
+            }
         }
         // Seen as one group has it all, nothing can have moved behind the pass.
         if rounds.gathered != Some(1) && self.begin_pass(rounds) {
@@ -203,7 +210,7 @@ impl Engine {
 
     /// The next part of what is to be looked at; `None` at the end of the pass.
     #[inline(never)]
-    fn gather(&self, rounds: &mut Rounds) -> Result<Option<Round>> {
+    fn gather(&self, rounds: &mut Rounds) -> Result<Option<Box<Round>>> {
         if rounds.is_over {
             return Ok(None);
         }
@@ -246,7 +253,7 @@ impl Engine {
         let sweep = Arc::new(Sweep::plan(self.store.pool.clone(), contents)?);
         let round =
             Round { sweep, owners, senseless, unread, progress, shared, bytes, _parts: parts };
-        Ok(Some(round))
+        Ok(Some(Box::new(round)))
     }
 
     /// Repairs what was found bad, and tells of what cannot be.
@@ -254,7 +261,7 @@ impl Engine {
     /// # Errors
     /// When the round has to be made again.
     #[inline(never)]
-    fn mend(&self, round: &Round, suspects: &[usize], rounds: &mut Rounds) -> Result<Losses> {
+    fn mend(&self, round: &Round, suspects: &[usize], rounds: &mut Rounds) -> Result<Box<Losses>> {
         let mut losses = Losses::default();
         for (tree, error) in &round.senseless {
             losses.count += 1;
@@ -279,7 +286,7 @@ impl Engine {
             }
         }
         rounds.again = 0;
-        Ok(losses)
+        Ok(Box::new(losses))
     }
 
     fn note_lost(
@@ -364,7 +371,7 @@ impl Engine {
 
     /// The place moves on to the end of a round, and what was found is added up.
     #[inline(never)]
-    fn settle(&self, rounds: &mut Rounds, round: Round, losses: Losses, is_in_the_way: bool) {
+    fn settle(&self, rounds: &mut Rounds, round: &Round, losses: &Losses, is_in_the_way: bool) {
         let now_ns = self.store.platform.clock.uptime_ns();
         let took_ns = now_ns.saturating_sub(rounds.settled_ns).max(1);
         rounds.settled_ns = now_ns;
@@ -374,7 +381,7 @@ impl Engine {
                 return;
             }
             state.count_mends(self.store.pool.members());
-            state.add(&round, &losses, now_ns);
+            state.add(round, losses, now_ns);
             if is_in_the_way {
                 state.rests_until_ns = now_ns.saturating_add(took_ns.saturating_mul(REST));
             }
