@@ -15,6 +15,7 @@
 //! Two settings of the machine are made for the run and put back after it ([`SETTINGS`]); `--as-is`
 //! leaves them alone.
 
+mod mirror;
 mod plot;
 mod report;
 mod scrub;
@@ -89,10 +90,24 @@ pub fn run(options: &Options) -> Result<()> {
         let mut words = options.filter.iter();
         options.filter.is_empty() || words.any(|word| name.contains(word.as_str()))
     };
-    let pair = if is_wanted(scrub::NAME) { Some(scrub::Pair::new(&scale)?) } else { None };
+    let rows: Vec<&mirror::Row> = mirror::ROWS.iter().filter(|row| is_wanted(row.name)).collect();
+    let scrubs = is_wanted(scrub::NAME);
+    let pair = match scrubs || !rows.is_empty() {
+        true => Some(mirror::Pair::new(&scale)?),
+        false => None,
+    };
     for round in 1..=rounds {
         if let Some(pair) = &pair {
-            one_scrub((&scale, pair), &contenders, round, &mut results);
+            for row in &rows {
+                one_on_a_pair(row.name, &contenders, round, &mut results, &|name, contender| {
+                    mirror::measure(row, (name, contender), &scale, pair)
+                });
+            }
+            if scrubs {
+                one_on_a_pair(scrub::NAME, &contenders, round, &mut results, &|name, contender| {
+                    scrub::measure(name, contender, &scale, pair)
+                });
+            }
         }
         for workload in WORKLOADS {
             if is_wanted(workload.name) {
@@ -186,18 +201,19 @@ fn one_workload(
     }
 }
 
-/// The scrub of a mirror, by every contender that has one.
-fn one_scrub(
-    (scale, pair): (&Scale, &scrub::Pair),
+/// A row of mirrors, by every contender that makes them.
+fn one_on_a_pair(
+    row: &str,
     contenders: &[(String, Contender)],
     round: usize,
     results: &mut Results,
+    measure: &dyn Fn(&str, &Contender) -> Result<Option<Metric>>,
 ) {
     for (name, contender) in contenders {
-        match scrub::measure(name, contender, scale, pair) {
+        match measure(name, contender) {
             Ok(Some(metric)) => note(name, metric, round, results),
             Ok(None) => {}
-            Err(why) => note_failure(scrub::NAME, name, &why, round, results),
+            Err(why) => note_failure(row, name, &why, round, results),
         }
     }
 }

@@ -38,6 +38,11 @@ impl Scale {
         self.stream_bytes
     }
 
+    /// How many calls at random places.
+    pub fn random_calls(&self) -> u32 {
+        self.random_calls
+    }
+
     /// For numbers to be quoted.
     pub const FULL: Scale = Scale {
         image_bytes: 8 << 30,
@@ -217,6 +222,47 @@ fn fill(place: &Place, bytes: u64, kind: Kind) -> Result<()> {
     write_stream(&place.open()?, bytes, &mut content(kind)?)
 }
 
+/// Writes a file of noise.
+///
+/// # Errors
+/// When that fails.
+pub fn fill_with_noise(place: &Place, bytes: u64) -> Result<()> {
+    fill(place, bytes, Kind::Noise)
+}
+
+/// Reads the file from its beginning in calls of one MiB.
+///
+/// # Errors
+/// When that fails.
+pub fn read_whole(place: &Place, bytes: u64) -> Result<()> {
+    let mut memory = Aligned::new(MIB)?;
+    let file = place.open()?;
+    for index in 0..bytes / MIB as u64 {
+        file.read_exact_at(memory.bytes(), index * MIB as u64)?;
+    }
+    Ok(())
+}
+
+/// Reads blocks of the file at random places, from several threads at once.
+///
+/// # Errors
+/// When that fails.
+pub fn read_at_random(place: &Place, bytes: u64, threads: u64, calls: u64) -> Result<()> {
+    let file = place.open()?;
+    let read = |seed: u64| -> Result<()> {
+        let (mut memory, mut random) = (Aligned::new(BLOCK)?, Random(seed));
+        for _ in 0..calls {
+            let block = random.below(bytes as usize / BLOCK);
+            file.read_exact_at(memory.bytes(), (block * BLOCK) as u64)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (1..=threads).map(|seed| scope.spawn(move || read(seed))).collect();
+        readers.into_iter().try_for_each(|reader| reader.join().expect("readers do not panic"))
+    })
+}
+
 fn fill_for_random(place: &Place, scale: &Scale) -> Result<()> {
     fill(place, scale.random_file_bytes, Kind::Noise)
 }
@@ -230,12 +276,8 @@ fn stream_write(place: &Place, scale: &Scale, kind: Kind, name: &str) -> Result<
 }
 
 fn stream_read(place: &Place, scale: &Scale, name: &str) -> Result<Vec<Metric>> {
-    let mut memory = Aligned::new(MIB)?;
-    let file = place.open()?;
     let start = Instant::now();
-    for index in 0..scale.stream_bytes / MIB as u64 {
-        file.read_exact_at(memory.bytes(), index * MIB as u64)?;
-    }
+    read_whole(place, scale.stream_bytes)?;
     Ok(vec![throughput(name, scale.stream_bytes, start.elapsed())])
 }
 
