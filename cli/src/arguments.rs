@@ -66,7 +66,7 @@ pub(crate) enum Command {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct OfPool {
-    /// Mount point, device or image file; all devices of a pool with several
+    /// Mount point, device, image file or label; all devices of a pool with several
     #[arg(value_name = "POOL", required = true)]
     pub(crate) pool: Vec<PathBuf>,
     /// Print JSON
@@ -77,7 +77,7 @@ pub(crate) struct OfPool {
 /// Exits with 3 when a pool is not well.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Status {
-    /// Mount point, device or image file [default: all mounted pools]
+    /// Mount point, device, image file or label [default: all mounted pools]
     #[arg(value_name = "POOL")]
     pub(crate) pool: Vec<PathBuf>,
     /// Show only pools that are not well
@@ -90,7 +90,7 @@ pub(crate) struct Status {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Df {
-    /// Mount point, device or image file [default: all mounted pools]
+    /// Mount point, device, image file or label [default: all mounted pools]
     #[arg(value_name = "POOL")]
     pub(crate) pool: Vec<PathBuf>,
     /// Print exact numbers of bytes
@@ -103,7 +103,7 @@ pub(crate) struct Df {
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Clear {
-    /// Mount point, device or image file; all devices of a pool with several
+    /// Mount point, device, image file or label; all devices of a pool with several
     #[arg(value_name = "POOL", required = true)]
     pub(crate) pool: Vec<PathBuf>,
 }
@@ -142,7 +142,7 @@ pub(crate) struct ScrubOffline {
 pub(crate) enum ScrubVerb {
     /// Begin a scrub of a mounted pool
     Start {
-        /// Mount point, device or image file
+        /// Mount point, device, image file or label
         #[arg(value_name = "POOL", required = true)]
         pool: Vec<PathBuf>,
         /// Wait until it ends
@@ -154,13 +154,13 @@ pub(crate) enum ScrubVerb {
     },
     /// Let the scrub of a mounted pool rest, also when it is mounted again
     Pause {
-        /// Mount point, device or image file
+        /// Mount point, device, image file or label
         #[arg(value_name = "POOL", required = true)]
         pool: Vec<PathBuf>,
     },
     /// Let a scrub go on that was paused
     Resume {
-        /// Mount point, device or image file
+        /// Mount point, device, image file or label
         #[arg(value_name = "POOL", required = true)]
         pool: Vec<PathBuf>,
         /// Wait until it ends
@@ -172,7 +172,7 @@ pub(crate) enum ScrubVerb {
     },
     /// End the scrub of a mounted pool
     Cancel {
-        /// Mount point, device or image file
+        /// Mount point, device, image file or label
         #[arg(value_name = "POOL", required = true)]
         pool: Vec<PathBuf>,
     },
@@ -258,7 +258,7 @@ pub(crate) struct Trim {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Named {
     /// POOL/SUBVOLUME, POOL/SUBVOLUME@SNAPSHOT or POOL/SUBVOLUME#BOOKMARK: a path on a mounted
-    /// pool, or a device or image file and a name from the root subvolume on
+    /// pool, or a device, image file or label of a pool and a name from the root subvolume on
     #[arg(value_name = "NAME")]
     pub(crate) name: PathBuf,
     /// Further devices of a pool that is not mounted

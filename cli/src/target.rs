@@ -4,7 +4,7 @@ use crate::view::View;
 use crate::Failure;
 use cairn_host::admin::{self, AdminError, Reply, Request};
 use cairn_host::mounts::{self, Mount};
-use cairn_host::{members, open_devices, Access, FileDevice, OpenError, OpenOptions, Wait};
+use cairn_host::{members, open_devices, source, Access, FileDevice, OpenError, OpenOptions, Wait};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,8 @@ pub(crate) enum Target {
 
 impl Target {
     /// Finds out what the paths name.
-    pub(crate) fn find(paths: &[PathBuf]) -> Result<Target, Failure> {
+    pub(crate) fn find(sources: &[PathBuf]) -> Result<Target, Failure> {
+        let paths = &source::resolve_all(sources).map_err(Failure::new)?[..];
         for path in paths {
             // A symlink or a name that is gone is the business of whoever opens it.
             let kind = match std::fs::metadata(path) {

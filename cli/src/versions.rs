@@ -13,7 +13,7 @@ use cairn_host::say;
 use cairn_host::versions::{
     self, Change, Differences, Differing, Happened, VersionInfo, VersionName,
 };
-use cairn_host::{host_platform, members, open_devices, Access, OpenOptions, Wait};
+use cairn_host::{host_platform, members, open_devices, source, Access, OpenOptions, Wait};
 use fs_core::engine::{self, Engine};
 use fs_core::platform::DeviceRef;
 use fs_core::units::TreeId;
@@ -165,16 +165,7 @@ fn find_from(of: &Named) -> Result<(Place, VersionName, Option<String>), Failure
             continue;
         }
         if !kind.is_dir() {
-            let paths = std::iter::once(path.to_path_buf()).chain(of.device.iter().cloned());
-            let name = VersionName::parse(rest);
-            return Ok(match Target::find(&paths.collect::<Vec<_>>())? {
-                Target::Mounted(mount) => {
-                    let base = mounted_subvolume(&mount)?;
-                    let name = from_mounted(&mount, &base, name)?;
-                    (Place::Mounted(mount), name, Some(base))
-                }
-                Target::Devices(paths) => (Place::Devices(paths), name, None),
-            });
+            return on_devices(std::iter::once(path.to_path_buf()), of, rest);
         }
         match mounts::mount_of(path) {
             Ok(Some((mount, place))) if mount.is_cairn() => {
@@ -190,9 +181,33 @@ fn find_from(of: &Named) -> Result<(Place, VersionName, Option<String>), Failure
             _ => continue,
         }
     }
-    Err(Failure::new(format_args!(
-        "{shown}: no mounted pool, device or image file begins like that"
-    )))
+    // No path: maybe the label of a pool.
+    let end = text.find(['/', '@', '#']).unwrap_or(text.len());
+    let sources = [PathBuf::from(&text[..end])];
+    match source::resolve_all(&sources).map_err(Failure::new)? {
+        devices if devices != sources => on_devices(devices.into_iter(), of, &text[end..]),
+        _ => Err(Failure::new(format_args!(
+            "{shown}: no mounted pool, device, image file or label of a pool begins like that"
+        ))),
+    }
+}
+
+/// What a name names in the pool on some devices.
+fn on_devices(
+    devices: impl Iterator<Item = PathBuf>,
+    of: &Named,
+    rest: &str,
+) -> Result<(Place, VersionName, Option<String>), Failure> {
+    let paths: Vec<PathBuf> = devices.chain(of.device.iter().cloned()).collect();
+    let name = VersionName::parse(rest);
+    Ok(match Target::find(&paths)? {
+        Target::Mounted(mount) => {
+            let base = mounted_subvolume(&mount)?;
+            let name = from_mounted(&mount, &base, name)?;
+            (Place::Mounted(mount), name, Some(base))
+        }
+        Target::Devices(paths) => (Place::Devices(paths), name, None),
+    })
 }
 
 /// Whether a path goes through a symlink that is in a mounted pool. Names in a pool are names of

@@ -41,7 +41,6 @@ pub mod request;
 #[allow(unsafe_code, reason = "submissions name memory by address")]
 mod ring;
 mod rings;
-mod source;
 #[allow(unsafe_code, reason = "system calls without a safe wrapper")]
 mod sys;
 pub mod wire;

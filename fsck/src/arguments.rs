@@ -11,7 +11,8 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Parser)]
 #[command(name = "fsck.cairn", version, max_term_width = 100)]
 pub struct Arguments {
-    /// Devices or image files of one pool; others of it are looked for
+    /// Devices or image files of one pool; others of it are looked for. Or its label, LABEL= or
+    /// UUID=
     #[arg(value_name = "DEVICE", required = true)]
     pub devices: Vec<PathBuf>,
 

@@ -23,7 +23,7 @@ mod report;
 pub use arguments::Arguments;
 
 use cairn_host::{
-    host_platform, members, mounts, open_devices, Access, FileDevice, OpenOptions, Wait,
+    host_platform, members, mounts, open_devices, source, Access, FileDevice, OpenOptions, Wait,
 };
 use clap::{CommandFactory, Parser};
 use fs_core::check::{check, CheckOptions};
@@ -47,7 +47,13 @@ pub fn command() -> clap::Command {
 pub fn main() -> ExitCode {
     let given: Vec<OsString> = std::env::args_os().collect();
     match Arguments::try_parse_from(arguments::tolerate(given)) {
-        Ok(arguments) => ExitCode::from(run(&arguments)),
+        Ok(mut arguments) => match source::resolve_all(&arguments.devices) {
+            Ok(devices) => {
+                arguments.devices = devices;
+                ExitCode::from(run(&arguments))
+            }
+            Err(sentence) => ExitCode::from(fail(&sentence)),
+        },
         Err(error) => {
             // A broken pipe to whoever asked for help is nobody's loss.
             let _ = error.print();

@@ -13,10 +13,10 @@
 //!
 //! [`open_devices`] and [`host_platform`] put them together. The rest is what every command needs
 //! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]),
-//! where the other devices of its pool are ([`members`]), how sizes and ids are written
-//! ([`parse`]), how a command talks to the daemon of a mounted pool ([`admin`]), what it may ask
-//! about subvolumes and snapshots ([`versions`]), and how it asks for free space to be discarded
-//! ([`trim`](trim())).
+//! where the other devices of its pool are ([`members`]), what `LABEL=` and `UUID=` name
+//! ([`source`]), how sizes and ids are written ([`parse`]), how a command talks to the daemon of a
+//! mounted pool ([`admin`]), what it may ask about subvolumes and snapshots ([`versions`]), and how
+//! it asks for free space to be discarded ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -30,6 +30,7 @@ pub mod output;
 pub mod parse;
 pub mod probe;
 mod report;
+pub mod source;
 pub mod stored;
 mod surroundings;
 mod trim;

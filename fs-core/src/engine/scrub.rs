@@ -16,8 +16,8 @@
 //!   named there only when the pass comes to where it was. So when there was any, another pass
 //!   follows over what is younger than the one before: of what young references name it looks at
 //!   what was shared since then, or at all after a remount, which has forgotten what that was. So
-//!   it is over soon, however much others write. The last one sees the trees as one group has them, or none moved anything
-//!   meanwhile.
+//!   it is over soon, however much others write. The last one sees the trees as one group has
+//!   them, or none moved anything meanwhile.
 //! - *What changes meanwhile.* A round holds the trees as one group has them, so that nothing it
 //!   reads is used for something else before it has settled: what it finds bad was in use, and what
 //!   it repairs still is what it was. A round takes a fraction of a second, and so nobody misses

@@ -393,8 +393,8 @@ impl Forest {
         }
     }
 
-    /// Two inodes that have to be in one version. Its slot is asked for once: who waits for one that
-    /// is held off must not be in any, or holding off would wait for it in turn.
+    /// Two inodes that have to be in one version. Its slot is asked for once: who waits for one
+    /// that is held off must not be in any, or holding off would wait for it in turn.
     fn both(&self, one: Ino, other: Ino) -> Result<(Held<'_>, Ino, Ino)> {
         let (held, inner) = self.place(one)?;
         let (slot, other_inner) = parts(other);

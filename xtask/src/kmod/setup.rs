@@ -92,7 +92,8 @@ mkdir -p "$root$checkout"
 mount --bind "$checkout" "$root$checkout"
 cd "$root"
 pivot_root . mnt
-exec chroot . /bin/sh -c 'umount --lazy /mnt && exec "$@"' enter /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
+exec chroot . /bin/sh -c 'umount --lazy /mnt && exec "$@"' enter /usr/bin/env -i \
+    PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
     DEBIAN_FRONTEND=noninteractive ${http_proxy:+"http_proxy=$http_proxy"} "$@"
 "#;
 

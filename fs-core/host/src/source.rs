@@ -1,6 +1,6 @@
 //! What a caller may name as source: paths, `UUID=` or `LABEL=` of a pool.
 
-use cairn_host::members::{block_devices, read_label};
+use crate::members::{block_devices, read_label};
 use fs_core::format::label::Label;
 use std::path::{Path, PathBuf};
 
@@ -42,6 +42,32 @@ pub fn resolve(source: &str) -> Result<Vec<PathBuf>, String> {
             names().join(", ")
         )),
     }
+}
+
+/// The devices that several sources name. What is not there may be the label of a pool, with or
+/// without `LABEL=`, or its `UUID=`; everything else is a path, whatever is in it.
+///
+/// # Errors
+/// As [`resolve`].
+pub fn resolve_all(sources: &[PathBuf]) -> Result<Vec<PathBuf>, String> {
+    let mut all = Vec::new();
+    for source in sources {
+        let name = source.to_str().filter(|_| source.symlink_metadata().is_err());
+        match name {
+            Some(name) if name.starts_with("UUID=") || name.starts_with("LABEL=") => {
+                all.extend(resolve(name)?);
+            }
+            Some(name) => all.extend(of_label(name).unwrap_or_else(|| vec![source.clone()])),
+            None => all.push(source.clone()),
+        }
+    }
+    Ok(all)
+}
+
+/// The devices of the pool that has a label, if one pool has it.
+fn of_label(name: &str) -> Option<Vec<PathBuf>> {
+    let is_label = !name.is_empty() && !name.contains('/');
+    is_label.then(|| resolve(&format!("LABEL={name}")).ok())?
 }
 
 fn paths(source: &str) -> Vec<PathBuf> {
@@ -93,6 +119,13 @@ mod tests {
         assert_eq!(resolve("/tmp:/dev").map(|paths| paths.len()), Ok(2));
         // What is missing is named by whoever opens it, or done without.
         assert_eq!(resolve("/not/there:/dev"), Ok(vec!["/dev".into(), "/not/there".into()]));
+    }
+
+    #[test]
+    fn of_several_sources_only_names_of_pools_are_looked_for() {
+        let sources = ["/a:/b", "/", "Label=no such pool"].map(PathBuf::from);
+        assert_eq!(resolve_all(&sources), Ok(sources.to_vec()));
+        assert!(resolve_all(&["/a".into(), "LABEL=no such pool".into()]).is_err());
     }
 
     #[test]
