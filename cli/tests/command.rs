@@ -53,7 +53,7 @@ fn content() -> &'static [u8] {
 
 fn open(image: &Image) -> Arc<Volume> {
     let options = OpenOptions::new(Access::ReadWrite);
-    let device = FileDevice::open(&image.path(), options, &Wait::none()).unwrap();
+    let device = FileDevice::open(&image.path(), options, &Wait::usual()).unwrap();
     let devices = vec![Arc::new(device) as DeviceRef];
     let platform = cairn_host::host_platform();
     let options = engine::OpenOptions::default();
@@ -363,10 +363,11 @@ fn the_status_of_a_mirror_tells_which_device_is_missing() {
     cairn().arg("df").arg(&paths[0]).assert().code(0);
 }
 
-/// Opens the pool on one of its devices alone, and publishes so many groups.
+/// Opens the pool on one of its devices alone, and publishes so many groups. It waits for the
+/// device: a program that another test starts has it open too, until it begins.
 fn write_alone(path: &Path, groups: usize) {
     let options = OpenOptions::new(Access::ReadWrite);
-    let device = FileDevice::open(path, options, &Wait::none()).unwrap();
+    let device = FileDevice::open(path, options, &Wait::usual()).unwrap();
     let options = engine::OpenOptions { degraded: true, ..engine::OpenOptions::default() };
     let devices = vec![Arc::new(device) as DeviceRef];
     let engine = engine::open(devices, cairn_host::host_platform(), &options).unwrap();

@@ -135,7 +135,7 @@ fn a_pool_without_a_superblock_or_cut_off_exits_with_4() {
 fn a_device_in_use_is_waited_for_and_then_named() {
     let image = Image::of_pool(true);
     let options = OpenOptions::new(Access::ReadWrite);
-    let _user = FileDevice::open(&image.path(), options, &Wait::none()).unwrap();
+    let _user = FileDevice::open(&image.path(), options, &Wait::usual()).unwrap();
     fsck()
         .args(["-a", "--wait", "1"])
         .arg(image.path())
@@ -251,7 +251,7 @@ fn the_other_devices_of_a_pool_are_found_or_missed() {
 /// Opens the pool on one of its devices alone, and publishes so many groups.
 fn write_alone(path: &Path, groups: usize) {
     let options = OpenOptions::new(Access::ReadWrite);
-    let device = FileDevice::open(path, options, &Wait::none()).unwrap();
+    let device = FileDevice::open(path, options, &Wait::usual()).unwrap();
     let options = engine::OpenOptions { degraded: true, ..engine::OpenOptions::default() };
     let devices = vec![Arc::new(device) as DeviceRef];
     let engine = engine::open(devices, cairn_host::host_platform(), &options).unwrap();

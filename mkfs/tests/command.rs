@@ -99,7 +99,7 @@ fn an_image_of_another_size_is_left_alone() {
 fn an_image_that_someone_uses_is_refused() {
     let image = Image::of(64 << 20);
     let options = cairn_host::OpenOptions::new(cairn_host::Access::ReadWrite);
-    let wait = cairn_host::Wait::none();
+    let wait = cairn_host::Wait::usual();
     let _user = cairn_host::FileDevice::open(&image.path(), options, &wait).unwrap();
     mkfs()
         .args(["--wait", "0"])
