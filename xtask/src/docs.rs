@@ -6,8 +6,8 @@
 use crate::{checkout, need, pages};
 use anyhow::{bail, Context, Result};
 use fs_core::format::{
-    chunk, dead, dir, extent, inode, key, label, log, node, pool, ptr, scrub, space, superblock,
-    xattr, FieldDoc,
+    chunk, dead, devices, dir, extent, inode, key, label, log, node, pool, ptr, scrub, space,
+    superblock, xattr, FieldDoc,
 };
 use std::fmt::Write as _;
 use std::fs;
@@ -46,6 +46,7 @@ const STRUCTURES: &[Structure] = structures![
     chunk::DeviceItem,
     pool::SubvolItem,
     pool::BookmarkItem,
+    devices::DeviceChangeItem,
     scrub::ScrubItem,
     scrub::ScrubDevice,
     scrub::ScrubSpan,

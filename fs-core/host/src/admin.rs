@@ -349,7 +349,7 @@ impl DeviceState {
         match standing {
             Standing::Complete => DeviceState::Online,
             Standing::Behind => DeviceState::Behind,
-            Standing::Leaving | Standing::Absent => DeviceState::Missing,
+            Standing::Leaving | Standing::Absent | Standing::Vacant => DeviceState::Missing,
         }
     }
 

@@ -5,6 +5,7 @@ use super::findings::{rules, Findings};
 use super::{push, tree, Spot};
 use crate::btree::Walk;
 use crate::format::chunk::{Chunk, ChunkKind, DeviceItem};
+use crate::format::features;
 use crate::format::key::{kind, Key};
 use crate::format::superblock::Superblock;
 use crate::platform::Result;
@@ -39,7 +40,7 @@ pub(super) fn load(
     drop(blocks.take_bad());
     found.map(blocks, superblock, findings)?;
     let chunks = blocks.pool.chunks();
-    check_devices(blocks, &found.devices, &chunks, findings);
+    check_devices((blocks, superblock), &found.devices, &chunks, findings);
     Ok(chunks)
 }
 
@@ -103,8 +104,10 @@ impl ChunkTree {
     }
 }
 
+/// Labels are ahead of the chunk tree when the power failed while devices came, went, or changed
+/// their size: only then may they differ, and only in what no chunk is concerned by.
 fn check_devices(
-    blocks: &Blocks<'_>,
+    (blocks, superblock): (&Blocks<'_>, &Superblock),
     items: &[(u64, DeviceItem)],
     chunks: &[Chunk],
     findings: &mut Findings,
@@ -126,10 +129,13 @@ fn check_devices(
             continue;
         };
         let identity = member.identity();
-        if identity.device_id != item.id || identity.bytes != item.bytes {
+        let sum = allocated[usize::from(member.index())];
+        let is_another = identity.device_id != item.id && (item.allocated > 0 || sum > 0);
+        let has_changes = superblock.features[0] & features::DEVICE_CHANGE != 0;
+        let is_resized = identity.device_id == item.id && identity.bytes != item.bytes;
+        if is_another || is_resized && !has_changes {
             findings.add(&rules::DEVICE_ITEM, spot.clone(), "id or size differ");
         }
-        let sum = allocated[usize::from(member.index())];
         if sum != item.allocated {
             let detail = format!("{} instead of {sum}", item.allocated);
             findings.add(&rules::DEVICE_ALLOCATED, spot, detail);
@@ -137,7 +143,8 @@ fn check_devices(
     }
     for member in members {
         let index = u64::from(member.index());
-        if !items.iter().any(|(other, _)| *other == index) {
+        let is_told = index < u64::from(superblock.device_count) && !member.is_vacant();
+        if is_told && !items.iter().any(|(other, _)| *other == index) {
             let spot = Spot::object(TreeId::CHUNK, index);
             findings.add(&rules::DEVICE_ITEM, spot, "the device has no item");
         }

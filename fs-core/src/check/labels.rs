@@ -30,6 +30,7 @@ pub(super) fn check(pool: &Pool, superblock: &Superblock, findings: &mut Finding
         let index = member.index();
         match member.standing() {
             Standing::Complete => {}
+            Standing::Vacant => continue,
             Standing::Behind => {
                 findings.add(&rules::DEVICE_BEHIND, Spot::NONE, format!("device {index}"));
                 continue;

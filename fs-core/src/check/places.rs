@@ -21,8 +21,11 @@ pub(super) fn add(pool: &Pool, findings: &mut [Finding]) -> Result<()> {
             (None, None) => continue,
         };
         for (device, at) in spots {
-            let name = pool.members().get(usize::from(device)).map_or("", |member| member.name());
-            push(&mut finding.places, Place { device, name: name.into(), at })?;
+            let name = pool
+                .members()
+                .get(usize::from(device))
+                .map_or_else(alloc::string::String::new, |member| member.name());
+            push(&mut finding.places, Place { device, name, at })?;
         }
     }
     Ok(())

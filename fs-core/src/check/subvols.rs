@@ -3,6 +3,7 @@
 use super::findings::rules;
 use super::versions::{self, Family, Found};
 use super::{push, tree, Checker, Spot};
+use crate::format::devices::DeviceChangeItem;
 use crate::format::key::{kind, Key};
 use crate::format::pool::{property, SubvolItem};
 use crate::format::scrub::ScrubRecord;
@@ -77,6 +78,10 @@ fn item(
                 checker.findings.add(&rules::ITEM, spot, "a scrub of more devices than there are");
             }
             Ok(())
+        }
+        (kind::PROPERTY, property::DEVICES) if key.object == 0 => {
+            let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
+            DeviceChangeItem::decode(value).map(|_| ()).map_err(bad)
         }
         (kind::PROPERTY, number) => {
             let want = match number {

@@ -5,7 +5,7 @@ use crate::buf::{Buf, Slice};
 use crate::error::Error;
 use crate::format::label::{
     decode_members, label_areas, Label, LabelMember, DATA_START, LABEL_AREA_0, LABEL_AREA_BYTES,
-    LABEL_MAGIC,
+    LABEL_MAGIC, RING_OFFSET, VACANT_BYTES,
 };
 use crate::format::{DiskField, FORMAT_VERSION};
 use crate::platform::{Device, DeviceRef, ReadOp, Result};
@@ -48,6 +48,14 @@ pub struct TableEntry {
 }
 
 impl TableEntry {
+    /// The entry of a place without a device.
+    pub const VACANT: TableEntry = TableEntry { id: [0; 16], bytes: VACANT_BYTES, behind: None };
+
+    /// Whether it is the place of a device that was removed.
+    pub fn is_vacant(&self) -> bool {
+        self.id == [0; 16]
+    }
+
     fn from_raw(raw: &LabelMember) -> TableEntry {
         let behind = (raw.behind != 0).then_some(Txg(raw.behind));
         TableEntry { id: raw.id, bytes: raw.bytes, behind }
@@ -215,7 +223,7 @@ impl Member {
     /// # Errors
     /// [`Error::Device`] or [`Error::Memory`].
     pub fn wipe(&self) -> Result<()> {
-        let end = self.areas[1].0 + LABEL_AREA_BYTES;
+        let end = self.areas()[1].0 + LABEL_AREA_BYTES;
         let tail = align_down(end.saturating_sub(WIPE_BYTES).max(DATA_START), SECTOR_BYTES);
         let zeros = Buf::zeroed(WIPE_BYTES as usize)?.into_slice();
         self.write_at(Physical(0), zeros.part(0, DATA_START as usize))?;
@@ -265,6 +273,51 @@ impl Member {
         Ok(bad)
     }
 
+    /// Moves the second area to where it is on a device of `bytes` bytes, durably, and changes what
+    /// the label says. Nobody writes labels or superblocks meanwhile, and what comes between the
+    /// place and the old one belongs to no chunk.
+    ///
+    /// The first label leads to the second; so until it is written, what it says holds.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; the device is as it was then, as far as the member knows.
+    /// [`Error::Memory`].
+    pub(crate) fn resize(
+        &self,
+        bytes: u64,
+        written: i64,
+        change: impl FnOnce(&mut Identity),
+    ) -> Result<()> {
+        let [first, second] = label_areas(bytes).ok_or(Error::NotCairn)?;
+        let mut next = self.identity();
+        change(&mut next);
+        (next.bytes, next.written) = (bytes, written);
+        next.sequence = self.sequence.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        let label = next.to_buf()?.into_slice();
+        let ring = self.ring_to_copy()?;
+        self.write_at(Physical(second.0 + RING_OFFSET), ring.clone())?;
+        self.write_at(second, label.clone())?;
+        self.flush()?;
+        self.in_doubt.store(true, Ordering::Relaxed);
+        self.write_at(first, label)?;
+        self.write_at(Physical(first.0 + RING_OFFSET), ring)?;
+        self.flush()?;
+        *self.identity.lock() = next;
+        self.in_doubt.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes zeros over the labels and superblocks, durably.
+    ///
+    /// # Errors
+    /// [`Error::Device`] or [`Error::Memory`].
+    pub(crate) fn wipe_labels(&self) -> Result<()> {
+        let zeros = Buf::zeroed(LABEL_AREA_BYTES as usize)?.into_slice();
+        let written = self.areas().map(|area| self.write_at(area, zeros.clone()));
+        written.into_iter().collect::<Result<()>>()?;
+        self.flush()
+    }
+
     /// Whether the label on the device is known to have this epoch, table and name.
     pub fn is_labelled(&self, roll: &Identity) -> bool {
         let identity = self.identity.lock();
@@ -282,10 +335,11 @@ impl Member {
     /// at any moment at least one is whole. Returns the area that could not be written, if the
     /// other could.
     fn write_areas(&self, label: &Slice) -> Result<Option<(usize, Error)>> {
+        let areas = self.areas();
         let mut bad: Option<(usize, Error)> = None;
         let first = self.first_area.load(Ordering::Relaxed);
         for area in [first, 1 - first] {
-            match self.write_at(self.areas[area], label.clone()) {
+            match self.write_at(areas[area], label.clone()) {
                 Ok(()) => self.flush()?,
                 Err(error) if bad.is_some() || error == Error::Memory => return Err(error),
                 Err(error) => bad = Some((area, error)),

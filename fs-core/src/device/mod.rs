@@ -25,13 +25,15 @@ pub use ring::{choose, Refused, Ring};
 
 use crate::buf::{Buf, Slice};
 use crate::error::Error;
+use crate::format::label::{label_areas, VACANT_BYTES};
 use crate::platform::{Device, DeviceError, DeviceRef, Geometry, ReadOp, Result, WriteOp};
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::Physical;
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec;
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicU8, AtomicUsize, Ordering};
 
 /// Errors of a device since they were last cleared.
@@ -59,6 +61,8 @@ pub enum Standing {
     /// It is missing, or has failed. It is not written to. What it still gives out is asked for
     /// only when no other device can serve, and only believed when a checksum vouches for it.
     Absent,
+    /// The place of a device that was removed, or of one that may be added.
+    Vacant,
 }
 
 /// The device in place of one that is missing.
@@ -118,9 +122,10 @@ struct MendCounters {
     failed: AtomicU64,
 }
 
-/// A device of an open pool.
+/// A device of an open pool, or the place of one.
 pub struct Member {
-    device: DeviceRef,
+    /// Changes only while the place is vacant. Leaf lock.
+    device: RwLock<DeviceRef>,
     index: u16,
     /// What the labels say. Leaf lock.
     identity: Mutex<Identity>,
@@ -128,7 +133,6 @@ pub struct Member {
     sequence: AtomicU64,
     /// A label was being written, and nobody knows whether it was.
     in_doubt: AtomicBool,
-    areas: [Physical; 2],
     /// The area to write first when labels are rewritten: one whose label is not the only good one.
     first_area: AtomicUsize,
     errors: Counters,
@@ -147,16 +151,15 @@ pub struct Member {
     awaited: AtomicU64,
     mends: MendCounters,
     /// There is no device.
-    is_missing: bool,
+    is_missing: AtomicBool,
 }
 
 impl Member {
     /// The device as a member of its pool.
     pub fn new(device: DeviceRef, probe: &Probe) -> Member {
         Member {
-            device,
+            device: RwLock::ranked(Rank::Leaf, device),
             index: probe.identity.index,
-            areas: probe.areas,
             first_area: AtomicUsize::new(usize::from(probe.damaged[1].is_some())),
             identity: Mutex::new(probe.identity.clone()),
             sequence: AtomicU64::new(probe.identity.sequence),
@@ -169,7 +172,7 @@ impl Member {
             reading: AtomicU64::new(0),
             awaited: AtomicU64::new(0),
             mends: MendCounters::default(),
-            is_missing: false,
+            is_missing: AtomicBool::new(false),
         }
     }
 
@@ -180,9 +183,60 @@ impl Member {
     pub fn missing(identity: Identity) -> Result<Member> {
         let name = format!("device {} (missing)", identity.index);
         let device = Arc::new(Missing { name, bytes: identity.bytes });
-        let member = Member { is_missing: true, ..Member::fresh(device, identity)? };
+        let member = Member::fresh(device, identity)?;
+        member.is_missing.store(true, Ordering::Relaxed);
         member.set_standing(Standing::Absent);
         Ok(member)
+    }
+
+    /// A place without a device, in the pool that `identity` is of.
+    pub fn vacant(index: u16, identity: &Identity) -> Member {
+        let device = Arc::new(Missing { name: format!("device {index} (none)"), bytes: 0 });
+        let table = Vec::new();
+        let identity =
+            Identity { index, device_id: [0; 16], bytes: VACANT_BYTES, table, ..*identity };
+        let areas = [Physical(0); 2];
+        let member = Member::new(device, &Probe { identity, areas, damaged: [None, None] });
+        member.is_missing.store(true, Ordering::Relaxed);
+        member.set_standing(Standing::Vacant);
+        member
+    }
+
+    /// Puts a device into a vacant place, which stays so until the pool relies on it.
+    ///
+    /// # Errors
+    /// [`Error::NotCairn`] when the device is too small to have two label areas.
+    ///
+    /// # Panics
+    /// When the place is not vacant.
+    pub(crate) fn fill(&self, device: DeviceRef, identity: Identity) -> Result<()> {
+        assert!(self.is_vacant(), "device {} has a place already", self.index);
+        label_areas(identity.bytes).ok_or(Error::NotCairn)?;
+        self.clear_errors();
+        self.sequence.store(identity.sequence, Ordering::Relaxed);
+        self.in_doubt.store(false, Ordering::Relaxed);
+        self.first_area.store(0, Ordering::Relaxed);
+        self.seems_gone.store(false, Ordering::Relaxed);
+        *self.flush_failed.lock() = None;
+        *self.identity.lock() = identity;
+        *self.device.write() = device;
+        self.is_missing.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Lets go of the device. Nobody reads or writes it any more.
+    pub(crate) fn vacate(&self) {
+        self.set_standing(Standing::Vacant);
+        let mut identity = self.identity.lock();
+        let none = Member::vacant(self.index, &identity);
+        identity.clone_from(&none.identity.lock());
+        *self.device.write() = none.device();
+        self.is_missing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether there is no device, and none is missed.
+    pub fn is_vacant(&self) -> bool {
+        self.standing() == Standing::Vacant
     }
 
     /// Whether it has what the pool wrote to it.
@@ -191,7 +245,8 @@ impl Member {
             0 => Standing::Complete,
             1 => Standing::Leaving,
             2 => Standing::Behind,
-            _ => Standing::Absent,
+            3 => Standing::Absent,
+            _ => Standing::Vacant,
         }
     }
 
@@ -212,7 +267,7 @@ impl Member {
 
     /// Whether it may be asked for something that no other device gives out.
     pub fn may_be_asked(&self) -> bool {
-        !self.is_missing && !self.seems_gone()
+        !self.is_missing.load(Ordering::Relaxed) && !self.seems_gone()
     }
 
     /// Whether a transfer found that the device is gone.
@@ -260,19 +315,27 @@ impl Member {
         self.identity.lock().clone()
     }
 
-    /// Usable bytes of the device.
+    /// Usable bytes of the device; zero when there is none in this place.
     pub fn bytes(&self) -> u64 {
-        self.identity.lock().bytes
+        match self.is_vacant() {
+            true => 0,
+            false => self.identity.lock().bytes,
+        }
     }
 
     /// A name for messages.
-    pub fn name(&self) -> &str {
-        self.device.name()
+    pub fn name(&self) -> String {
+        self.device.read().name().into()
     }
 
     /// The device itself.
-    pub fn device(&self) -> &DeviceRef {
-        &self.device
+    pub fn device(&self) -> DeviceRef {
+        self.device.read().clone()
+    }
+
+    /// Where the label areas are.
+    fn areas(&self) -> [Physical; 2] {
+        label_areas(self.identity.lock().bytes).expect("a member is large enough for its labels")
     }
 
     /// Errors since they were last cleared.
@@ -339,7 +402,7 @@ impl Member {
     pub fn read_aside(&self, batch: &mut [ReadOp]) {
         let bytes = batch.iter().map(|op| op.buf.len() as u64).sum();
         self.reading.fetch_add(bytes, Ordering::Relaxed);
-        self.device.read(batch);
+        self.device().read(batch);
         self.reading.fetch_sub(bytes, Ordering::Relaxed);
         if batch.iter().any(|op| op.result == Err(DeviceError::Gone)) {
             self.seems_gone.store(true, Ordering::Relaxed);
@@ -356,7 +419,7 @@ impl Member {
     /// The first failure; every write of the batch was tried.
     pub fn write(&self, batch: &mut [WriteOp]) -> Result<()> {
         self.awaited.fetch_add(1, Ordering::Relaxed);
-        self.device.write(batch);
+        self.device().write(batch);
         self.awaited.fetch_sub(1, Ordering::Relaxed);
         let failed = batch.iter().filter(|op| counts_as_error(&op.result)).count() as u64;
         if failed > 0 {
@@ -394,7 +457,7 @@ impl Member {
         if let Some(cause) = *self.flush_failed.lock() {
             return Err(self.error(Physical(0), cause));
         }
-        self.device.flush().map_err(|cause| {
+        self.device().flush().map_err(|cause| {
             if cause != DeviceError::Memory {
                 self.flush_failed.lock().get_or_insert(cause);
                 self.count_failures(1);
@@ -405,7 +468,7 @@ impl Member {
 
     /// Whether the device wants to know what holds nothing of value.
     pub fn discards(&self) -> bool {
-        self.is_there() && self.device.geometry().discards
+        self.is_there() && self.device.read().geometry().discards
     }
 
     /// Tells the device that a range holds nothing of value, if it wants to know. Returns how many
@@ -417,7 +480,7 @@ impl Member {
         if !self.discards() {
             return Ok(0);
         }
-        self.device.discard(at, bytes).map_err(|cause| self.error(at, cause))?;
+        self.device().discard(at, bytes).map_err(|cause| self.error(at, cause))?;
         Ok(bytes)
     }
 }

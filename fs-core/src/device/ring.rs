@@ -1,7 +1,7 @@
 //! The ring of superblocks.
 
 use super::Member;
-use crate::buf::Buf;
+use crate::buf::{Buf, Slice};
 use crate::error::Error;
 use crate::format::label::{ring_slot, RING_OFFSET, RING_SLOTS};
 use crate::format::superblock::Superblock;
@@ -38,7 +38,7 @@ impl Ring {
     /// # Errors
     /// [`Error::Memory`].
     pub fn add(&mut self, member: &Member, pool_id: &[u8; 16]) -> Result<()> {
-        for area in member.areas {
+        for area in member.areas() {
             match member.read_at(Physical(area.0 + RING_OFFSET), SLOT * RING_SLOTS as usize) {
                 Ok(buf) => buf.chunks_exact(SLOT).for_each(|slot| self.add_slot(slot, pool_id)),
                 Err(Error::Memory) => return Err(Error::Memory),
@@ -134,7 +134,7 @@ impl Member {
     pub fn complete_superblock(&self, superblock: &Superblock) -> Result<()> {
         let slice = Buf::copy_of(&superblock.encode())?.into_slice();
         let (mut outcome, mut is_anywhere) = (Ok(()), false);
-        for area in self.areas {
+        for area in self.areas() {
             let at = ring_slot(area, superblock.txg.0);
             let is_there = match self.read_at(at, SLOT) {
                 Err(Error::Memory) => return Err(Error::Memory),
@@ -177,7 +177,7 @@ impl Member {
                 continue;
             };
             let slice = Buf::copy_of(&best.encode())?.into_slice();
-            for area in self.areas {
+            for area in self.areas() {
                 let at = ring_slot(area, slot);
                 match self.read_at(at, SLOT) {
                     Err(Error::Memory) => return Err(Error::Memory),
@@ -205,7 +205,7 @@ impl Member {
     pub fn erase_superblocks(&self, known: &Ring) -> Result<()> {
         let zeros = Buf::zeroed(SLOT)?.into_slice();
         let mut is_changed = false;
-        for area in self.areas {
+        for area in self.areas() {
             for slot in (0..RING_SLOTS).map(|slot| ring_slot(area, slot)) {
                 match self.read_at(slot, SLOT) {
                     Err(Error::Memory) => return Err(Error::Memory),
@@ -222,6 +222,23 @@ impl Member {
         }
     }
 
+    /// The ring as the first area has it, or the second, where the first cannot be read.
+    ///
+    /// # Errors
+    /// [`Error::Device`]; [`Error::Memory`].
+    pub(super) fn ring_to_copy(&self) -> Result<Slice> {
+        let mut ring = Buf::zeroed(SLOT * RING_SLOTS as usize)?;
+        for (slot, bytes) in (0..RING_SLOTS).zip(ring.chunks_exact_mut(SLOT)) {
+            let [first, second] = self.areas().map(|area| ring_slot(area, slot));
+            match self.read_at(first, SLOT) {
+                Ok(held) if Superblock::decode(&held).is_ok() => bytes.copy_from_slice(&held),
+                Err(Error::Memory) => return Err(Error::Memory),
+                _ => bytes.copy_from_slice(&self.read_at(second, SLOT)?),
+            }
+        }
+        Ok(ring.into_slice())
+    }
+
     /// Writes a superblock into its slot of both areas. Not durable before a flush.
     ///
     /// One area that cannot be written does not fail the call, since the superblock is found in the
@@ -231,7 +248,7 @@ impl Member {
     /// [`Error::Device`] when neither could be written.
     pub fn write_superblock(&self, superblock: &Superblock) -> Result<()> {
         let slice = Buf::copy_of(&superblock.encode())?.into_slice();
-        let mut batch = self.areas.map(|area| WriteOp {
+        let mut batch = self.areas().map(|area| WriteOp {
             at: ring_slot(area, superblock.txg.0),
             bufs: vec![slice.clone()],
             result: Ok(()),

@@ -261,6 +261,11 @@ impl Engine {
             let at = pool_edits.partition_point(|(key, _)| *key < edit.0);
             pool_edits.insert(at, edit);
         }
+        if let Some(edit) = self.take_device_change_edit() {
+            committer.superblock.features[0] |= features::DEVICE_CHANGE;
+            let at = pool_edits.partition_point(|(key, _)| *key < edit.0);
+            pool_edits.insert(at, edit);
+        }
         Ok((Box::new(Parts { debts, pool_edits, dead, given_up, dead_nodes }), written))
     }
 
@@ -447,6 +452,7 @@ impl Engine {
             txg,
             written: self.store.now().secs,
             clean,
+            device_count: pool.place_count(),
             next_chunk: pool.next_chunk(),
             chunk_bytes: pool.chunk_bytes(),
             pool_root: roots.pool.root,
@@ -520,6 +526,14 @@ impl Engine {
         if let Some(mut committer) = self.try_committer() {
             self.release_views(&mut committer);
         }
+    }
+
+    /// The group of the oldest trees that somebody may still look at.
+    pub(super) fn oldest_view(&self) -> Txg {
+        let mut committer = self.committer();
+        committer.views.retain(|view| view.strong_count() > 0);
+        let groups = committer.views.iter().filter_map(|view| Some(view.upgrade()?.txg));
+        groups.min().unwrap_or_else(|| self.store.groups.published())
     }
 
     fn release_views(&self, committer: &mut Committer) {

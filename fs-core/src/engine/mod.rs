@@ -15,6 +15,7 @@
 //! | `reclaim` | removing files without names |
 //! | `survey` | walking all that a pool names, in steps |
 //! | `resilver` | bringing devices up to date |
+//! | `devices` | changing the set of devices |
 //! | `scrub` | verifying every copy of everything, and repairing |
 //!
 //! Whoever waits for a group to be published does the work if nobody else is at it
@@ -26,6 +27,7 @@ pub mod data;
 mod commit;
 mod dead;
 mod destroy;
+mod devices;
 mod format;
 mod log;
 mod nodes;
@@ -41,6 +43,7 @@ pub mod versions;
 #[cfg(test)]
 mod tests;
 
+pub use devices::DeviceChangeStatus;
 pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
 pub use resilver::ResilverProgress;
@@ -144,6 +147,8 @@ pub struct Engine {
     resilver_shown: Mutex<Option<ResilverProgress>>,
     /// The scrub that is under way, or how the last one ended.
     scrub: scrub::Scrub,
+    /// What is being done to the set of devices.
+    device_changes: devices::DeviceChanges,
     /// Files that were found damaged since the pool was opened.
     damaged: Mutex<BTreeMap<(TreeId, Ino), Vec<u8>>>,
     /// Counts rollbacks: each puts an older tree in a younger one's place.

@@ -9,7 +9,10 @@
 
 use crate::btree::{NodeSource, Tree};
 use crate::buf::SHELF_BYTES;
-use crate::engine::{commit::Committer, destroy::REFS_PER_GROUP, log::Log, scrub::Scrub, Engine};
+use crate::engine::{
+    commit::Committer, destroy::REFS_PER_GROUP, devices::DeviceChanges, log::Log, scrub::Scrub,
+    Engine,
+};
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{Chunk, DeviceItem};
 use crate::format::features;
@@ -103,6 +106,7 @@ pub fn open(
         let _ = engine.store.pool.repair_labels();
         start_ticking(&engine);
         engine.keep_scrubbing();
+        engine.keep_changing();
     }
     Ok(engine)
 }
@@ -223,6 +227,7 @@ fn make_engine(
         resilver_shown: Mutex::ranked(Rank::Short, None),
         turns: AtomicU64::new(0),
         damaged: Mutex::ranked(Rank::Short, BTreeMap::new()),
+        device_changes: DeviceChanges::new(),
         scrub: Scrub::new(),
         store,
     })
@@ -381,6 +386,7 @@ impl Engine {
             if !versions.load(key, value)? && key.kind == kind::PROPERTY && key.object == 0 {
                 match key.offset {
                     property::SCRUB => self.load_scrub(value),
+                    property::DEVICES => self.load_device_change(value),
                     number => read_setting(&mut settings, number, value),
                 }
             }

@@ -90,7 +90,7 @@ disk_struct! {
 disk_struct! {
     /// One device in the table of a label.
     pub struct LabelMember [40] {
-        /// Id of the device.
+        /// Id of the device; zero when it was removed, and its place is vacant.
         0x00 id: [u8; 16],
         /// Usable bytes of the device.
         0x10 bytes: u64,
@@ -102,8 +102,18 @@ disk_struct! {
     }
 }
 
+impl LabelMember {
+    /// Whether it is the place of a device that was removed.
+    pub fn is_vacant(&self) -> bool {
+        self.id == [0; 16]
+    }
+}
+
 /// Most devices of a pool: what a label can name.
 pub const DEVICES_MAX: usize = 64;
+
+/// Bytes that a table of devices gives for a vacant place: the fewest that a device can have.
+pub const VACANT_BYTES: u64 = DATA_START + LABEL_AREA_BYTES;
 
 /// Most bytes of a device: so many that those of all devices, and of a mirror's copies, can be
 /// added up.
@@ -133,6 +143,10 @@ pub fn decode_members(label: &Label, bytes: &[u8]) -> Result<Vec<LabelMember>, B
         rule(label_areas(member.bytes).is_some(), "label names an impossibly small device")?;
         rule(member.bytes <= DEVICE_BYTES_MAX, "label names an impossibly large device")?;
         let is_own = index == usize::from(label.device_index);
+        rule(
+            !member.is_vacant() || (member.bytes == VACANT_BYTES && member.behind == 0),
+            "label with a device in a vacant place",
+        )?;
         rule(
             !is_own || (member.id == label.device_id && member.bytes == label.device_bytes),
             "label contradicts its own table",

@@ -11,6 +11,7 @@
 
 pub mod chunk;
 pub mod dead;
+pub mod devices;
 pub mod dir;
 pub mod extent;
 pub mod inode;
@@ -219,8 +220,12 @@ pub mod features {
     pub const LIMITS: u64 = 1 << 2;
     /// Compat: there is, or was, a scrub: the pool tree has a SCRUB property.
     pub const SCRUB: u64 = 1 << 0;
+    /// Incompat: the tables of devices may have vacant places, of devices that were removed.
+    pub const VACANCIES: u64 = 1 << 3;
+    /// Compat: the set of devices is being changed, or was: the pool tree has a DEVICES property.
+    pub const DEVICE_CHANGE: u64 = 1 << 1;
     /// Bits that forbid opening when unknown.
-    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS;
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS | VACANCIES;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

@@ -275,4 +275,6 @@ pub mod property {
     pub const CHECKSUM: u64 = 2;
     /// How far a scrub is, and how the last one ended: `ScrubItem` and what follows it.
     pub const SCRUB: u64 = 3;
+    /// What is being done to the set of devices: `DeviceChangeItem`.
+    pub const DEVICES: u64 = 4;
 }

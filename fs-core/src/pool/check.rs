@@ -26,10 +26,12 @@ impl Pool {
             }
             end = chunk.logical.0 + chunk.length;
             stripes.extend(mapped.stripes());
+            stripes.extend(mapped.further_stripes());
         }
         if end > ledger.next_chunk.0 {
             return Err(format!("chunks reach {end}, beyond the next at {}", ledger.next_chunk));
         }
+        stripes.extend(ledger.moves.leaving());
         stripes.sort_unstable_by_key(|stripe| (stripe.device, stripe.at));
         for pair in stripes.windows(2) {
             let (a, b) = (pair[0], pair[1]);

@@ -85,7 +85,7 @@ impl Demand {
     }
 
     /// The most devices that any chunk needs.
-    fn devices(&self) -> u64 {
+    pub fn devices(&self) -> u64 {
         self.data.devices_min().max(self.metadata.devices_min())
     }
 

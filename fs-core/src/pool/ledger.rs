@@ -16,11 +16,12 @@
 
 use super::layout::{self, Demand};
 use super::map::{ChunkMap, Mapped};
+use super::moves::Moves;
 use super::room::Room;
 use crate::device::Member;
 use crate::error::Error;
 use crate::format::chunk::{
-    Chunk, ChunkKind, DeviceItem, Profile, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN,
+    Chunk, ChunkKind, DeviceItem, Profile, Stripe, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN,
 };
 use crate::format::key::{kind, Key};
 use crate::format::superblock::SYSTEM_CHUNKS_MAX;
@@ -48,6 +49,11 @@ pub struct Ledger {
     dropped: BTreeMap<Logical, Dropped>,
     /// The DEVICE items that the chunk tree has, by index.
     device_items: Vec<Option<DeviceItem>>,
+    /// Devices, a bit for each, that came after the chunk tree was written, which names another in
+    /// their place.
+    strangers: u64,
+    /// Chunks that get another place.
+    pub moves: Moves,
 }
 
 /// An edit of the chunk tree: the item's new value, or that it goes.
@@ -65,6 +71,8 @@ impl Ledger {
             unpublished: BTreeMap::new(),
             dropped: BTreeMap::new(),
             device_items,
+            strangers: 0,
+            moves: Moves::default(),
         }
     }
 
@@ -85,7 +93,8 @@ impl Ledger {
                 continue;
             }
             self.check_address(&chunk)?;
-            let mapped = Mapped { chunk };
+            let mapped = Mapped::new(chunk);
+            self.check_strangers(&mapped)?;
             take_rooms(&mut rooms, &mapped)?;
             more.try_reserve(1).map_err(|_| Error::Memory)?;
             more.push(Arc::new(mapped));
@@ -93,6 +102,28 @@ impl Ledger {
         let map = map.with(more)?;
         self.rooms = rooms;
         Ok(map)
+    }
+
+    /// Takes note that the chunk tree names another device in the place of one.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when there are chunks.
+    pub fn note_stranger(&mut self, map: &ChunkMap, index: u16) -> Result<()> {
+        self.strangers |= 1u64.checked_shl(u32::from(index)).unwrap_or(0);
+        map.iter().try_for_each(|mapped| self.check_strangers(mapped))
+    }
+
+    fn check_strangers(&self, mapped: &Mapped) -> Result<()> {
+        let is_strange = |stripe: &Stripe| {
+            self.strangers.checked_shr(u32::from(stripe.device)).unwrap_or(0) & 1 == 1
+        };
+        match mapped.chunk.stripes.iter().any(is_strange) {
+            true => {
+                let what = "chunk on a device that is another than the chunk tree says";
+                Err(Error::Corrupt { what, addr: mapped.chunk.logical })
+            }
+            false => Ok(()),
+        }
     }
 
     fn check_address(&self, chunk: &Chunk) -> Result<()> {
@@ -128,12 +159,21 @@ impl Ledger {
         let logical = self.next_chunk;
         let next = logical.checked_add(length).ok_or(Error::NoSpace)?;
         let chunk = Chunk { logical, length, birth: txg, kind, profile, stripes };
-        let mapped = Arc::new(Mapped { chunk: chunk.clone() });
+        let mapped = Arc::new(Mapped::new(chunk.clone()));
         let map = map.with(vec![mapped.clone()])?;
         take_rooms(&mut self.rooms, &mapped).expect("a layout places chunks in free room");
         self.next_chunk = next;
         self.unpublished.insert(logical, None);
         Ok((map, chunk))
+    }
+
+    /// Makes the room of a device, which has no chunk, that of one of so many bytes.
+    pub fn set_room(&mut self, index: u16, bytes: u64) {
+        let index = usize::from(index);
+        let places = self.rooms.len().max(index + 1);
+        self.rooms.resize(places, Room::new(0));
+        self.device_items.resize(places, None);
+        self.rooms[index] = Room::new(bytes);
     }
 
     /// Marks a chunk as dropped by group `txg`.
@@ -154,7 +194,9 @@ impl Ledger {
 
     /// System chunks that the superblock of the group whose edits were taken last must embed.
     pub fn system_chunks(&self, map: &ChunkMap) -> Vec<Chunk> {
-        system_chunks(map).filter(|chunk| !self.is_erased(chunk)).cloned().collect()
+        let system = map.iter().map(|mapped| mapped.recorded());
+        let system = system.filter(|chunk| chunk.kind == ChunkKind::System);
+        system.filter(|chunk| !self.is_erased(chunk)).cloned().collect()
     }
 
     fn is_erased(&self, chunk: &Chunk) -> bool {
@@ -164,6 +206,12 @@ impl Ledger {
     /// Edits that the chunk tree of group `txg` needs, sorted by key.
     pub fn take_edits(&mut self, map: &ChunkMap, members: &[Member], txg: Txg) -> Vec<ChunkEdit> {
         let mut edits: BTreeMap<Key, Option<Vec<u8>>> = BTreeMap::new();
+        for logical in self.moves.sealed(txg) {
+            if let Some(mapped) = map.get(logical) {
+                let value = mapped.recorded().encode();
+                edits.insert(Key::new(logical.0, kind::CHUNK, 0), Some(value));
+            }
+        }
         let key = |logical: &Logical| Key::new(logical.0, kind::CHUNK, 0);
         for (logical, drop) in &mut self.dropped {
             if drop.txg <= txg && !drop.erased {
@@ -179,16 +227,17 @@ impl Ledger {
         for (logical, recorded) in &mut self.unpublished {
             if recorded.is_none() {
                 let mapped = map.get(*logical).expect("a new chunk is in the map");
-                edits.insert(key(logical), Some(mapped.chunk.encode()));
+                edits.insert(key(logical), Some(mapped.recorded().encode()));
                 *recorded = Some(txg);
             }
         }
         for (member, item) in members.iter().zip(self.make_device_items(map, members)) {
             let known = &mut self.device_items[usize::from(member.index())];
-            if known.as_ref() != Some(&item) {
+            let item = (!member.is_vacant()).then_some(item);
+            if *known != item {
                 let key = Key::new(u64::from(member.index()), kind::DEVICE, 0);
-                edits.insert(key, Some(item.to_bytes().to_vec()));
-                *known = Some(item);
+                edits.insert(key, item.map(|item| item.to_bytes().to_vec()));
+                *known = item;
             }
         }
         edits.into_iter().collect()
@@ -198,8 +247,9 @@ impl Ledger {
     fn make_device_items(&self, map: &ChunkMap, members: &[Member]) -> Vec<DeviceItem> {
         let mut allocated = vec![0; self.rooms.len()];
         for mapped in map.iter().filter(|mapped| !self.is_erased(&mapped.chunk)) {
-            for stripe in mapped.stripes() {
-                allocated[usize::from(stripe.device)] += stripe.bytes;
+            let bytes = mapped.recorded().stripe_bytes();
+            for stripe in &mapped.recorded().stripes {
+                allocated[usize::from(stripe.device)] += bytes;
             }
         }
         let make = |(member, allocated): (&Member, u64)| {
@@ -227,6 +277,8 @@ impl Ledger {
 
     /// Group `txg` is on disk: what it dropped is gone. Returns the map without it, if it changed.
     pub fn published(&mut self, map: &ChunkMap, txg: Txg) -> Option<ChunkMap> {
+        let moved = self.switch(map, txg);
+        let map = moved.as_ref().unwrap_or(map);
         self.unpublished.retain(|_, recorded| recorded.is_none_or(|recorded| recorded > txg));
         let is_gone = |drop: &Dropped| drop.txg <= txg && drop.erased;
         // Ascending, as the map of drops is.
@@ -237,12 +289,12 @@ impl Ledger {
             .map(|(logical, _)| *logical)
             .collect();
         if gone.is_empty() {
-            return None;
+            return moved;
         }
         for logical in &gone {
             self.dropped.remove(logical);
             let mapped = map.get(*logical).expect("a dropped chunk stays mapped until it is gone");
-            for stripe in mapped.stripes() {
+            for stripe in mapped.stripes().chain(mapped.further_stripes()) {
                 self.rooms[usize::from(stripe.device)].give_back(stripe.at, stripe.bytes);
             }
         }
@@ -254,7 +306,7 @@ fn system_chunks(map: &ChunkMap) -> impl Iterator<Item = &Chunk> {
     map.iter().map(|mapped| &mapped.chunk).filter(|chunk| chunk.kind == ChunkKind::System)
 }
 
-fn take_rooms(rooms: &mut [Room], mapped: &Mapped) -> Result<()> {
+pub(super) fn take_rooms(rooms: &mut [Room], mapped: &Mapped) -> Result<()> {
     let addr = mapped.chunk.logical;
     for stripe in mapped.stripes() {
         let what = "chunk on a device that the pool does not have";

@@ -21,6 +21,8 @@
 //! | `room` | which bytes of a device belong to chunks |
 //! | `standing` | which devices have everything, and going on without those that do not |
 //! | `ledger` | chunks made and dropped, and what the chunk tree must learn of it |
+//! | `places` | devices that come, go, and change their size |
+//! | `moves` | chunks that get another place |
 //! | `read` | verified reads, and healing of bad copies |
 //! | `mend` | all copies compared with what they should be, and repaired |
 //! | `sweep` | reading all copies of many blocks, to see whether they are good |
@@ -42,6 +44,8 @@ mod layout;
 mod ledger;
 mod map;
 mod mend;
+mod moves;
+mod places;
 mod read;
 mod room;
 mod standing;
@@ -52,6 +56,8 @@ mod write;
 
 pub use ledger::ChunkEdit;
 pub use mend::Lost;
+pub use moves::Eviction;
+pub use places::ADDED_BYTES_MIN;
 pub use read::{DataRead, DataSource};
 pub use sweep::{Content, Sweep};
 pub use write::RunWrite;
@@ -74,7 +80,7 @@ use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use layout::Demand;
 use ledger::Ledger;
 use map::{ChunkMap, Place};
@@ -138,7 +144,9 @@ struct Settings {
 /// An open pool. See the module.
 pub struct Pool {
     platform: Platform,
+    /// A place for each device there may be; those there are, are in the first `places`.
     members: Vec<Member>,
+    places: AtomicUsize,
     settings: Settings,
     read_only: bool,
     /// Which label areas were damaged when the pool was opened.
@@ -157,6 +165,8 @@ pub struct Pool {
     is_owing: AtomicBool,
     /// Devices that were complete and failed since the pool was opened, a bit for each.
     lost: AtomicU64,
+    /// Devices that get no new chunk, a bit for each.
+    closed: AtomicU64,
     /// The name, the epoch and the table that every label should have.
     roll: Mutex<Identity>,
     /// The newest published group.
@@ -278,22 +288,24 @@ impl Pool {
     // Not inlined, so that looking at the labels has more of a kernel's stack.
     #[inline(never)]
     fn of_probed(
-        probed: Probed,
+        mut probed: Probed,
         platform: Platform,
         options: &PoolOptions,
     ) -> Result<(Box<Pool>, Box<Superblock>)> {
-        let Roll { newest, ring, only_behind } = standing::call_roll(&probed.members)?;
+        let Probed { members, unusable, .. } = &mut probed;
+        let Roll { newest, ring, only_behind } = standing::call_roll(members, unusable)?;
         let members = standing::fill_gaps(probed.members, &newest)?;
         if only_behind && !(options.read_only && options.degraded) {
             return Err(standing::missing(&members, true, &probed.unusable));
         }
         let superblock = choose(&ring, options.max_txg)?;
-        check_superblock(superblock, newest.table.len().max(1), options.read_only)?;
+        check_superblock(superblock, newest.table.len(), options.read_only)?;
         let mut pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
         pool.buffers = Arc::new(Shelf::new(options.kept_bytes));
         *pool.roll.lock() = *newest;
-        if !options.degraded && pool.members().iter().any(|member| !member.is_there()) {
-            return Err(standing::missing(&pool.members, false, &probed.unusable));
+        let is_missing = |member: &Member| !member.is_there() && !member.is_vacant();
+        if !options.degraded && pool.members().iter().any(is_missing) {
+            return Err(standing::missing(pool.members(), false, &probed.unusable));
         }
         pool.check_reach_without(&probed.unusable)?;
         for (name, error) in probed.unusable {
@@ -340,11 +352,14 @@ impl Pool {
     ) -> Pool {
         let roll = Mutex::new(members[0].identity());
         let published_txg = AtomicU64::new(settings.opened_txg.0);
-        let sizes = members.iter().map(|member| member.identity().bytes);
+        let sizes = members.iter().map(Member::bytes);
         let ledger = Mutex::ranked(Rank::Ledger, Ledger::new(sizes, next_chunk));
+        let places = AtomicUsize::new(members.len());
+        let members = with_all_places(members);
         Pool {
             platform,
             members,
+            places,
             settings,
             read_only,
             damaged: Mutex::new(Vec::new()),
@@ -355,6 +370,7 @@ impl Pool {
             changing: Mutex::ranked(Rank::Standing, Changes::default()),
             is_owing: AtomicBool::new(false),
             lost: AtomicU64::new(0),
+            closed: AtomicU64::new(0),
             roll,
             published_txg,
             reported: Mutex::ranked(Rank::Leaf, read::Reported::default()),
@@ -401,7 +417,7 @@ impl Pool {
     /// Feature bits that readers of this pool must know.
     pub fn incompat(&self) -> u64 {
         let is_plain = |kind| matches!(self.profile(kind), Profile::Single | Profile::Dup);
-        match self.members.len() {
+        match self.place_count() {
             1 if is_plain(ChunkKind::Data) && is_plain(ChunkKind::Metadata) => 0,
             _ => features::DEVICES,
         }
@@ -434,7 +450,7 @@ impl Pool {
         self.roll.lock().name = name;
         let written = self.platform.clock.now().secs;
         let mut outcome = Ok(());
-        for member in self.members.iter().filter(|member| member.is_there()) {
+        for member in self.members().iter().filter(|member| member.is_there()) {
             match member.relabel(written, |identity| identity.name = name) {
                 Ok(bad) => self.note_label(member.index(), bad),
                 // The others are named all the same.
@@ -446,7 +462,7 @@ impl Pool {
 
     /// The devices, by index.
     pub fn members(&self) -> &[Member] {
-        &self.members
+        &self.members[..self.places.load(Ordering::Acquire)]
     }
 
     /// Whether the pool writes nothing.
@@ -481,7 +497,7 @@ impl Pool {
     /// All valid superblocks, newest first, as they are on the devices now.
     pub fn superblocks(&self) -> Vec<Superblock> {
         let mut ring = Ring::default();
-        for member in self.members.iter().filter(|member| member.is_complete()) {
+        for member in self.members().iter().filter(|member| member.is_complete()) {
             // What cannot be read is not valid.
             let _ = ring.add(member, &self.settings.pool_id);
         }
@@ -494,7 +510,7 @@ impl Pool {
     /// [`Error::ReadOnly`].
     pub fn clear_errors(&self) -> Result<()> {
         self.check_writable()?;
-        self.members.iter().for_each(Member::clear_errors);
+        self.members().iter().for_each(Member::clear_errors);
         Ok(())
     }
 
@@ -516,21 +532,26 @@ impl Pool {
     /// # Errors
     /// [`Error::Corrupt`] when it contradicts the device's label.
     pub fn add_device_item(&self, index: u16, item: &DeviceItem) -> Result<()> {
-        let corrupt = |what| Error::Corrupt { what, addr: Logical(0) };
+        let what = "item of a device that the pool does not have";
         let member = self
-            .members
+            .members()
             .get(usize::from(index))
-            .ok_or_else(|| corrupt("item of a device that the pool does not have"))?;
+            .ok_or(Error::Corrupt { what, addr: Logical(0) })?;
         let identity = member.identity();
-        if item.id != identity.device_id || item.bytes != identity.bytes {
-            return Err(corrupt("device item contradicts the device's label"));
+        let mut ledger = self.ledger.lock();
+        // How large it is, the label says. The place may have become another's since the item was
+        // written, or vacant; then nothing is there.
+        if item.id != identity.device_id {
+            ledger.set_device_item(index, *item);
+            return ledger.note_stranger(&self.chunk_map(), index);
         }
+        ledger.set_device_item(index, *item);
+        drop(ledger);
         member.add_errors(ErrorCounts {
             read: item.read_errors,
             write: item.write_errors,
             checksum: item.checksum_errors,
         });
-        self.ledger.lock().set_device_item(index, *item);
         Ok(())
     }
 
@@ -577,7 +598,8 @@ impl Pool {
     /// may be put there: see [`Pool::is_recorded`].
     pub fn take_chunk_edits(&self, txg: Txg) -> Vec<ChunkEdit> {
         let mut ledger = self.ledger.lock();
-        ledger.take_edits(&self.chunk_map(), &self.members, txg)
+        self.seal_moves(&mut ledger, txg);
+        ledger.take_edits(&self.chunk_map(), self.members(), txg)
     }
 
     /// Whether the chunk that covers `addr` is in the chunk tree, counting edits that have been
@@ -677,7 +699,7 @@ impl Pool {
 
     /// Bytes of all devices.
     pub fn device_bytes(&self) -> u64 {
-        self.members.iter().map(Member::bytes).sum()
+        self.members().iter().map(Member::bytes).sum()
     }
 
     fn chunk_map(&self) -> Arc<ChunkMap> {
@@ -812,7 +834,8 @@ fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Probed> {
         return Err(probed.unusable.into_iter().next().map_or(nothing, |(_, error)| error));
     };
     // With all devices there, it can only be one too many.
-    let is_all = probed.members.len() == first.identity().table.len().max(1);
+    let there = first.identity().table.iter().filter(|entry| !entry.is_vacant()).count();
+    let is_all = probed.members.len() == there.max(1);
     match probed.unusable.first() {
         Some((name, _)) if is_all => Err(Error::WrongDevice { name: name.clone() }),
         _ => Ok(probed),
@@ -826,13 +849,26 @@ impl Probed {
         let member = Member::new(device, probe);
         let at = self.members.partition_point(|other| other.index() < member.index());
         let is_foreign = |other: &Member| other.identity().pool_id != probe.identity.pool_id;
-        let is_twice = self.members.get(at).is_some_and(|other| other.index() == member.index());
+        // Of two devices with one index, one was removed.
+        let id = probe.identity.device_id;
+        let is_twice = self.members.iter().any(|other| other.identity().device_id == id);
         if is_twice || self.members.iter().any(is_foreign) {
             return Err(Error::WrongDevice { name: member.name().to_string() });
         }
         self.members.insert(at, member);
         Ok(())
     }
+}
+
+/// The devices, and vacant places for as many as a pool may have.
+// Not inlined: a member is large, and made on the stack.
+#[inline(never)]
+fn with_all_places(mut members: Vec<Member>) -> Vec<Member> {
+    let first = Box::new(members[0].identity());
+    for index in (0..DEVICES_MAX as u16).skip(members.len()) {
+        members.push(Member::vacant(index, &first));
+    }
+    members
 }
 
 fn note_damage(damaged: &mut Vec<DamagedLabel>, probe: &Probe) {
@@ -849,15 +885,17 @@ fn boxed(superblock: &Superblock) -> Box<Superblock> {
     Box::new(superblock.clone())
 }
 
-/// Compares the superblock with the number of devices and with what this version can do.
+/// Compares the superblock with the number of devices in their table, and with what this version
+/// can do. Where there is a table it counts: devices are added to it, or taken from it, before a
+/// superblock says so.
 fn check_superblock(superblock: &Superblock, count: usize, read_only: bool) -> Result<()> {
-    if count == 1 && superblock.device_count > 1 {
+    if count == 0 && superblock.device_count > 1 {
         // Made before labels named the other devices.
         let what =
             "the pool has several devices, and this one does not name them; give all of them";
         return Err(Error::Argument { what });
     }
-    if usize::from(superblock.device_count) != count {
+    if usize::from(superblock.device_count) > count.max(1) {
         let what = "superblock and label differ in the number of devices";
         return Err(Error::Corrupt { what, addr: Logical(0) });
     }

@@ -314,13 +314,15 @@ impl Pool {
             let rank = match member.standing() {
                 // One device has both copies; they go in turn, whatever it has to do meanwhile.
                 Standing::Complete if piece.profile() == Profile::Dup => 0,
+                // What is to be removed may be failing.
+                Standing::Complete if self.is_closed(member) => u64::MAX - 4,
                 Standing::Complete if member.seems_gone() => u64::MAX - 3,
                 Standing::Leaving => u64::MAX - 2,
                 Standing::Complete => member.reading_bytes() >> LOAD_SHIFT,
                 Standing::Behind if verified => u64::MAX - 1,
                 // It failed a write, and may have most of what was written before.
                 Standing::Absent if verified && member.may_be_asked() => u64::MAX,
-                Standing::Behind | Standing::Absent => continue,
+                Standing::Behind | Standing::Absent | Standing::Vacant => continue,
             };
             ranked[count] = (rank, copy as u8);
             count += 1;
@@ -1033,7 +1035,7 @@ impl<'a> Transfer<'a> {
     }
 
     /// Plans to read the copies of a run that are tried first.
-    fn add_first(&mut self, place: &Place, verified: bool) -> Result<Vec<Planned>> {
+    pub(super) fn add_first(&mut self, place: &Place, verified: bool) -> Result<Vec<Planned>> {
         let mut plan = Vec::new();
         for piece in place.pieces() {
             let order = self.pool.order(&piece, verified);
@@ -1052,7 +1054,7 @@ impl<'a> Transfer<'a> {
         });
     }
 
-    fn take(&mut self, plan: Vec<Planned>) -> Vec<Got> {
+    pub(super) fn take(&mut self, plan: Vec<Planned>) -> Vec<Got> {
         plan.into_iter().map(|planned| self.take_one(planned)).collect()
     }
 

@@ -15,12 +15,36 @@ pub struct Room {
     end: u64,
     /// Taken runs: start to end. They do not overlap and lie in `DATA_START..end`.
     taken: BTreeMap<u64, u64>,
+    /// No new chunk gets anything at or behind this byte.
+    limit: u64,
 }
 
 impl Room {
     /// The room of a device of `bytes` bytes, all of it free.
     pub fn new(bytes: u64) -> Room {
-        Room { end: data_end(bytes), taken: BTreeMap::new() }
+        Room { end: data_end(bytes), taken: BTreeMap::new(), limit: u64::MAX }
+    }
+
+    /// Keeps new chunks from everything at or behind a byte.
+    pub fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
+    /// Whether nothing at or behind a byte is taken.
+    pub fn is_free_from(&self, from: u64) -> bool {
+        self.taken_end() <= from
+    }
+
+    /// The end of the last run that is taken.
+    pub fn taken_end(&self) -> u64 {
+        self.taken.values().next_back().copied().unwrap_or(0)
+    }
+
+    /// Makes it the room of a device of `bytes` bytes, with what is taken.
+    pub fn set_bytes(&mut self, bytes: u64) {
+        self.end = data_end(bytes);
+        self.limit = u64::MAX;
+        assert!(self.is_free_from(self.end), "chunks end beyond {}", self.end);
     }
 
     /// Takes a run for the chunk at `owner`.
@@ -84,7 +108,7 @@ impl Room {
     fn holes(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.gaps().filter_map(|(start, end)| {
             let start = align_up(start, CHUNK_BYTES_MIN)?;
-            let end = align_down(end, CHUNK_BYTES_MIN);
+            let end = align_down(end.min(self.limit), CHUNK_BYTES_MIN);
             (start < end).then_some((start, end))
         })
     }

@@ -52,13 +52,14 @@
 use super::{DamagedLabel, Pool, Settings};
 use crate::device::{probe, Identity, Member, Ring, Standing, TableEntry};
 use crate::error::{Error, Incident};
+use crate::format::chunk::Chunk;
 use crate::format::superblock::Superblock;
 use crate::platform::Result;
 use crate::sync::MutexGuard;
 use crate::units::{Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::format;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
@@ -86,10 +87,15 @@ pub(super) struct Roll {
 /// [`Error::WrongDevice`], [`Error::Split`], [`Error::Corrupt`], [`Error::Memory`].
 // Called once, and large when inlined: its frame is to be gone when the pool is put together.
 #[inline(never)]
-pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
-    let rings = read_rings(members)?;
+pub(super) fn call_roll(
+    members: &mut Vec<Member>,
+    unusable: &mut Vec<(String, Error)>,
+) -> Result<Roll> {
+    let mut rings = read_rings(members)?;
     let mut newest = newest_label(members, &rings);
-    check_known(members, &newest)?;
+    set_aside(members, &mut rings, &newest, unusable)?;
+    let members = &members[..];
+    note_sizes(members, &mut newest);
     note_old(members, &rings, &mut newest);
     let behind = |index: u16| newest.table.get(usize::from(index)).and_then(|entry| entry.behind);
     let is_complete = |member: &&Member| behind(member.index()).is_none();
@@ -115,23 +121,50 @@ pub(super) fn call_roll(members: &[Member]) -> Result<Roll> {
     }
 }
 
-/// Whether the table that counts has all the devices.
+/// Takes out the devices that the table that counts does not have: they were removed, or were about
+/// to be added. What can be neither is no device of the pool.
 #[inline(never)]
-fn check_known(members: &[Member], newest: &Identity) -> Result<()> {
-    for member in members {
+fn set_aside(
+    members: &mut Vec<Member>,
+    rings: &mut Vec<Ring>,
+    newest: &Identity,
+    unusable: &mut Vec<(String, Error)>,
+) -> Result<()> {
+    let mut at = 0;
+    while let Some(member) = members.get(at) {
+        let identity = member.identity();
         let is_known = match newest.table.get(usize::from(member.index())) {
-            Some(entry) => {
-                let Identity { device_id, bytes, .. } = member.identity();
-                (entry.id, entry.bytes) == (device_id, bytes)
-            }
+            Some(entry) => entry.id == identity.device_id,
             // A pool that always had one device has no table.
             None => newest.table.is_empty() && members.len() == 1 && member.index() == 0,
         };
-        if !is_known {
-            return Err(Error::WrongDevice { name: member.name().to_string() });
+        let error = Error::WrongDevice { name: member.name() };
+        match is_known {
+            true => at += 1,
+            false if identity.epoch == 0 && newest.epoch > 0 && !newest.table.is_empty() => {
+                return Err(error);
+            }
+            false if newest.table.is_empty() => return Err(error),
+            false => {
+                unusable.push((members.remove(at).name(), error));
+                rings.remove(at);
+            }
         }
     }
     Ok(())
+}
+
+/// Each device knows best how large it is: it is told before the others.
+#[inline(never)]
+fn note_sizes(members: &[Member], newest: &mut Identity) {
+    let mut is_new = false;
+    for member in members {
+        if let Some(entry) = newest.table.get_mut(usize::from(member.index())) {
+            is_new |= entry.bytes != member.bytes();
+            entry.bytes = member.bytes();
+        }
+    }
+    newest.epoch += u64::from(is_new);
 }
 
 /// Puts into the table that devices are behind which it calls complete, and which are not: they
@@ -210,7 +243,7 @@ fn newest_label(members: &[Member], rings: &[Ring]) -> Box<Identity> {
 ///   themselves: they may have been brought up to date by either side since. But one that calls
 ///   nobody complete but itself was alone.
 fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ring: &Ring) -> bool {
-    if identity.table.len() != newest.table.len() {
+    if identity.table.is_empty() {
         // From before there was a table: it names nobody that it left.
         return false;
     }
@@ -225,7 +258,9 @@ fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ri
         return true;
     }
     let mut left_at = Txg(0);
+    // A device that was added or removed since is no sign.
     let both = identity.table.iter().zip(&newest.table);
+    let both = both.filter(|(own, entry)| own.id == entry.id && !entry.is_vacant());
     for (own, _) in both.filter(|(_, entry)| entry.behind.is_none()) {
         match own.behind {
             Some(left) => left_at = left_at.max(left),
@@ -233,7 +268,7 @@ fn went_apart(identity: &Identity, own: &Ring, since: Txg, newest: &Identity, ri
         }
     }
     let mut others = identity.table.iter().enumerate().filter(|(index, _)| *index != itself);
-    let was_alone = others.all(|(_, entry)| entry.behind.is_some());
+    let was_alone = others.all(|(_, entry)| entry.behind.is_some() || entry.is_vacant());
     let parted_there = left_at.0.saturating_add(1) >= since.0;
     last.txg > left_at && (parted_there || was_alone)
 }
@@ -248,6 +283,7 @@ pub(super) fn fill_gaps(members: Vec<Member>, newest: &Identity) -> Result<Vec<M
     for (index, entry) in (0..).zip(&newest.table) {
         match there.next_if(|member| member.index() == index) {
             Some(member) => all.push(member),
+            None if entry.is_vacant() => all.push(Member::vacant(index, newest)),
             None => {
                 let identity =
                     Identity { index, device_id: entry.id, bytes: entry.bytes, ..newest.clone() };
@@ -278,9 +314,10 @@ pub(super) fn missing(members: &[Member], needed: bool, unusable: &[(String, Err
 type Gone = Vec<(u16, Error)>;
 
 impl Pool {
-    /// For each device, whether it is complete.
+    /// For each device, whether new chunks may rely on it.
     pub(super) fn complete(&self) -> Vec<bool> {
-        self.members().iter().map(Member::is_complete).collect()
+        let may_have = |m: &Member| m.is_complete() && !self.is_closed(m);
+        self.members().iter().map(may_have).collect()
     }
 
     /// For each device, whether what is promised may count on its room: complete ones, and those
@@ -291,7 +328,8 @@ impl Pool {
         let copies = data_profile.devices_min().min(metadata_profile.devices_min());
         let is_made_up_for = u64::from(lost.count_ones()) < copies;
         let is_lost = |member: &Member| is_made_up_for && lost >> member.index() & 1 == 1;
-        self.members().iter().map(|member| member.is_complete() || is_lost(member)).collect()
+        let is_counted = |m: &Member| (m.is_complete() || is_lost(m)) && !self.is_closed(m);
+        self.members().iter().map(is_counted).collect()
     }
 
     /// Devices that are missing or have failed.
@@ -352,7 +390,7 @@ impl Pool {
         };
         self.tell_gone(gone);
         for index in done {
-            let name = self.member(index).name().to_string();
+            let name = self.member(index).name();
             self.platform().report.incident(&Incident::DeviceComplete { device: index, name });
         }
         outcome
@@ -366,11 +404,13 @@ impl Pool {
 
     /// Whether each column of each chunk has a copy on a device for which `good` holds.
     fn has_all(&self, good: &dyn Fn(u16) -> bool) -> bool {
-        self.chunk_map().iter().all(|mapped| {
-            let chunk = &mapped.chunk;
+        let is_had = |chunk: &Chunk| {
             let mut columns = chunk.stripes.chunks(chunk.profile.copies() as usize);
             columns.all(|copies| copies.iter().any(|stripe| good(stripe.device)))
-        })
+        };
+        // A chunk of which the group being written says that it is elsewhere may be in either place
+        // by the time that the next one fails.
+        self.chunk_map().iter().all(|mapped| is_had(&mapped.chunk) && is_had(mapped.recorded()))
     }
 
     /// Whether everything that is mapped can be had from the devices that are there.
@@ -461,7 +501,7 @@ impl Pool {
         if failed.is_empty() && !self.is_owing.load(Ordering::Acquire) {
             return Ok(());
         }
-        if self.members().len() == 1 {
+        if self.members().iter().filter(|member| !member.is_vacant()).count() == 1 {
             // There is nothing to tell anybody, and whoever asked for it is told.
             return failed.into_iter().try_for_each(|(_, error)| Err(error));
         }
@@ -470,11 +510,22 @@ impl Pool {
 
     /// Changes the table, notes which devices failed, and writes the labels that lack any of it.
     fn change(&self, failed: Vec<(u16, Error)>, change: impl FnOnce(&mut Identity)) -> Result<()> {
+        self.change_after(|changes| {
+            change(&mut self.roll.lock());
+            self.note_failed(changes, failed)
+        })
+    }
+
+    /// Lets `prepare` change the table, while nobody else does, and writes the labels that lack
+    /// any of it.
+    pub(super) fn change_after(
+        &self,
+        prepare: impl FnOnce(&mut MutexGuard<'_, Changes>) -> Result<()>,
+    ) -> Result<()> {
         let mut gone = Gone::new();
         let outcome = {
             let mut changes = self.changing.lock();
-            change(&mut self.roll.lock());
-            let other = self.note_failed(&mut changes, failed);
+            let other = prepare(&mut changes);
             let settled = self.settle(&mut changes, &mut gone);
             settled.and(other)
         };
@@ -485,7 +536,7 @@ impl Pool {
     /// Not under a lock: who is told may ask for anything.
     fn tell_gone(&self, gone: Gone) {
         for (index, error) in gone {
-            let name = self.member(index).name().to_string();
+            let name = self.member(index).name();
             self.platform().report.incident(&Incident::DeviceFailed { device: index, name, error });
         }
     }
@@ -602,7 +653,7 @@ impl Pool {
         let _one_at_a_time = self.changing.lock();
         let written = self.platform().clock.now().secs;
         for member in self.members().iter().filter(|member| member.is_there()) {
-            let bad = match probe(&**member.device(), member.index()) {
+            let bad = match probe(&*member.device(), member.index()) {
                 Err(Error::Memory) => return Err(Error::Memory),
                 Err(_) => 2,
                 Ok(found) if !member.has_label(&found.identity) => 2,

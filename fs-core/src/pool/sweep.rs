@@ -56,6 +56,14 @@ impl Content {
         }
     }
 
+    /// Whether a checksum vouches for it.
+    pub(super) fn is_verified(&self) -> bool {
+        match self {
+            Content::Block(_) => true,
+            Content::Data(source) => source.is_verified(),
+        }
+    }
+
     /// Whether one checksum covers all of it.
     fn is_sealed(&self) -> bool {
         !matches!(self, Content::Data(DataSource::Plain { .. }))
@@ -132,13 +140,14 @@ impl Sweep {
     /// # Errors
     /// [`Error::Memory`].
     pub fn plan(pool: Arc<Pool>, contents: Vec<Content>) -> Result<Sweep> {
+        // Before the devices: every one that it names is among them.
+        let map = pool.chunk_map();
         let mut plan = Plan {
             pool: &pool,
             wants: pool.members().iter().map(|_| Vec::new()).collect(),
             joints: Vec::new(),
         };
         let is_suspect: Vec<AtomicBool> = contents.iter().map(|_| AtomicBool::new(false)).collect();
-        let map = pool.chunk_map();
         for (index, content) in (0u32..).zip(&contents) {
             let is_planned = match map.locate(content.run()) {
                 Ok(place) => plan.add(index, content, &place)?,

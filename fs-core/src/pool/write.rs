@@ -74,9 +74,21 @@ impl Pool {
             }
             done += piece.bytes;
         }
+        let Some(next) = place.next() else { return };
+        let mut done = 0;
+        for piece in next.pieces() {
+            for segment in (0..piece.copies()).map(|copy| piece.segment(copy)) {
+                if !place.is_in(&segment) && self.member(segment.device).is_there() {
+                    let bufs = cut(bufs, done, segment.bytes);
+                    let op = WriteOp { at: segment.at, bufs, result: Ok(()) };
+                    batches[usize::from(segment.device)].push(op);
+                }
+            }
+            done += piece.bytes;
+        }
     }
 
-    fn write_batches(&self, batches: Vec<Vec<WriteOp>>) -> Result<()> {
+    pub(super) fn write_batches(&self, batches: Vec<Vec<WriteOp>>) -> Result<()> {
         let busy = batches.into_iter().enumerate().filter(|(_, batch)| !batch.is_empty());
         let failed = self.ask_devices(busy.collect(), &|index, batch| {
             self.member(index).write(&mut join(core::mem::take(batch)))
@@ -89,7 +101,8 @@ impl Pool {
         if self.members().iter().all(Member::is_complete) {
             return Ok(());
         }
-        for piece in place.pieces() {
+        let next = place.next().filter(|_| place.is_sealed());
+        for piece in place.pieces().chain(next.iter().flat_map(Place::pieces)) {
             let mut copies = (0..piece.copies()).map(|copy| piece.segment(copy));
             if !copies.any(|segment| self.member(segment.device).is_complete()) {
                 let segment = piece.segment(0);

@@ -568,6 +568,13 @@ impl Space {
         state.data_left(&*self.chunks)
     }
 
+    /// Device bytes to make chunks of that promises and the reserve need.
+    pub fn owed_bytes(&self) -> u64 {
+        let state = self.state.lock();
+        let room = state.room(&*self.chunks);
+        room.owed(&state.promised).saturating_add(state.reserve_device_bytes(&room))
+    }
+
     /// Forgets every bitmap: memory is short. They are read again when needed.
     pub fn forget_bitmaps(&self) {
         self.state.lock().forget_bitmaps();

@@ -1,0 +1,723 @@
+//! Devices are added, removed, replaced and made larger or smaller while the pool is in use.
+//!
+//! Adding and growing are done at once (`pool/places.rs`). The others *evict*: chunks that are in
+//! the way get another place (`pool/moves.rs`), some of them at a time:
+//!
+//! ```text
+//! choose: some of the chunks in the way are doubled
+//! settle: nobody is left who writes them in one place only; a commit
+//! pass:   every tree (`survey`): what is named in those chunks is carried over, verified
+//! more:   nodes that are younger than the pass before, until these are few; the last of these
+//!         passes sees the trees as one group has them
+//! seal:   nobody looks at older trees any more; a commit; another, which has the other places
+//! ```
+//!
+//! - As with the resilver, what was written before the pass is named by some tree, and what is
+//!   written after it is in both places. The log needs no look: a commit makes it begin anew.
+//! - Whoever reads trees that are older than what the last pass saw may still read what no younger
+//!   tree names, and nobody carried over: so sealing waits for them to end.
+//! - What is done is stored as the DEVICES property, not how far it is: chunks that have moved are
+//!   not in the way any more. So it goes on after a remount or a crash, and loses at most what it
+//!   was at, a sixteenth of the whole.
+//! - As long as something in the way cannot be read, nothing that names it is moved: it waits, and
+//!   looks again. What can be read and is bad in every copy is moved as it is.
+//! - A device that fails while chunks are moved to it spoils what is under way, which begins anew
+//!   with other places.
+//! - A device is let go when no chunk of the published group is on it, and nobody reads there. Its
+//!   labels are wiped when those of all others do not name it.
+
+use crate::btree::Edit;
+use crate::engine::survey::{Parts, Pass, Seen, Visitor};
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::format::devices::{DeviceChangeItem, DeviceChangeKind, DeviceChangeState};
+use crate::format::features;
+use crate::format::key::{kind, Key};
+use crate::format::pool::property;
+use crate::format::DiskField;
+use crate::platform::DeviceRef;
+use crate::pool::{Content, DataSource, Eviction, Lost, Pool, ADDED_BYTES_MIN};
+use crate::subvol::store::Result;
+use crate::sync::{Mutex, Rank};
+use crate::units::{align_down, TreeId, Txg, SECTOR_BYTES};
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+/// How often somebody looks after it, in milliseconds.
+const TICK_MS: u64 = 100;
+/// How long it works before it lets others on, in nanoseconds.
+const BUDGET_NS: u64 = 200_000_000;
+/// Bytes carried over at once.
+const STEP_BYTES: u64 = 4 << 20;
+/// How long it waits when something could not be done, in nanoseconds.
+const PAUSE_NS: u64 = 10_000_000_000;
+/// Trees are held as they are when a pass came to no more blocks than these.
+const LAST_BLOCKS: u64 = 4096;
+/// Passes before the last at most: more would not become shorter.
+const PASSES_MAX: usize = 8;
+/// A batch is so much of the whole, and not less than a number of chunks.
+const BATCHES: u64 = 16;
+const BATCH_CHUNKS_MIN: u64 = 8;
+
+/// What is being done to the devices of a pool.
+pub(super) struct DeviceChanges {
+    state: Mutex<State>,
+    /// Somebody goes on with it.
+    is_busy: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    item: Option<DeviceChangeItem>,
+    is_unsaved: bool,
+    has_timer: bool,
+    /// Counts changes from outside: whoever is at work sees that what he does is of no use.
+    generation: u64,
+    work: Work,
+    rests_until_ns: u64,
+    waits_for: Option<Error>,
+}
+
+/// Where it is.
+#[derive(Default)]
+enum Work {
+    #[default]
+    Choose,
+    Settle,
+    Pass(Box<Passes>),
+    /// The group that the last pass saw.
+    Seal(Txg),
+}
+
+/// Passes over the trees.
+struct Passes {
+    /// What is younger was written in both places.
+    first: Txg,
+    /// The group that was published when this pass began.
+    began: Txg,
+    /// How many rollbacks there had been.
+    turns: u64,
+    pass: Pass,
+    count: usize,
+    blocks: u64,
+    unread: Option<Error>,
+    /// In the last pass, what it looks at.
+    last: Option<Parts>,
+}
+
+impl Passes {
+    fn new(turns: u64, parts: &Parts) -> Passes {
+        Passes {
+            first: parts.txg,
+            began: parts.txg,
+            turns,
+            pass: Pass::default(),
+            count: 1,
+            blocks: 0,
+            unread: None,
+            last: None,
+        }
+    }
+}
+
+/// How a change of the devices stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceChangeStatus {
+    /// What is done.
+    pub kind: DeviceChangeKind,
+    /// How it stands.
+    pub state: DeviceChangeState,
+    /// Index of the device.
+    pub device: u16,
+    /// Replaced: index of the device in its place.
+    pub target: Option<u16>,
+    /// When it began, seconds since 1970.
+    pub began: i64,
+    /// When it ended; zero while it has not.
+    pub ended: i64,
+    /// Bytes that were in the way when it began.
+    pub total_bytes: u64,
+    /// Bytes that are in the way yet.
+    pub left_bytes: u64,
+    /// Why it waits, if it does.
+    pub waits_for: Option<Error>,
+}
+
+impl DeviceChangeStatus {
+    /// What a pool has stored of one; `None` for what makes no sense.
+    pub fn stored(pool: &Pool, value: &[u8]) -> Option<DeviceChangeStatus> {
+        let item = DeviceChangeItem::decode(value).ok()?;
+        Some(DeviceChangeStatus::of(pool, &item, None))
+    }
+
+    fn of(pool: &Pool, item: &DeviceChangeItem, waits_for: Option<Error>) -> DeviceChangeStatus {
+        let is_running = item.state() == DeviceChangeState::Running;
+        let left = || pool.bytes_to_evict(&eviction(item)).min(item.total_bytes);
+        DeviceChangeStatus {
+            kind: item.kind(),
+            state: item.state(),
+            device: item.device,
+            target: (item.kind() == DeviceChangeKind::Replace).then_some(item.target),
+            began: item.began,
+            ended: item.ended,
+            total_bytes: item.total_bytes,
+            left_bytes: if is_running { left() } else { 0 },
+            waits_for,
+        }
+    }
+}
+
+impl DeviceChanges {
+    pub fn new() -> DeviceChanges {
+        DeviceChanges {
+            state: Mutex::ranked(Rank::Short, State::default()),
+            is_busy: AtomicBool::new(false),
+        }
+    }
+}
+
+impl State {
+    fn is_running(&self) -> bool {
+        self.item.as_ref().is_some_and(|item| item.state() == DeviceChangeState::Running)
+    }
+
+    fn begin(&mut self, item: DeviceChangeItem) {
+        *self = State {
+            item: Some(item),
+            is_unsaved: true,
+            generation: self.generation + 1,
+            has_timer: self.has_timer,
+            ..State::default()
+        };
+    }
+
+    fn end(&mut self, state: DeviceChangeState, now: i64) {
+        if let Some(item) = &mut self.item {
+            item.state = state as u8 + 1;
+            item.ended = now;
+        }
+        self.is_unsaved = true;
+        self.generation += 1;
+        self.work = Work::Choose;
+        self.waits_for = None;
+    }
+}
+
+fn eviction(item: &DeviceChangeItem) -> Eviction {
+    let from = match item.kind() {
+        DeviceChangeKind::Shrink => crate::format::label::data_end(item.bytes),
+        _ => 0,
+    };
+    let target = (item.kind() == DeviceChangeKind::Replace).then_some(item.target);
+    Eviction { device: item.device, from, target }
+}
+
+impl Engine {
+    /// Adds a device; whatever it holds is gone. Returns its index.
+    ///
+    /// # Errors
+    /// Those of [`Pool::add_device`] and of
+    /// [`Store::writable`](crate::subvol::store::Store::writable); [`Error::Failed`].
+    pub fn add_device(&self, device: DeviceRef) -> Result<u16> {
+        self.store.writable()?;
+        self.announce(0)?;
+        let index = {
+            // No superblock is written meanwhile.
+            let committer = self.committer();
+            self.store.pool.add_device(device, &committer.superblock)?
+        };
+        self.want_commit();
+        self.commit()?;
+        Ok(index)
+    }
+
+    /// Gives a device another size: all it has, if that is not said. A smaller size is under way
+    /// when this returns, as long as chunks are beyond it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`], [`Error::NoSpace`] when what is beyond has no other place; those of
+    /// [`Pool::resize_device`].
+    pub fn resize_device(self: &Arc<Engine>, index: u16, bytes: Option<u64>) -> Result<()> {
+        self.check_device(index)?;
+        let member = &self.store.pool.members()[usize::from(index)];
+        let found = member.device().geometry().bytes;
+        let bytes = align_down(bytes.unwrap_or(found), SECTOR_BYTES);
+        if bytes >= member.bytes() {
+            self.announce(0)?;
+            {
+                let _no_commit = self.committer();
+                self.store.pool.resize_device(index, bytes)?;
+            }
+            self.want_commit();
+            return self.commit();
+        }
+        if bytes < ADDED_BYTES_MIN {
+            return Err(Error::TooSmall { minimum: ADDED_BYTES_MIN });
+        }
+        self.begin_change(DeviceChangeKind::Shrink, index, bytes, None)
+    }
+
+    /// Begins to move everything off a device, which is no part of the pool any more then.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there is no such device, or profiles need it, or another change is
+    /// under way; [`Error::NoSpace`]; [`Error::Failed`].
+    pub fn remove_device(self: &Arc<Engine>, index: u16) -> Result<()> {
+        self.check_device(index)?;
+        self.begin_change(DeviceChangeKind::Remove, index, 0, None)
+    }
+
+    /// Adds a device and begins to move everything there that another has, which is no part of the
+    /// pool any more then.
+    ///
+    /// # Errors
+    /// As [`Engine::add_device`] and [`Engine::remove_device`].
+    pub fn replace_device(self: &Arc<Engine>, index: u16, device: DeviceRef) -> Result<u16> {
+        self.check_device(index)?;
+        let needed = self.store.pool.taken_end(index).0 + crate::format::label::LABEL_AREA_BYTES;
+        if device.geometry().bytes < needed {
+            return Err(Error::TooSmall { minimum: needed.max(ADDED_BYTES_MIN) });
+        }
+        let target = self.add_device(device)?;
+        let begun = self.begin_change(DeviceChangeKind::Replace, index, 0, Some(target));
+        if begun.is_err() {
+            // It is empty.
+            let _ = self.let_device_go(target);
+        }
+        begun.map(|()| target)
+    }
+
+    /// Whether a change of a device can begin.
+    fn check_device(&self, index: u16) -> Result<()> {
+        self.store.writable()?;
+        if !self.store.pool.has_device(index) {
+            return Err(Error::Argument { what: "the pool has no such device" });
+        }
+        if self.device_changes.state.lock().is_running() {
+            let what = "another change of the devices is under way: wait for it, or end it with \
+                        cairn device cancel";
+            return Err(Error::Argument { what });
+        }
+        Ok(())
+    }
+
+    fn begin_change(
+        self: &Arc<Engine>,
+        kind: DeviceChangeKind,
+        device: u16,
+        bytes: u64,
+        target: Option<u16>,
+    ) -> Result<()> {
+        let pool = &self.store.pool;
+        let mut item = <DeviceChangeItem as DiskField>::get(&[0; DeviceChangeItem::BYTES]);
+        (item.state, item.kind) = (1, kind as u8 + 1);
+        (item.device, item.target, item.bytes) = (device, target.unwrap_or(0), bytes);
+        item.id = pool.members()[usize::from(device)].identity().device_id;
+        item.began = self.store.now().secs;
+        let eviction = eviction(&item);
+        item.total_bytes = pool.bytes_to_evict(&eviction);
+        // First what is promised is brought down to what there is.
+        self.commit()?;
+        self.release();
+        {
+            let mut state = self.device_changes.state.lock();
+            if state.is_running() {
+                return Err(Error::Argument { what: "another change of the devices is under way" });
+            }
+            state.begin(item);
+        }
+        pool.limit_device(device, Some(eviction.from));
+        let possible = pool.check_eviction(&eviction, self.store.space.owed_bytes());
+        if let Err(error) = possible {
+            pool.limit_device(device, None);
+            let mut state = self.device_changes.state.lock();
+            state.item = None;
+            state.is_unsaved = false;
+            return Err(error);
+        }
+        self.keep_changing();
+        self.save_device_change()
+    }
+
+    /// Ends a change that is under way. What was moved stays where it is; a device that was to be
+    /// in the place of another stays in the pool.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when there is none; [`Error::Failed`].
+    pub fn cancel_device_change(&self) -> Result<()> {
+        self.store.writable()?;
+        let now = self.store.now().secs;
+        {
+            let _no_commit = self.committer();
+            let mut state = self.device_changes.state.lock();
+            let device = match &state.item {
+                Some(item) if state.is_running() => item.device,
+                _ => return Err(Error::Argument { what: "no change of the devices is under way" }),
+            };
+            state.end(DeviceChangeState::Cancelled, now);
+            drop(state);
+            self.store.pool.cancel_moves();
+            self.store.pool.limit_device(device, None);
+        }
+        self.save_device_change()?;
+        self.store.pool.give_back_left();
+        Ok(())
+    }
+
+    /// How the change of the devices stands that is under way, or how the last one ended.
+    pub fn device_change(&self) -> Option<DeviceChangeStatus> {
+        let state = self.device_changes.state.lock();
+        let item = state.item?;
+        let waits_for = state.waits_for.clone();
+        drop(state);
+        Some(DeviceChangeStatus::of(&self.store.pool, &item, waits_for))
+    }
+
+    /// Takes note of what the pool has of a change. What makes no sense is passed over: nothing
+    /// depends on it.
+    pub(super) fn load_device_change(&self, value: &[u8]) {
+        let Ok(item) = DeviceChangeItem::decode(value) else { return };
+        let mut state = self.device_changes.state.lock();
+        state.item = Some(item);
+        if !state.is_running() {
+            return;
+        }
+        let pool = &self.store.pool;
+        let member = pool.members().get(usize::from(item.device));
+        if member.is_some_and(|m| !m.is_vacant() && m.identity().device_id == item.id) {
+            pool.limit_device(item.device, Some(eviction(&item).from));
+        } else {
+            // It was let go, and the power failed before that was noted.
+            state.end(DeviceChangeState::Finished, item.began);
+        }
+    }
+
+    /// What the group that is written is to store of a change, if that is not what the pool has.
+    pub(super) fn take_device_change_edit(&self) -> Option<(Key, Edit)> {
+        let mut state = self.device_changes.state.lock();
+        if !core::mem::take(&mut state.is_unsaved) {
+            return None;
+        }
+        let item = state.item?;
+        let key = Key::new(0, kind::PROPERTY, property::DEVICES);
+        Some((key, Edit::Put(item.to_bytes().to_vec())))
+    }
+
+    fn save_device_change(&self) -> Result<()> {
+        self.want_commit();
+        self.commit()
+    }
+
+    /// Sees to it that somebody goes on with a change as long as it is under way.
+    pub(super) fn keep_changing(self: &Arc<Engine>) {
+        {
+            let mut state = self.device_changes.state.lock();
+            if !state.is_running() || core::mem::replace(&mut state.has_timer, true) {
+                return;
+            }
+        }
+        let weak = Arc::downgrade(self);
+        let tick = move || match weak.upgrade() {
+            Some(engine) => {
+                engine.change_some();
+                engine.keeps_changing()
+            }
+            None => false,
+        };
+        self.store.platform.workers.every(TICK_MS, Box::new(tick));
+    }
+
+    fn keeps_changing(&self) -> bool {
+        let is_over = self.closed.load(Ordering::SeqCst) || self.store.writable().is_err();
+        let mut state = self.device_changes.state.lock();
+        state.has_timer = !is_over && state.is_running();
+        state.has_timer
+    }
+
+    /// Goes on with a change for a while.
+    pub(super) fn change_some(&self) {
+        if self.device_changes.is_busy.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let clock = &self.store.platform.clock;
+        let until = clock.uptime_ns().saturating_add(BUDGET_NS);
+        while !self.closed.load(Ordering::SeqCst) && self.store.writable().is_ok() {
+            if !self.change_step() || clock.uptime_ns() >= until {
+                break;
+            }
+        }
+        self.device_changes.is_busy.store(false, Ordering::SeqCst);
+    }
+
+    /// Takes the next step. False when there is nothing to do now.
+    fn change_step(&self) -> bool {
+        let now_ns = self.store.platform.clock.uptime_ns();
+        let (item, generation, work) = {
+            let mut state = self.device_changes.state.lock();
+            if !state.is_running() || now_ns < state.rests_until_ns {
+                return false;
+            }
+            let Some(item) = state.item else { return false };
+            (item, state.generation, core::mem::take(&mut state.work))
+        };
+        let outcome = match work {
+            Work::Choose => self.choose(&item, generation),
+            Work::Settle => self.settle_moves(),
+            Work::Pass(passes) => self.carry(passes),
+            Work::Seal(txg) => self.seal(txg, generation),
+        };
+        let mut state = self.device_changes.state.lock();
+        if generation != state.generation {
+            return true;
+        }
+        match outcome {
+            Ok((work, goes_on)) => {
+                state.work = work;
+                state.waits_for = None;
+                goes_on
+            }
+            Err(error) => {
+                state.rests_until_ns = now_ns.saturating_add(PAUSE_NS);
+                state.waits_for = Some(error);
+                drop(state);
+                // From the start, with other places perhaps.
+                self.cancel_moves_of(generation);
+                false
+            }
+        }
+    }
+
+    fn cancel_moves_of(&self, generation: u64) {
+        let _no_commit = self.committer();
+        if self.device_changes.state.lock().generation == generation {
+            self.store.pool.cancel_moves();
+        }
+    }
+
+    #[inline(never)]
+    fn choose(&self, item: &DeviceChangeItem, generation: u64) -> Result<(Work, bool)> {
+        let pool = &self.store.pool;
+        let has_all_back = pool.give_back_left();
+        let batch = item.total_bytes / BATCHES;
+        let batch = batch.max(pool.chunk_bytes().saturating_mul(BATCH_CHUNKS_MIN));
+        let bytes = {
+            let _no_commit = self.committer();
+            if self.device_changes.state.lock().generation != generation {
+                return Ok((Work::Choose, true));
+            }
+            match pool.begin_moves(&eviction(item), batch) {
+                // What was left may be what there is no room for yet.
+                Err(Error::NoSpace) if !has_all_back => return Ok((Work::Choose, false)),
+                other => other?,
+            }
+        };
+        match bytes {
+            0 if has_all_back => {
+                self.finish_change(item, generation).map(|()| (Work::Choose, false))
+            }
+            0 => Ok((Work::Choose, false)),
+            _ => Ok((Work::Settle, true)),
+        }
+    }
+
+    /// Nothing is in the way any more.
+    #[inline(never)]
+    fn finish_change(&self, item: &DeviceChangeItem, generation: u64) -> Result<()> {
+        match item.kind() {
+            DeviceChangeKind::Shrink => {
+                let _no_commit = self.committer();
+                self.store.pool.resize_device(item.device, item.bytes)?;
+            }
+            _ => self.let_device_go(item.device)?,
+        }
+        {
+            let ended = self.store.now().secs;
+            let mut state = self.device_changes.state.lock();
+            if state.generation == generation {
+                state.end(DeviceChangeState::Finished, ended);
+            }
+        }
+        self.store.pool.limit_device(item.device, None);
+        self.save_device_change()
+    }
+
+    /// Publishes that labels may be ahead of the chunk tree, and the bits of `incompat`.
+    fn announce(&self, incompat: u64) -> Result<()> {
+        let is_new = {
+            let mut committer = self.committer();
+            let [compat, _, known] = &mut committer.superblock.features;
+            let before = (*compat, *known);
+            *compat |= features::DEVICE_CHANGE;
+            *known |= incompat;
+            before != (*compat, *known)
+        };
+        if is_new {
+            self.want_commit();
+            self.commit()?;
+        }
+        Ok(())
+    }
+
+    /// Makes a device that has no chunk no part of the pool.
+    fn let_device_go(&self, index: u16) -> Result<()> {
+        self.announce(features::VACANCIES)?;
+        {
+            let _no_commit = self.committer();
+            self.store.pool.drop_device(index)?;
+        }
+        self.want_commit();
+        self.commit()
+    }
+
+    /// Waits until whatever is written is written in both places, and begins to carry over the
+    /// rest.
+    fn settle_moves(&self) -> Result<(Work, bool)> {
+        if !self.store.pool.moves_begun() {
+            return Ok((Work::Settle, false));
+        }
+        // What the group that is open now has, may have been written before.
+        self.want_commit();
+        self.commit_upto(self.store.groups.open())?;
+        let turns = self.turns.load(Ordering::Acquire);
+        let parts = self.parts();
+        Ok((Work::Pass(Box::new(Passes::new(turns, &parts))), true))
+    }
+
+    #[inline(never)]
+    fn carry(&self, mut passes: Box<Passes>) -> Result<(Work, bool)> {
+        let now = self.parts();
+        if passes.turns != self.turns.load(Ordering::Acquire) {
+            return Ok((Work::Settle, true));
+        }
+        let Passes { pass, last, first, .. } = &mut *passes;
+        let mut gathered = Gathering {
+            first: *first,
+            node_bytes: self.store.node_bytes as u64,
+            contents: Vec::new(),
+            blocks: 0,
+            bytes: 0,
+            unread: None,
+        };
+        let goes_on = pass.step(&self.store, last.as_ref().unwrap_or(&now), &mut gathered)?;
+        passes.blocks += gathered.blocks;
+        let lost = carry_over(&self.store.pool, &gathered.contents)?;
+        let is_unread = |(_, lost): &&(usize, Lost)| matches!(lost.error, Error::Device { .. });
+        let unread = lost.iter().find(is_unread).map(|(_, lost)| lost.error.clone());
+        passes.unread = passes.unread.take().or(unread).or(gathered.unread);
+        if goes_on {
+            return Ok((Work::Pass(passes), true));
+        }
+        if let Some(error) = passes.unread.take() {
+            return Err(error);
+        }
+        let Some(parts) = passes.last.take() else {
+            // What is younger than this pass.
+            passes.pass = Pass::younger_than(passes.began);
+            passes.began = now.txg;
+            let is_short = passes.blocks <= LAST_BLOCKS || passes.count >= PASSES_MAX;
+            passes.last = is_short.then_some(now);
+            passes.count += 1;
+            passes.blocks = 0;
+            return Ok((Work::Pass(passes), true));
+        };
+        if let Some(ptr) = &parts.residue {
+            let lost = carry_over(&self.store.pool, &[Content::Block(*ptr)])?;
+            if let Some((_, lost)) = lost.first() {
+                return Err(lost.error.clone());
+            }
+        }
+        Ok((Work::Seal(parts.txg), true))
+    }
+
+    /// Makes the other places count, when nobody looks at older trees than were carried over.
+    #[inline(never)]
+    fn seal(&self, txg: Txg, generation: u64) -> Result<(Work, bool)> {
+        if self.oldest_view() < txg {
+            return Ok((Work::Seal(txg), false));
+        }
+        // The log begins anew with each commit.
+        self.want_commit();
+        self.commit()?;
+        let pool = &self.store.pool;
+        {
+            let _no_commit = self.committer();
+            if self.device_changes.state.lock().generation != generation {
+                return Ok((Work::Choose, true));
+            }
+            pool.ripen_moves();
+        }
+        self.want_commit();
+        self.commit()?;
+        match pool.moves() {
+            0 => Ok((Work::Choose, true)),
+            // A device has failed to which they were to go.
+            _ => {
+                self.cancel_moves_of(generation);
+                Ok((Work::Choose, true))
+            }
+        }
+    }
+}
+
+/// Carries contents over, several times if some could not be read.
+fn carry_over(pool: &Pool, contents: &[Content]) -> Result<Vec<(usize, Lost)>> {
+    let mut lost = Vec::new();
+    for _ in 0..3 {
+        lost = pool.carry_over(contents)?;
+        if lost.is_empty() {
+            break;
+        }
+    }
+    Ok(lost)
+}
+
+/// What a step of a pass comes to.
+struct Gathering {
+    /// What is younger was written in both places.
+    first: Txg,
+    node_bytes: u64,
+    contents: Vec<Content>,
+    blocks: u64,
+    bytes: u64,
+    unread: Option<Error>,
+}
+
+impl Gathering {
+    fn add(&mut self, content: Content) -> Result<()> {
+        self.contents.try_reserve(1).map_err(|_| Error::Memory)?;
+        self.contents.push(content);
+        Ok(())
+    }
+}
+
+impl Visitor for Gathering {
+    fn block(&mut self, seen: &Seen<'_>) -> Result<()> {
+        self.blocks += 1;
+        self.bytes += self.node_bytes;
+        match seen.error {
+            Some(Error::Memory) => return Err(Error::Memory),
+            // What it names is not visited.
+            Some(error @ Error::Device { .. }) => self.unread = Some(error.clone()),
+            _ => {}
+        }
+        match seen.ptr.birth > self.first {
+            true => Ok(()),
+            false => self.add(Content::Block(*seen.ptr)),
+        }
+    }
+
+    fn data(&mut self, _: TreeId, _: &Key, _: Txg, source: DataSource) -> Result<()> {
+        self.bytes += source.run().bytes;
+        self.add(Content::Data(source))
+    }
+
+    fn rootless(&mut self, _: TreeId, _: &Error) {
+        // Nothing of it can be had, wherever it is.
+    }
+
+    fn has_enough(&self) -> bool {
+        self.bytes >= STEP_BYTES
+    }
+}

@@ -1,0 +1,497 @@
+//! Devices are added, removed, replaced and resized while the pool is in use, whatever fails.
+
+use cairn_tests::crash::{Crashes, Sampling};
+use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice, Recording};
+use cairn_tests::drive::{is_long, seeds};
+use cairn_tests::fault::script;
+use cairn_tests::gen::{Op, Options};
+use cairn_tests::model::Model;
+use cairn_tests::platform::{Spawn, TestPlatform};
+use cairn_tests::rng::Rng;
+use cairn_tests::run::Runner;
+use cairn_tests::subject::{Pool, Subject};
+use cairn_tests::tree::Tree;
+use fs_core::engine::Engine;
+use fs_core::error::Error;
+use fs_core::format::chunk::Profile;
+use fs_core::format::devices::DeviceChangeState;
+use fs_core::platform::DeviceRef;
+use fs_core::vfs::{AccessTime, Filesystem, Volume};
+use std::sync::Arc;
+
+const DEVICE_BYTES: u64 = 24 << 20;
+
+/// Pools, each with one device more than its profile needs.
+fn pools() -> Vec<Pool> {
+    let mut pools = vec![
+        Pool::on(2, Profile::Single, Profile::Single),
+        Pool::on(2, Profile::Single, Profile::Dup),
+        Pool::on(3, Profile::Mirror, Profile::Mirror),
+        Pool::on(3, Profile::Stripe, Profile::Mirror),
+        Pool::on(4, Profile::Mirror3, Profile::Mirror),
+        Pool::on(5, Profile::StripeMirror, Profile::StripeMirror),
+    ];
+    pools.iter_mut().for_each(|pool| pool.format.chunk_bytes = Some(2 << 20));
+    pools
+}
+
+/// A pool in use: what is mounted, and the model that does the same.
+struct World {
+    pool: Pool,
+    rams: Vec<Arc<RamDevice>>,
+    platform: TestPlatform,
+    model: Arc<Model>,
+    volume: Option<Arc<Volume>>,
+    ops: Vec<Op>,
+    next: usize,
+}
+
+impl World {
+    /// A new pool that has seen the first half of a story.
+    fn new(pool: &Pool, seed: u64) -> World {
+        let options =
+            Options { sync_percent: 25, reads: true, remount_permille: 0, ..Options::CRASH };
+        let platform = TestPlatform::new(seed, Spawn::AtOnce);
+        let rams = several(pool.devices(), DEVICE_BYTES);
+        pool.format(&refs(&rams), &platform.platform()).unwrap();
+        let mut ops = script(seed, 120, options, DEVICE_BYTES).ops;
+        ops.retain(|op| !matches!(op, Op::Tick | Op::DropCaches));
+        let mut world = World {
+            pool: pool.clone(),
+            rams,
+            platform,
+            model: Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock)),
+            volume: None,
+            ops,
+            next: 0,
+        };
+        world.open().unwrap();
+        world.tell(60);
+        world.volume().sync().unwrap();
+        world
+    }
+
+    fn open(&mut self) -> Result<(), Error> {
+        let core = self.platform.platform();
+        let open = &self.pool.open;
+        let volume = Volume::open(refs(&self.rams), core, open, AccessTime::Relative)?;
+        self.model.remount();
+        self.volume = Some(volume);
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        self.volume.take().unwrap().close().unwrap();
+    }
+
+    fn volume(&self) -> &Arc<Volume> {
+        self.volume.as_ref().unwrap()
+    }
+
+    fn engine(&self) -> &Arc<Engine> {
+        self.volume().engine()
+    }
+
+    /// Adds a device in memory to those of the world; not to the pool.
+    fn new_ram(&mut self, bytes: u64) -> DeviceRef {
+        let ram = RamDevice::new(&format!("new {}", self.rams.len()), bytes);
+        self.rams.push(ram.clone());
+        ram
+    }
+
+    /// Goes on with the story.
+    fn tell(&mut self, count: usize) {
+        let mut expected = Runner::new(self.model.clone());
+        let mut found = Runner::new(self.volume().clone() as Arc<dyn Filesystem>);
+        let end = (self.next + count).min(self.ops.len());
+        for op in &self.ops[self.next..end] {
+            let (want, got) = (expected.run(op).result, found.run(op).result);
+            assert_eq!(want.is_ok(), got.is_ok(), "{op:?}: {:?}", got.err());
+        }
+        self.next = end;
+    }
+
+    fn let_time_pass(&self) {
+        self.platform.clock.advance_ms(300);
+        self.platform.workers.tick();
+        self.engine().store.pool.check().unwrap();
+    }
+
+    fn state(&self) -> DeviceChangeState {
+        self.engine().device_change().unwrap().state
+    }
+
+    /// Waits for the end of the change, telling the story on.
+    fn finish(&mut self) {
+        for _ in 0..3000 {
+            if self.state() != DeviceChangeState::Running {
+                return;
+            }
+            self.let_time_pass();
+            self.tell(1);
+        }
+        panic!("the change does not end: {:?}", self.engine().device_change());
+    }
+
+    fn has_chunks(&self, device: u16) -> bool {
+        let chunks = self.engine().store.pool.chunks();
+        chunks.iter().any(|chunk| chunk.stripes.iter().any(|stripe| stripe.device == device))
+    }
+
+    /// Everything is as it should be, seen from outside.
+    fn judge(mut self, what: &str) {
+        self.tell(usize::MAX / 2);
+        let found = Tree::read(&**self.volume()).unwrap();
+        let want = Tree::of_state(&self.model.state());
+        assert_eq!(want.difference(&found), None, "{what}");
+        self.close();
+        let findings = self.pool.check(&refs(&self.rams), &self.platform.platform()).unwrap();
+        assert_eq!(findings, Vec::<String>::new(), "{what}");
+    }
+}
+
+fn is_blank(ram: &RamDevice) -> bool {
+    fs_core::device::probe(ram, 0).is_err()
+}
+
+#[test]
+fn a_device_can_be_removed_while_the_pool_is_in_use() {
+    for seed in seeds(12, 400) {
+        let pools = pools();
+        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let device = (seed / 6 % world.rams.len() as u64) as u16;
+        world.engine().remove_device(device).unwrap();
+        world.finish();
+        assert_eq!(world.state(), DeviceChangeState::Finished);
+        assert!(!world.has_chunks(device) && !world.engine().store.pool.has_device(device));
+        let gone = world.rams.remove(usize::from(device));
+        assert!(is_blank(&gone), "seed {seed}: labels are left");
+        let before = gone.counts();
+        world.tell(10);
+        assert_eq!(gone.counts(), before, "seed {seed}: what was removed is used");
+        world.close();
+        world.open().unwrap();
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_device_that_is_added_serves_at_once_and_takes_the_place_of_one_that_was_removed() {
+    for seed in seeds(6, 200) {
+        let pools = pools();
+        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let room = world.engine().room();
+        let added = world.new_ram(DEVICE_BYTES);
+        let index = world.engine().add_device(added).unwrap();
+        assert_eq!(usize::from(index), world.pool.devices());
+        assert!(world.engine().room().available > room.available, "seed {seed}");
+        world.tell(10);
+        world.engine().remove_device(0).unwrap();
+        world.finish();
+        world.rams.remove(0);
+        let again = world.new_ram(2 * DEVICE_BYTES);
+        assert_eq!(world.engine().add_device(again).unwrap(), 0);
+        world.tell(10);
+        world.close();
+        world.open().unwrap();
+        assert!(world.engine().store.pool.has_device(0));
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_pool_that_always_had_one_device_gets_another_and_loses_the_first() {
+    for seed in seeds(4, 100) {
+        let mut pool = Pool::default();
+        pool.format.chunk_bytes = Some(1 << 20);
+        let mut world = World::new(&pool, seed);
+        let added = world.new_ram(DEVICE_BYTES);
+        world.engine().add_device(added).unwrap();
+        world.engine().remove_device(0).unwrap();
+        world.finish();
+        world.rams.remove(0);
+        world.close();
+        world.open().unwrap();
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_device_can_be_replaced_whether_it_is_there_or_not() {
+    for seed in seeds(12, 400) {
+        let pools = pools();
+        let pool = &pools[seed as usize % pools.len()];
+        let mut world = World::new(pool, seed);
+        let is_redundant = pool.format.data_profile.devices_min() > 1;
+        let is_missing = is_redundant && seed / 6 % 2 == 1;
+        let device = (seed % world.rams.len() as u64) as u16;
+        if is_missing {
+            world.close();
+            world.rams.remove(usize::from(device));
+            world.open().unwrap();
+            world.tell(5);
+        }
+        let new = world.new_ram(DEVICE_BYTES);
+        let index = world.engine().replace_device(device, new).unwrap();
+        world.finish();
+        assert_eq!(world.state(), DeviceChangeState::Finished);
+        assert!(world.has_chunks(index) && !world.has_chunks(device));
+        if !is_missing {
+            assert!(is_blank(&world.rams.remove(usize::from(device))));
+        }
+        // All that was promised is kept by the others.
+        world.pool.open.degraded = false;
+        world.close();
+        world.open().unwrap();
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn little_is_read_from_a_device_that_is_replaced_while_others_have_copies() {
+    let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    pool.format.chunk_bytes = Some(2 << 20);
+    let mut world = World::new(&pool, 5);
+    let new = world.new_ram(DEVICE_BYTES);
+    // It gives out nothing any more.
+    world.rams[0].arm(Fault::from_nth(FaultKind::Failed, Access::Read, 0));
+    let before = world.rams[0].counts().reads;
+    world.engine().replace_device(0, new).unwrap();
+    world.ops.truncate(world.next);
+    world.finish();
+    assert_eq!(world.state(), DeviceChangeState::Finished);
+    assert!(world.rams[0].counts().reads < before + 40);
+    world.rams.remove(0);
+    world.close();
+    world.open().unwrap();
+    world.judge("replaced");
+}
+
+#[test]
+fn a_device_is_made_larger_and_smaller_while_the_pool_is_in_use() {
+    for seed in seeds(8, 200) {
+        let pools = pools();
+        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let device = (seed % world.rams.len() as u64) as u16;
+        // It lies in the middle of its chunks that it is to end.
+        let bytes = 6 << 20;
+        let room = world.engine().room().total;
+        world.engine().resize_device(device, Some(bytes)).unwrap();
+        world.finish();
+        assert!(world.engine().room().total < room, "seed {seed}");
+        world.tell(10);
+        world.close();
+        let mut image = Image::zeroed(bytes);
+        let whole = world.rams[usize::from(device)].image().to_vec();
+        image.write(0, &whole[..bytes as usize]);
+        world.rams[usize::from(device)] = RamDevice::of("cut", image);
+        world.open().unwrap();
+        world.tell(5);
+        world.close();
+        let mut image = Image::zeroed(DEVICE_BYTES);
+        image.write(0, &world.rams[usize::from(device)].image().to_vec());
+        world.rams[usize::from(device)] = RamDevice::of("grown", image);
+        world.open().unwrap();
+        world.engine().resize_device(device, None).unwrap();
+        assert_eq!(world.engine().room().total, room, "seed {seed}");
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_change_that_cannot_be_is_refused_and_leaves_nothing_behind() {
+    let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    pool.format.chunk_bytes = Some(2 << 20);
+    let mut world = World::new(&pool, 1);
+    let (room, free) = (world.engine().room(), world.engine().store.pool.unallocated_bytes());
+    let refused = world.engine().remove_device(1).unwrap_err();
+    assert!(matches!(refused, Error::Argument { .. }), "{refused:?}");
+    assert!(matches!(world.engine().remove_device(2), Err(Error::Argument { .. })));
+    let tiny: DeviceRef = RamDevice::new("tiny", 1 << 20);
+    assert!(matches!(world.engine().add_device(tiny.clone()), Err(Error::TooSmall { .. })));
+    assert!(matches!(world.engine().replace_device(0, tiny), Err(Error::TooSmall { .. })));
+    assert!(world.engine().resize_device(0, Some(DEVICE_BYTES + 4096)).is_err());
+    assert!(world.engine().cancel_device_change().is_err());
+    let after = (world.engine().room(), world.engine().store.pool.unallocated_bytes());
+    assert_eq!(after, (room, free));
+    world.tell(10);
+    world.judge("refused");
+}
+
+#[test]
+fn a_change_that_is_cancelled_leaves_the_pool_as_it_is_then() {
+    for seed in seeds(8, 200) {
+        let pools = pools();
+        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        world.engine().remove_device(0).unwrap();
+        for _ in 0..seed {
+            world.let_time_pass();
+            world.tell(1);
+        }
+        if world.state() == DeviceChangeState::Running {
+            world.engine().cancel_device_change().unwrap();
+            assert_eq!(world.state(), DeviceChangeState::Cancelled);
+            assert!(world.engine().store.pool.has_device(0));
+            // And another begins.
+            world.engine().remove_device(0).unwrap();
+            world.finish();
+        }
+        assert_eq!(world.state(), DeviceChangeState::Finished);
+        world.rams.remove(0);
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+/// What is done to the devices, in a run that power cuts short.
+fn act(world: &mut World, seed: u64) {
+    let engine = world.engine().clone();
+    match seed % 4 {
+        0 => engine.remove_device(0).unwrap(),
+        1 => {
+            let new = world.rams.last().unwrap().clone();
+            engine.replace_device(0, new).unwrap();
+        }
+        2 => {
+            let new = world.rams.last().unwrap().clone();
+            engine.add_device(new).unwrap();
+            engine.remove_device(1).unwrap();
+        }
+        _ => engine.resize_device(0, Some(5 << 20)).unwrap(),
+    }
+}
+
+#[test]
+fn after_power_loss_a_change_goes_on_and_nothing_is_lost() {
+    let mut count = 0;
+    for seed in seeds(8, 400) {
+        let pools = pools();
+        let pool = &pools[(seed / 4 + seed) as usize % pools.len()];
+        let mut world = World::new(pool, seed);
+        world.new_ram(DEVICE_BYTES);
+        world.ops.truncate(world.next);
+        let want = Tree::of_state(&world.model.state());
+        let base: Vec<Image> = world.rams.iter().map(|ram| ram.image()).collect();
+        let recording = Recording::start(&world.rams);
+        act(&mut world, seed);
+        world.finish();
+        assert_eq!(world.state(), DeviceChangeState::Finished);
+        drop(world.volume.take());
+        let events = recording.events();
+        let every = if is_long() { 3 } else { 23 };
+        for state in Crashes::new(base, &events, Sampling { seed, random: 1 }).step_by(every) {
+            count += 1;
+            let which = (seed, state.boundary, state.variant);
+            world.rams =
+                state.images.into_iter().map(|image| RamDevice::of("ram", image)).collect();
+            // What has no label yet, or no more, nobody would find.
+            world.rams.retain(|ram| !is_blank(ram));
+            world.platform = TestPlatform::new(seed, Spawn::AtOnce);
+            world.pool.open.degraded = false;
+            let findings = world.pool.check(&refs(&world.rams), &world.platform.platform());
+            let findings = findings.unwrap_or_else(|e| panic!("{which:?}: {e}"));
+            // A crash may leave a label or superblock that the next mount completes.
+            let serious = |line: &&String| {
+                !["LABEL", "SUPERBLOCK-COPY", "DEVICE-BEHIND"].iter().any(|id| line.contains(id))
+            };
+            assert_eq!(findings.iter().filter(serious).count(), 0, "{which:?}: {findings:?}");
+            world.open().unwrap_or_else(|e| panic!("{which:?}: {e}"));
+            let found = Tree::read(&**world.volume()).unwrap();
+            assert_eq!(want.difference(&found), None, "{which:?}");
+            if state.boundary % 3 == 0 {
+                if world.engine().device_change().is_some() {
+                    world.finish();
+                }
+                for _ in 0..8 {
+                    world.let_time_pass();
+                }
+                world.close();
+                world.rams.retain(|ram| !is_blank(ram));
+                let findings = world.pool.check(&refs(&world.rams), &world.platform.platform());
+                assert_eq!(findings.unwrap(), Vec::<String>::new(), "{which:?}");
+                world.open().unwrap();
+                let found = Tree::read(&**world.volume()).unwrap();
+                assert_eq!(want.difference(&found), None, "{which:?}");
+            }
+            drop(world.volume.take());
+        }
+    }
+    assert!(count > 100, "{count} states");
+}
+
+#[test]
+fn a_device_that_fails_in_the_middle_of_a_change_costs_nothing_that_copies_keep() {
+    let mut struck = 0;
+    for seed in seeds(24, 1000) {
+        let pools = pools();
+        let pool = &pools[[2, 4, 5][seed as usize % 3]];
+        let mut rng = Rng::derived(seed, 0x6661_696c);
+        let mut world = World::new(pool, seed);
+        let new = world.new_ram(DEVICE_BYTES);
+        world.engine().replace_device(0, new).unwrap();
+        for _ in 0..rng.below(4) {
+            world.let_time_pass();
+        }
+        let victim = match rng.below(3) {
+            0 => 0,
+            1 => world.rams.len() - 1,
+            _ => 1,
+        };
+        let access = if rng.chance(1, 2) { Access::Write } else { Access::Read };
+        let kind = if rng.chance(1, 2) { FaultKind::Gone } else { FaultKind::Failed };
+        world.rams[victim].arm(Fault::from_nth(kind, access, rng.below(60)));
+        for _ in 0..60 {
+            world.let_time_pass();
+            world.platform.clock.advance_ms(4000);
+            world.tell(1);
+        }
+        struck += u32::from(world.rams[victim].struck());
+        world.ops.truncate(world.next);
+        let want = Tree::of_state(&world.model.state());
+        let found = Tree::read(&**world.volume()).unwrap();
+        assert_eq!(want.difference(&found), None, "seed {seed}");
+        world.volume().sync().unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        drop(world.volume.take());
+        // It is there again, with what it had, and then it is not.
+        world.rams[victim].disarm();
+        let images: Vec<Image> = world.rams.iter().map(|ram| ram.image()).collect();
+        for without in [None, Some(victim)] {
+            world.rams = images.iter().map(|i| RamDevice::of("ram", i.clone())).collect();
+            if let Some(victim) = without {
+                world.rams.remove(victim);
+            }
+            world.rams.retain(|ram| !is_blank(ram));
+            world.platform = TestPlatform::new(seed, Spawn::AtOnce);
+            world.open().unwrap_or_else(|e| panic!("seed {seed} without {without:?}: {e}"));
+            let found = Tree::read(&**world.volume()).unwrap();
+            assert_eq!(want.difference(&found), None, "seed {seed} without {without:?}");
+            drop(world.volume.take());
+        }
+    }
+    assert!(struck > 5, "{struck} faults struck");
+}
+
+#[test]
+fn a_device_that_was_removed_and_comes_back_is_left_out() {
+    let mut pool = Pool::on(3, Profile::Mirror, Profile::Mirror);
+    pool.format.chunk_bytes = Some(2 << 20);
+    for is_reused in [false, true] {
+        let mut world = World::new(&pool, 3);
+        // As if its labels had not been wiped.
+        let old = world.rams[1].image();
+        world.engine().remove_device(1).unwrap();
+        world.finish();
+        if is_reused {
+            let new = world.new_ram(DEVICE_BYTES);
+            assert_eq!(world.engine().add_device(new).unwrap(), 1);
+        }
+        world.close();
+        world.rams[1] = RamDevice::of("old", old);
+        world.open().unwrap();
+        world.tell(20);
+        assert_eq!(world.engine().store.pool.has_device(1), is_reused);
+        let counts = world.rams[1].counts();
+        assert_eq!((counts.writes, counts.flushes), (0, 0));
+        world.rams.remove(1);
+        world.judge("without it");
+    }
+}
