@@ -25,6 +25,9 @@ pub(crate) enum Command {
     Status(Status),
     /// Read every copy of all that a pool holds, and repair what is bad
     Scrub(Scrub),
+    /// Add, remove, replace and resize the devices of a pool
+    #[command(subcommand)]
+    Device(DeviceVerb),
     /// Count the errors of the devices of pools anew from zero
     Clear(Clear),
     /// Make everything that is complete now durable
@@ -183,6 +186,83 @@ pub(crate) enum ScrubVerb {
         /// Wait until it ends
         #[arg(short, long)]
         wait: bool,
+    },
+}
+
+/// A device of a pool.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DeviceOf {
+    /// Mount point, or a device or image file of the pool
+    #[arg(value_name = "POOL")]
+    pub(crate) pool: PathBuf,
+    /// The device: its path, its index, or its id; cairn device status shows them
+    #[arg(value_name = "DEVICE")]
+    pub(crate) device: String,
+    /// Wait until it ends; always so when the pool is not mounted
+    #[arg(short, long)]
+    pub(crate) wait: bool,
+}
+
+/// All work on mounted pools, while they are in use, and on pools that are not mounted. What takes
+/// longer goes on in the background, and after a crash or a remount.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum DeviceVerb {
+    /// Add devices or image files to a pool; what is on them is lost
+    Add {
+        /// Mount point, or a device or image file of the pool
+        #[arg(value_name = "POOL")]
+        pool: PathBuf,
+        /// The new ones
+        #[arg(value_name = "DEVICE", required = true)]
+        devices: Vec<PathBuf>,
+        /// Also when they hold something
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Move everything off a device, and take it out of the pool
+    Remove {
+        #[command(flatten)]
+        of: DeviceOf,
+    },
+    /// Put another device in the place of one, which may be missing or failing
+    ///
+    /// What other devices have copies of is read from them.
+    Replace {
+        #[command(flatten)]
+        of: DeviceOf,
+        /// The device or image file that comes in its place; what is on it is lost
+        #[arg(value_name = "NEW")]
+        new: PathBuf,
+        /// Also when it holds something
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Use more of a device that has become larger, or less of it
+    ///
+    /// To make a device itself smaller, first have the pool use less of it.
+    Resize {
+        #[command(flatten)]
+        of: DeviceOf,
+        /// How much of it the pool is to use
+        #[arg(value_name = "SIZE|max")]
+        size: String,
+    },
+    /// Show the devices of a pool, and how a removal, replacement or shrinking stands
+    Status {
+        #[command(flatten)]
+        of: OfPool,
+        /// Wait until it ends
+        #[arg(short, long)]
+        wait: bool,
+    },
+    /// End a removal, replacement or shrinking that is under way
+    ///
+    /// What was moved stays where it is. A device that was to come in the place of another stays in
+    /// the pool.
+    Cancel {
+        /// Mount point, or a device or image file of the pool
+        #[arg(value_name = "POOL")]
+        pool: PathBuf,
     },
 }
 

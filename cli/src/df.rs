@@ -86,7 +86,7 @@ fn of_devices(paths: &[PathBuf]) -> Result<Row, Failure> {
 /// Adds up what the trees of a pool that is not mounted say.
 fn of_view(view: &View) -> CoreResult<SpaceInfo> {
     let mut space = SpaceInfo { unallocated: view.pool.unallocated_bytes(), ..<_>::default() };
-    space.device_bytes = view.pool.members().iter().map(|member| member.identity().bytes).sum();
+    space.device_bytes = view.pool.device_bytes();
     for chunk in view.pool.chunks() {
         usage_of(&mut space, chunk.kind).total += chunk.length;
         space.device_allocated += chunk.stripe_bytes() * chunk.stripes.len() as u64;

@@ -4,10 +4,12 @@ use crate::arguments::OfPool;
 use crate::target::{ask, ask_failed, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
-use cairn_host::admin::{AdminError, DeviceInfo, DeviceState, PoolInfo, Reply, Request, ScrubInfo};
+use cairn_host::admin::{
+    AdminError, DeviceChangeInfo, DeviceInfo, DeviceState, PoolInfo, Reply, Request, ScrubInfo,
+};
 use cairn_host::parse::{format_size, format_uuid};
 use cairn_host::{members, open_devices, probe, stored, Access, FileDevice, OpenOptions, Wait};
-use fs_core::engine::ScrubStatus;
+use fs_core::engine::{DeviceChangeStatus, ScrubStatus};
 use fs_core::format::key::{kind, Key};
 use fs_core::format::pool::property;
 use fs_core::format::scrub::ScrubRecord;
@@ -121,12 +123,12 @@ fn fill_from_superblock(info: &mut PoolInfo, superblock: &Superblock) {
 
 fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Result<()> {
     let chunks = view.pool.chunks();
-    for member in view.pool.members() {
+    for member in view.pool.members().iter().filter(|member| !member.is_vacant()) {
         if info.devices.iter().all(|device| device.index != member.index()) {
             let identity = member.identity();
             info.devices.push(DeviceInfo {
                 index: member.index(),
-                name: member.name().to_string(),
+                name: member.name(),
                 id: format_uuid(&identity.device_id),
                 bytes: identity.bytes,
                 ..DeviceInfo::default()
@@ -134,6 +136,7 @@ fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Resul
         }
     }
     info.devices.sort_by_key(|device| device.index);
+    info.device_count = info.devices.len() as u16;
     for device in &mut info.devices {
         let of_device = |stripe: &&fs_core::format::chunk::Stripe| stripe.device == device.index;
         let allocated = chunks
@@ -164,6 +167,10 @@ fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Resul
     if let Some(value) = setting(property::SCRUB)? {
         let record = ScrubRecord::decode(&value);
         info.scrub = record.ok().map(|record| Box::new(ScrubInfo::of(&ScrubStatus::of(&record))));
+    }
+    if let Some(value) = setting(property::DEVICES)? {
+        let status = DeviceChangeStatus::stored(&view.pool, &value);
+        info.device_change = status.map(|status| Box::new(DeviceChangeInfo::of(&status)));
     }
     Ok(())
 }

@@ -15,6 +15,7 @@
 
 mod arguments;
 mod clear;
+mod device;
 mod df;
 mod documents;
 mod id;
@@ -96,6 +97,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::Device(verb) => device::run(&verb),
         Command::Scrub(arguments) => scrub::run(&arguments),
         Command::Clear(arguments) => clear::run(&arguments),
         Command::Sync(arguments) => sync::run(&arguments),

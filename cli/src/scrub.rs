@@ -169,6 +169,11 @@ fn done_of(scrub: &ScrubInfo) -> Done {
 /// A bar, if standard error is a terminal.
 struct Bar(ProgressBar);
 
+/// A bar that shows how far something is, if standard error is a terminal.
+pub(crate) fn percent_bar(is_hidden: bool) -> ProgressBar {
+    Bar::new(is_hidden).0
+}
+
 impl Bar {
     fn new(is_hidden: bool) -> Bar {
         let bar = match is_hidden {
@@ -198,7 +203,7 @@ impl Bar {
 }
 
 /// Hours, minutes and seconds.
-fn clock(seconds: u64) -> String {
+pub(crate) fn clock(seconds: u64) -> String {
     let (minutes, seconds) = (seconds / 60, seconds % 60);
     let (hours, minutes) = (minutes / 60, minutes % 60);
     match hours / 24 {

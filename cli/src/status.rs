@@ -1,6 +1,7 @@
 //! `cairn status`: whether pools are well.
 
 use crate::arguments::Status;
+use crate::device;
 use crate::info::of_target;
 use crate::scrub;
 use crate::target::Target;
@@ -78,7 +79,8 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
              half to give up, and mount the other with the option degraded",
         ),
         "degraded" => Some(
-            "devices are missing or have failed; connect them, unmount the pool and mount it again",
+            "devices are missing or have failed; connect them, unmount the pool and mount it \
+             again, or put others in their place with cairn device replace",
         ),
         "resilvering" if info.resilver.is_some_and(|resilver| resilver.waits) => Some(
             "something that a device lacks cannot be read, which is tried again; delete the files \
@@ -112,6 +114,9 @@ fn table(row: &Row) -> String {
         let sizes = [resilver.done_bytes, resilver.total_bytes].map(format_size);
         let percent = resilver.done_bytes.saturating_mul(100) / resilver.total_bytes.max(1);
         text.push_str(&format!("  done: {} of {} compared ({percent}%)\n", sizes[0], sizes[1]));
+    }
+    if let Some(change) = &info.device_change {
+        text.push_str(&format!("  move: {}\n", device::line(info, change)));
     }
     if let Some(scrub) = &info.scrub {
         scrub::lines(scrub, info.read_only).iter().for_each(|line| {
@@ -165,7 +170,8 @@ mod tests {
         info.devices.push(device("/dev/bcd", DeviceState::Missing));
         let text = table(&Row { state: state_of(&info), info });
         let want = "  pool: tank\n state: degraded\n  note: devices are missing or have failed; \
-                    connect them, unmount the pool and mount it again\n  \
+                    connect them, unmount the pool and mount it again, or put others in their \
+                    place with cairn device replace\n  \
                     device    state      read  write  checksum\n  \
                     /dev/a    online        0      0         0\n  \
                     /dev/bcd  missing       0      0         0\n";

@@ -262,12 +262,20 @@ fn relative(base: &str, name: VersionName) -> Result<VersionName, VersionName> {
 
 /// Opens the pool on devices that are not mounted.
 pub(crate) fn open(paths: &[PathBuf], read_only: bool) -> Result<Arc<Engine>, Failure> {
-    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    open_with(paths, engine::OpenOptions { read_only, ..engine::OpenOptions::default() })
+}
+
+/// Opens a pool for writing, without devices that are missing if `degraded` says so.
+pub(crate) fn open_degraded(paths: &[PathBuf], degraded: bool) -> Result<Arc<Engine>, Failure> {
+    open_with(paths, engine::OpenOptions { degraded, ..engine::OpenOptions::default() })
+}
+
+fn open_with(paths: &[PathBuf], options: engine::OpenOptions) -> Result<Arc<Engine>, Failure> {
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let wait = Wait { bound: PATIENCE, announce: &|message| eprintln!("cairn: {message}") };
     let all = members::complete(paths);
     let devices = open_devices(&all, OpenOptions::new(access), &wait).map_err(Failure::new)?;
     let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
-    let options = engine::OpenOptions { read_only, ..engine::OpenOptions::default() };
     engine::open(devices, host_platform(), &options).map_err(|error| named(paths, &error))
 }
 

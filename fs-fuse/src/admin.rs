@@ -2,9 +2,10 @@
 
 use crate::notify::Kernel;
 use cairn_host::admin::{
-    DamagedInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request, ResilverInfo,
-    ScrubChange, ScrubInfo, SpaceInfo, Usage,
+    DamagedInfo, DeviceChangeInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request,
+    ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
 };
+use cairn_host::changes;
 use cairn_host::parse::format_uuid;
 use cairn_host::versions::{self, Change};
 use fs_core::engine::versions::VersionOp;
@@ -54,6 +55,13 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
                 match changed {
                     Ok(()) => Reply::Changed,
                     Err(error) => Reply::Failed(error.to_string()),
+                }
+            }
+            Request::Device(request) => {
+                let _one = changing.lock();
+                match changes::carry_out(volume.engine(), &request) {
+                    Ok(()) => Reply::Changed,
+                    Err(sentence) => Reply::Failed(sentence),
                 }
             }
             Request::Damaged => {
@@ -144,6 +152,7 @@ fn pool_info(volume: &Volume) -> PoolInfo {
     let engine = volume.engine();
     let (_, superblock) = engine.published();
     let settings = engine.settings();
+    let devices = device_infos(engine);
     PoolInfo {
         name: String::from_utf8_lossy(&volume.label()).trim_end_matches('\0').to_string(),
         id: format_uuid(&superblock.pool_id),
@@ -159,9 +168,10 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         metadata_profile: superblock.metadata_profile.name().into(),
         compression: compression_name(settings),
         checksum: checksum_name(settings.checksum).into(),
-        device_count: superblock.device_count,
-        devices: device_infos(engine),
+        device_count: devices.len() as u16,
+        devices,
         scrub: engine.scrub_status().map(|status| Box::new(ScrubInfo::of(&status))),
+        device_change: engine.device_change().map(|status| Box::new(DeviceChangeInfo::of(&status))),
         is_split: false,
         damaged_count: engine.damaged_files().len() as u64,
         damaged: Vec::new(),
@@ -192,11 +202,12 @@ fn device_infos(engine: &Engine) -> Vec<DeviceInfo> {
     };
     pool.members()
         .iter()
+        .filter(|member| !member.is_vacant())
         .map(|member| {
             let (identity, errors) = (member.identity(), member.errors());
             DeviceInfo {
                 index: member.index(),
-                name: member.name().to_string(),
+                name: member.name(),
                 state: DeviceState::of(member.standing()),
                 id: format_uuid(&identity.device_id),
                 bytes: identity.bytes,
@@ -215,7 +226,7 @@ fn space_info(engine: &Engine) -> SpaceInfo {
     let items: Vec<_> = engine.subvols().iter().map(|subvol| subvol.item()).collect();
     let of_kind = |kind: &KindUsage| Usage { total: kind.chunk_bytes, used: kind.used_bytes };
     SpaceInfo {
-        device_bytes: pool.members().iter().map(|member| member.identity().bytes).sum(),
+        device_bytes: pool.device_bytes(),
         device_allocated: pool
             .chunks()
             .iter()

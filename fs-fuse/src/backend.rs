@@ -13,7 +13,7 @@ use fs_core::format::ptr::CompressionKind;
 use fs_core::platform::{DeviceRef, Platform};
 use fs_core::vfs::{AccessTime, Filesystem, Forest, Volume};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// A volume as the driver holds it.
@@ -99,7 +99,14 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
         }
     };
     // The kernel claims the one that the mount shows; the others stay claimed.
-    let release_claim = move || devices.iter().take(1).for_each(|device| device.release_claim());
+    // Not kept alive: a device that is removed is free for other uses.
+    let first = devices.first().map(Arc::downgrade);
+    drop(devices);
+    let release_claim = move || {
+        if let Some(device) = first.as_ref().and_then(Weak::upgrade) {
+            device.release_claim();
+        }
+    };
     let kernel = Arc::new(Kernel::default());
     let admin = Some(admin::handler(Arc::clone(&volume), Arc::clone(&kernel)));
     Ok(Opened { volume, release_claim: Box::new(release_claim), admin, kernel })

@@ -24,7 +24,7 @@ fn tell_missing(devices: &[Arc<FileDevice>]) {
     let labels: Vec<_> =
         devices.iter().filter_map(|device| members::read_label(device.path())).collect();
     let Some(newest) = labels.iter().max_by_key(|found| found.label.epoch) else { return };
-    for (index, member) in newest.members.iter().enumerate() {
+    for (index, member) in newest.members.iter().enumerate().filter(|(_, m)| !m.is_vacant()) {
         let is_there = labels.iter().any(|found| found.label.device_id == member.id);
         let what = match (is_there, member.behind) {
             (false, _) => {

@@ -18,7 +18,8 @@
 
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
-use fs_core::engine::{ScrubEnd, ScrubStatus};
+use fs_core::engine::{DeviceChangeStatus, ScrubEnd, ScrubStatus};
+use fs_core::format::devices::{DeviceChangeKind, DeviceChangeState};
 use fs_core::format::scrub::ScrubState;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -32,7 +33,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -79,6 +80,44 @@ pub enum Request {
     /// Begin a scrub, or end one. Answered by [`Reply::Changed`]; [`Request::Info`] tells how it
     /// stands.
     Scrub(ScrubChange),
+    /// Change the devices of the pool. Answered by [`Reply::Changed`] when that is done or goes on
+    /// in the background; [`Request::Info`] tells how it stands.
+    Device(DeviceRequest),
+}
+
+/// What is to become of the devices of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceRequest {
+    /// Add one.
+    Add {
+        /// Its path.
+        path: PathBuf,
+        /// Whatever it holds.
+        force: bool,
+    },
+    /// Move everything off one, and let it go.
+    Remove {
+        /// Its index.
+        index: u16,
+    },
+    /// Add one, move everything there that another has, and let that go.
+    Replace {
+        /// Index of the other.
+        index: u16,
+        /// Its path.
+        path: PathBuf,
+        /// Whatever it holds.
+        force: bool,
+    },
+    /// Give one another size.
+    Resize {
+        /// Its index.
+        index: u16,
+        /// The size; all there is if not given.
+        bytes: Option<u64>,
+    },
+    /// End what is under way.
+    Cancel,
 }
 
 /// What is to become of a scrub.
@@ -108,6 +147,7 @@ impl Request {
             // Names of subvolumes that others may not come to, and of their snapshots.
             Request::Versions(_) => true,
             Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => true,
+            Request::Device(_) => true,
             Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
         }
     }
@@ -137,8 +177,8 @@ pub enum Reply {
         /// The next of them; none when these were all.
         next: Vec<VersionInfo>,
     },
-    /// To [`Request::Change`], [`Request::ClearErrors`] and [`Request::Scrub`]: all is done and
-    /// durable.
+    /// To [`Request::Change`], [`Request::ClearErrors`], [`Request::Scrub`] and
+    /// [`Request::Device`]: all is done and durable, or begun.
     Changed,
     /// To [`Request::Damaged`].
     Damaged(Vec<DamagedInfo>),
@@ -189,6 +229,8 @@ pub struct PoolInfo {
     pub resilver: Option<ResilverInfo>,
     /// The scrub that is under way, or how the last one ended.
     pub scrub: Option<Box<ScrubInfo>>,
+    /// The change of its devices that is under way, or how the last one ended.
+    pub device_change: Option<Box<DeviceChangeInfo>>,
     /// The pool was written in two halves; this is one of them, or these are both.
     pub is_split: bool,
     /// How many files were found damaged since the pool was mounted.
@@ -252,6 +294,57 @@ pub struct ScrubInfo {
     pub devices: Vec<ScrubDeviceInfo>,
     /// How the last one ended that looked at everything.
     pub last: Option<ScrubEndInfo>,
+}
+
+/// How a change of devices stands, or how it ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceChangeInfo {
+    /// `remove`, `replace` or `shrink`.
+    pub kind: String,
+    /// `running`, `finished` or `cancelled`.
+    pub state: String,
+    /// Index of the device.
+    pub device: u16,
+    /// Index of the device that comes in its place.
+    pub target: Option<u16>,
+    /// When it began, seconds since 1970.
+    pub began: i64,
+    /// When it ended; 0 while it has not.
+    pub ended: i64,
+    /// Bytes of devices that were to be moved.
+    pub total_bytes: u64,
+    /// Bytes that are not moved yet.
+    pub left_bytes: u64,
+    /// Why it waits; empty when it does not.
+    pub waits_for: String,
+}
+
+impl DeviceChangeInfo {
+    /// What the core says of it.
+    pub fn of(status: &DeviceChangeStatus) -> DeviceChangeInfo {
+        let kind = match status.kind {
+            DeviceChangeKind::Remove => "remove",
+            DeviceChangeKind::Replace => "replace",
+            DeviceChangeKind::Shrink => "shrink",
+        };
+        let state = match status.state {
+            DeviceChangeState::Running => "running",
+            DeviceChangeState::Finished => "finished",
+            DeviceChangeState::Cancelled => "cancelled",
+        };
+        let waits_for = status.waits_for.as_ref().map(ToString::to_string);
+        DeviceChangeInfo {
+            kind: kind.into(),
+            state: state.into(),
+            device: status.device,
+            target: status.target,
+            began: status.began,
+            ended: status.ended,
+            total_bytes: status.total_bytes,
+            left_bytes: status.left_bytes,
+            waits_for: waits_for.unwrap_or_default(),
+        }
+    }
 }
 
 /// What a scrub found on a device.
@@ -673,7 +766,8 @@ mod tests {
             Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
             Request::Sync => Reply::Failed("the pool is read-only".into()),
             Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
-            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => Reply::Changed,
+            Request::Change(_) | Request::ClearErrors => Reply::Changed,
+            Request::Scrub(_) | Request::Device(_) => Reply::Changed,
             Request::Damaged => Reply::Damaged(Vec::new()),
             Request::Differences { .. } => {
                 Reply::Differences(Differences { all: Vec::new(), next: None })

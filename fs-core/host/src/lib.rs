@@ -22,6 +22,7 @@
 //! rings do not survive a fork, the device lock does.
 
 pub mod admin;
+pub mod changes;
 mod codecs;
 mod device;
 pub mod members;

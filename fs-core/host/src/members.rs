@@ -69,7 +69,8 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
     let mut all = given.to_vec();
     let found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
     let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else { return all };
-    let mut wanted: BTreeSet<[u8; 16]> = newest.members.iter().map(|member| member.id).collect();
+    let there = newest.members.iter().filter(|member| !member.is_vacant());
+    let mut wanted: BTreeSet<[u8; 16]> = there.map(|member| member.id).collect();
     found.iter().for_each(|found| {
         wanted.remove(&found.label.device_id);
     });
@@ -140,7 +141,7 @@ fn late(paths: &[PathBuf]) -> Vec<usize> {
     let is_there =
         |member: &LabelMember| found.iter().any(|found| found.label.device_id == member.id);
     let members = newest.members.iter().enumerate();
-    let late = members.filter(|(_, member)| member.behind == 0 && !is_there(member));
+    let late = members.filter(|(_, m)| !m.is_vacant() && m.behind == 0 && !is_there(m));
     late.map(|(index, _)| index).collect()
 }
 

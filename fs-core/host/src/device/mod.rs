@@ -79,9 +79,18 @@ impl FileDevice {
         self.claim.lock().take();
     }
 
+    /// How large it is now.
+    fn end(&self) -> u64 {
+        // Nothing reads or writes at the position that this moves.
+        let end = rustix::fs::seek(&self.file, rustix::fs::SeekFrom::End(0));
+        end.unwrap_or(self.geometry.bytes)
+    }
+
     fn in_range(&self, at: Physical, len: u64) -> Result<(), DeviceError> {
         match at.0.checked_add(len) {
             Some(end) if end <= self.geometry.bytes => Ok(()),
+            // It may have become larger since it was opened.
+            Some(end) if end <= self.end() => Ok(()),
             _ => Err(DeviceError::OutOfRange),
         }
     }
@@ -155,7 +164,7 @@ fn device_error(error: Errno) -> DeviceError {
 
 impl Device for FileDevice {
     fn geometry(&self) -> Geometry {
-        self.geometry.clone()
+        Geometry { bytes: self.end(), ..self.geometry.clone() }
     }
 
     fn read(&self, batch: &mut [ReadOp]) {
