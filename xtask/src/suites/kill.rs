@@ -169,6 +169,11 @@ fn compare(dir: &Path, writer: usize, promises: &Promises) -> Result<()> {
     Ok(())
 }
 
+/// Kills the server of a mount.
+pub(super) fn kill_server(target: &Path, dir: &Path) -> Result<()> {
+    signal(crate::subject::server_of(target, dir)?, Signal::KILL)
+}
+
 fn signal(pid: u32, signal: Signal) -> Result<()> {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a process number")?;
     kill_process(pid, signal).context("cannot signal the server")

@@ -11,6 +11,7 @@
 //! | `badinput` | what happens with images and devices that are broken, full or busy? |
 //! | `cycles` | may the next command follow an unmount at once? |
 //! | `kill` | is everything that was synced still there when the server is killed? |
+//! | `devices` | does a pool in use survive that devices come and go? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
 //! | `user` | does an ordinary user get by without root? |
@@ -20,6 +21,7 @@
 
 mod badinput;
 mod cycles;
+mod devices;
 mod direct;
 mod fsx;
 mod full;
@@ -92,6 +94,7 @@ const OWN: &[(&str, Run)] = &[
     ("kill", kill::run),
     ("sigterm", kill::terminate),
     ("scrub", scrub::run),
+    ("devices", devices::run),
     ("memory", memory::run),
     ("user", user::run),
 ];
