@@ -175,6 +175,13 @@ pub enum Error {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// A stream is damaged or breaks a rule of its format.
+    Stream {
+        /// The rule that is broken.
+        what: &'static str,
+        /// First byte of the record, from the beginning of the stream.
+        at: u64,
+    },
 }
 
 impl Error {
@@ -187,6 +194,7 @@ impl Error {
             Error::ReadOnly | Error::TurnedReadOnly => Errno::RoFs,
             Error::Device { cause: DeviceError::Unsupported, .. } => Errno::OpNotSupp,
             Error::Failed | Error::Device { .. } | Error::Checksum { .. } => Errno::Io,
+            Error::Stream { .. } => Errno::Io,
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
             Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
@@ -310,6 +318,9 @@ impl fmt::Display for Error {
                 write!(f, "the device is too small: at least {minimum} bytes are needed")
             }
             Error::Argument { what } => write!(f, "{what}"),
+            Error::Stream { what, at } => {
+                write!(f, "the stream cannot be used: {what} (record at byte {at})")
+            }
         }
     }
 }

@@ -65,8 +65,10 @@ pub struct Content {
 
 /// Whether an element is added or taken away.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
+pub(super) enum Side {
+    /// Taken away.
     Old,
+    /// Added.
     New,
 }
 
@@ -176,7 +178,7 @@ impl Content {
     }
 
     /// Adds or takes an element: its tag, its numbers, and what is as long as it is, at the end.
-    fn put(&mut self, side: Side, tag: u8, numbers: &[u64], parts: &[&[u8]]) {
+    pub(super) fn put(&mut self, side: Side, tag: u8, numbers: &[u64], parts: &[&[u8]]) {
         let element = &mut self.element;
         element.clear();
         element.push(tag);
@@ -227,7 +229,7 @@ impl Content {
                 }
             }
             kind::XATTR => {
-                let (a, b) = (attributes(&old, key)?, attributes(&new, key)?);
+                let (a, b) = (attributes((old.0, &old.1), key)?, attributes((new.0, &new.1), key)?);
                 let gone = a.iter().filter(|x| !b.contains(x)).map(|x| (Side::Old, old.0, x));
                 let came = b.iter().filter(|x| !a.contains(x)).map(|x| (Side::New, new.0, x));
                 for (side, tree, attribute) in gone.chain(came) {
@@ -278,7 +280,7 @@ impl Content {
 
 /// What of an inode's fields is content. Left out are what follows from other elements (number of
 /// names, size of a directory or target), how data is stored, and when it was last read.
-fn fields(item: &InodeItem) -> Vec<u8> {
+pub(super) fn fields(item: &InodeItem) -> Vec<u8> {
     let size = if item.is_file() { item.size } else { 0 };
     let mut bytes = Vec::with_capacity(80);
     for number in [item.mode, item.uid, item.gid, item.flags, item.project] {
@@ -294,8 +296,9 @@ fn fields(item: &InodeItem) -> Vec<u8> {
     bytes
 }
 
-fn attributes(side: &(&Tree, Option<Value>), key: Key) -> Result<Vec<Xattr>> {
-    match &side.1 {
+/// The attributes of an item of a tree; none of no item.
+pub(super) fn attributes(side: (&Tree, &Option<Value>), key: Key) -> Result<Vec<Xattr>> {
+    match side.1 {
         Some(value) => xattr::decode(value).map_err(|bad| bad.in_item(side.0.id, key.object)),
         None => Ok(Vec::new()),
     }

@@ -1,5 +1,5 @@
-//! What a subvolume holds, apart from how it is stored: comparing two states of it, and the
-//! identity of its content.
+//! What a subvolume holds, apart from how it is stored: comparing two states of it, the identity
+//! of its content, and streams that carry it elsewhere.
 //!
 //! Everything here reads published trees: a state is a [`Tree`], which whoever holds a
 //! [`View`](crate::subvol::View) of it keeps from being reused. Nothing looks at what is not
@@ -10,6 +10,8 @@
 //!                                                    |                  |
 //!                                             Content::update        Changes
 //!                                              its identity       for people
+//!                                                    |
+//!                                                  Sender --records--> Verifier
 //! ```
 //!
 //! | file | idea |
@@ -19,8 +21,11 @@
 //! | `sum` | a hash of a set that elements are added to and taken from |
 //! | `content` | a subvolume's content as a set, and its hash: the identity |
 //! | `changes` | what changed, by path |
+//! | `record` | records of a stream: bytes to checked values and back |
+//! | `send` | what differs as records that another pool can be brought up to date with |
+//! | `verify` | whether the records of a stream make sense, without writing anything |
 //!
-//! Both consumers cost what differs between the two trees. What a disk says is decoded as
+//! All consumers cost what differs between the two trees. What a disk says is decoded as
 //! everywhere; a crafted tree gives an error or a result that means nothing, and memory stays
 //! bounded.
 //!
@@ -30,7 +35,10 @@ pub mod changes;
 pub mod compare;
 pub mod content;
 mod read;
+pub mod record;
+pub mod send;
 mod sum;
+pub mod verify;
 
 #[cfg(test)]
 mod tests;

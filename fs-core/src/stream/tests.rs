@@ -17,9 +17,9 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use proptest::prelude::*;
 
-const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
+pub(super) const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
-fn options() -> [FormatOptions; 2] {
+pub(super) fn options() -> [FormatOptions; 2] {
     let plain = FormatOptions {
         compression: CompressionKind::None,
         checksum: ChecksumKind::Crc32c,
@@ -34,7 +34,7 @@ fn options() -> [FormatOptions; 2] {
     [plain, packed]
 }
 
-fn new_volume(options: &FormatOptions) -> Arc<Volume> {
+pub(super) fn new_volume(options: &FormatOptions) -> Arc<Volume> {
     let device = RamDevice::new(64 << 20);
     let test = TestPlatform::new(7);
     format(alloc::vec![device.device()], test.platform.clone(), options).unwrap();
@@ -44,12 +44,12 @@ fn new_volume(options: &FormatOptions) -> Arc<Volume> {
 }
 
 /// A published state of the volume.
-fn view(fs: &Volume) -> Arc<View> {
+pub(super) fn view(fs: &Volume) -> Arc<View> {
     fs.sync().unwrap();
     fs.engine().default_subvol().unwrap().view()
 }
 
-fn content(fs: &Volume, tree: &Tree) -> Content {
+pub(super) fn content(fs: &Volume, tree: &Tree) -> Content {
     Content::of(Source::of(&fs.engine().store), tree, &mut |_| Ok(())).unwrap()
 }
 
@@ -68,22 +68,22 @@ fn changes(fs: &Volume, old: &Tree, new: &Tree) -> Vec<Change> {
 
 /// What a walk over the mounted filesystem sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Seen {
+pub(super) struct Seen {
     /// Directory and name: inode and path.
-    names: BTreeMap<(u64, Vec<u8>), (u64, Vec<u8>)>,
-    inodes: BTreeMap<u64, SeenInode>,
+    pub names: BTreeMap<(u64, Vec<u8>), (u64, Vec<u8>)>,
+    pub inodes: BTreeMap<u64, SeenInode>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct SeenInode {
-    fields: (u32, u32, u32, u32, u64, u64),
-    times: (Timestamp, Timestamp, Timestamp),
-    data: Vec<u8>,
-    target: Vec<u8>,
-    attributes: BTreeMap<Vec<u8>, Vec<u8>>,
+pub(super) struct SeenInode {
+    pub fields: (u32, u32, u32, u32, u64, u64),
+    pub times: (Timestamp, Timestamp, Timestamp),
+    pub data: Vec<u8>,
+    pub target: Vec<u8>,
+    pub attributes: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-fn look(fs: &Volume) -> Seen {
+pub(super) fn look(fs: &Volume) -> Seen {
     let mut seen = Seen::default();
     let mut left = alloc::vec![(fs.root(), Vec::new())];
     see(fs, fs.root(), &mut seen);
@@ -128,14 +128,14 @@ fn see(fs: &Volume, ino: Ino, seen: &mut Seen) {
 }
 
 /// One step: what, two picks, a number.
-type Step = (u8, u8, u8, u32);
+pub(super) type Step = (u8, u8, u8, u32);
 
-fn pattern(len: usize, seed: u32) -> Vec<u8> {
+pub(super) fn pattern(len: usize, seed: u32) -> Vec<u8> {
     (0..len).map(|i| (i as u32 / 97).wrapping_mul(seed | 1).to_le_bytes()[1]).collect()
 }
 
 /// Does a step; what cannot be done is not done.
-fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) {
+pub(super) fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) {
     let seen = look(fs);
     let dirs: Vec<Ino> = seen
         .inodes

@@ -1,0 +1,308 @@
+//! What differs between two states of a subvolume, as records.
+//!
+//! ```text
+//! Begin | names and inodes that went | inodes: fields, names, attributes, data | End
+//! ```
+//!
+//! An incremental stream compares the trees twice. What went comes first, so that whoever receives
+//! never has a name twice, and need not keep what takes another's place until that is gone. Both
+//! comparisons cost what differs. A full stream is the difference to nothing, from which nothing
+//! can go.
+//!
+//! Data is read where it may differ, one record of content at a time; sectors of zeros travel as
+//! holes, and in a file that is new not at all.
+
+#[cfg(test)]
+mod tests;
+
+use super::compare::{Comparison, Event};
+use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
+use super::read::{self, File};
+use super::record::{Base, Begin, Record, TARGET_BYTES_MAX};
+use super::Source;
+use crate::btree::{Tree, Value};
+use crate::error::Error;
+use crate::format::dir::Entry;
+use crate::format::inode::InodeItem;
+use crate::format::key::{kind, Key};
+use crate::platform::{Result, Timestamp};
+use crate::units::{Ino, SECTOR_BYTES};
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+
+/// What is sent.
+pub struct Shipment<'a> {
+    /// Id of the snapshot.
+    pub id: [u8; 16],
+    /// When it was taken.
+    pub created: Timestamp,
+    /// Its name.
+    pub name: &'a [u8],
+    /// Its tree.
+    pub tree: Tree,
+    /// Its content.
+    pub content: &'a Content,
+    /// The state that the receiver has.
+    pub base: Option<Parent>,
+}
+
+/// A state that the receiver has.
+#[derive(Clone, Copy)]
+pub struct Parent {
+    /// Id of the snapshot.
+    pub id: [u8; 16],
+    /// Identity of its content.
+    pub identity: Identity,
+    /// Its tree.
+    pub tree: Tree,
+}
+
+/// What comes next in a stream.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Begin,
+    Went,
+    Came,
+    End,
+    Done,
+}
+
+/// Makes the records of a stream. After an error it must not be used.
+pub struct Sender<'a> {
+    source: Source<'a>,
+    old: Tree,
+    new: Tree,
+    stage: Stage,
+    begin: Option<Box<Begin>>,
+    end: (Identity, u64),
+    comparison: Comparison,
+    ino: Ino,
+    /// Whether the inode is in the new state.
+    is_there: bool,
+    /// Size of the file; 0 for all else.
+    size: u64,
+    /// Whether the file held nothing before.
+    is_fresh: bool,
+    /// The range of the file that is yet to be read.
+    range: Option<(u64, u64)>,
+    /// Zeros that were found and may go on.
+    hole: Option<(u64, u64)>,
+    ready: VecDeque<Record>,
+}
+
+impl<'a> Sender<'a> {
+    /// Sends a state. Whoever calls keeps both trees from being reused.
+    pub fn new(source: Source<'a>, what: &Shipment<'_>) -> Sender<'a> {
+        let base = what.base.map(|parent| Base { id: parent.id, identity: parent.identity });
+        let old = what.base.map_or(Tree::empty(what.tree.id), |parent| parent.tree);
+        let (id, created, name) = (what.id, what.created, what.name.to_vec());
+        Sender {
+            source,
+            old,
+            new: what.tree,
+            stage: Stage::Begin,
+            begin: Some(Box::new(Begin { compat: 0, id, created, base, name })),
+            end: (what.content.identity(), what.content.elements()),
+            comparison: Comparison::new(&old, &what.tree),
+            ino: Ino(0),
+            is_there: false,
+            size: 0,
+            is_fresh: false,
+            range: None,
+            hole: None,
+            ready: VecDeque::new(),
+        }
+    }
+
+    /// The next record; `None` after the last.
+    ///
+    /// # Errors
+    /// Errors of the device or the trees; damaged data.
+    pub fn next_record(&mut self) -> Result<Option<Record>> {
+        loop {
+            if let Some(record) = self.ready.pop_front() {
+                return Ok(Some(record));
+            }
+            if let Some((at, end)) = self.range {
+                self.read(at, end)?;
+                continue;
+            }
+            match self.stage {
+                Stage::Begin => {
+                    let begin = self.begin.take();
+                    let has_base = begin.as_ref().is_some_and(|begin| begin.base.is_some());
+                    self.stage = if has_base { Stage::Went } else { Stage::Came };
+                    self.ready.extend(begin.map(Record::Begin));
+                }
+                Stage::Went => match self.comparison.next(self.source.nodes)? {
+                    Some(event) => self.went(event)?,
+                    None => {
+                        self.comparison = Comparison::new(&self.old, &self.new);
+                        self.stage = Stage::Came;
+                    }
+                },
+                Stage::Came => match self.comparison.next(self.source.nodes)? {
+                    Some(event) => self.came(event)?,
+                    None => self.stage = Stage::End,
+                },
+                Stage::End => {
+                    self.stage = Stage::Done;
+                    let (identity, elements) = self.end;
+                    return Ok(Some(Record::End { identity, elements }));
+                }
+                Stage::Done => return Ok(None),
+            }
+        }
+    }
+
+    fn went(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Inode { ino, old, new } => {
+                self.is_there = new.is_some();
+                if old.is_some() && new.is_none() {
+                    self.ready.push_back(Record::Gone { ino });
+                }
+            }
+            Event::Item { key, old, new } if key.kind == kind::DIR_ENTRY && self.is_there => {
+                let (old, new) = (entry(&self.old, key, old)?, entry(&self.new, key, new)?);
+                if let Some(gone) = old.filter(|old| new.as_ref() != Some(old)) {
+                    let (dir, ino) = (Ino(key.object), Ino(gone.ino));
+                    self.ready.push_back(Record::Unname { dir, ino, name: gone.name });
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn came(&mut self, event: Event) -> Result<()> {
+        match event {
+            Event::Inode { ino, old, new } => self.inode(ino, old.as_deref(), new),
+            Event::Item { key, old, new } if self.is_there => self.item(key, old, new)?,
+            Event::Data { start, end } if self.is_there && start < self.size => {
+                self.range = Some((start, end.min(self.size)));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn inode(&mut self, ino: Ino, old: Option<&InodeItem>, new: Option<Box<InodeItem>>) {
+        (self.ino, self.is_there, self.size) = (ino, new.is_some(), 0);
+        let Some(fields) = new else { return };
+        self.is_fresh = old.is_none_or(|old| old.file_type() != fields.file_type());
+        if fields.is_file() {
+            self.size = fields.size;
+        }
+        self.ready.push_back(Record::Inode { ino, fields });
+    }
+
+    fn item(&mut self, key: Key, old: Option<Value>, new: Option<Value>) -> Result<()> {
+        match key.kind {
+            kind::DIR_ENTRY => {
+                let (old, new) = (entry(&self.old, key, old)?, entry(&self.new, key, new)?);
+                if let Some(Entry { ino, file_type, name }) =
+                    new.filter(|new| old.as_ref() != Some(new))
+                {
+                    self.ready.push_back(Record::Name { ino: Ino(ino), file_type, name });
+                }
+            }
+            kind::SYMLINK => {
+                if let Some(target) = new {
+                    if target.len() > TARGET_BYTES_MAX {
+                        let what = "target of a symbolic link too long";
+                        return Err(Error::BadItem { what, tree: self.new.id, object: key.object });
+                    }
+                    self.ready.push_back(Record::Target { target: target.to_vec() });
+                }
+            }
+            kind::XATTR => {
+                let (a, b) =
+                    (attributes((&self.old, &old), key)?, attributes((&self.new, &new), key)?);
+                for gone in a.iter().filter(|a| b.iter().all(|b| b.name != a.name)) {
+                    self.ready.push_back(Record::Unattribute { name: gone.name.clone() });
+                }
+                for came in b.into_iter().filter(|b| !a.contains(b)) {
+                    let value = value_of(self.source, &self.new, key.object, &came)?;
+                    self.ready.push_back(Record::Attribute { name: came.name, value });
+                }
+            }
+            // A further name is told by its entry.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Reads a piece at the beginning of a range.
+    fn read(&mut self, at: u64, end: u64) -> Result<()> {
+        let new = self.new;
+        let file = File { source: self.source, tree: &new, ino: self.ino, size: self.size };
+        let found = file.next_data(at, end)?.unwrap_or(end);
+        if found > at {
+            self.zeros(at, found);
+        }
+        let stop = end.min((found / RECORD_BYTES + 1) * RECORD_BYTES);
+        if found < stop {
+            let mut buf = read::zeros(stop - found)?;
+            // A buffer is whole sectors; the file may end before.
+            let part = &mut buf[..(stop - found) as usize];
+            file.read(found, part)?;
+            self.pieces(found, part)?;
+        }
+        self.range = Some((stop, end)).filter(|_| stop < end);
+        if self.range.is_none() {
+            self.finish_hole();
+        }
+        Ok(())
+    }
+
+    /// Splits what was read into data and zeros.
+    fn pieces(&mut self, at: u64, buf: &[u8]) -> Result<()> {
+        let is_zero = |sector: &[u8]| sector.iter().all(|byte| *byte == 0);
+        let sectors = buf.chunks(SECTOR_BYTES as usize);
+        let (mut from, mut to) = (0, 0);
+        for sector in sectors {
+            if is_zero(sector) {
+                self.data(at, buf, from, to)?;
+                let start = at + to as u64;
+                self.zeros(start, start + sector.len() as u64);
+                from = to + sector.len();
+            }
+            to += sector.len();
+        }
+        self.data(at, buf, from, to)
+    }
+
+    fn data(&mut self, at: u64, buf: &[u8], from: usize, to: usize) -> Result<()> {
+        if from < to {
+            self.finish_hole();
+            let mut bytes = Vec::new();
+            bytes.try_reserve_exact(to - from).map_err(|_| Error::Memory)?;
+            bytes.extend_from_slice(&buf[from..to]);
+            self.ready.push_back(Record::Data { offset: at + from as u64, bytes });
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, start: u64, end: u64) {
+        match &mut self.hole {
+            Some(hole) if hole.1 == start => hole.1 = end,
+            _ => {
+                self.finish_hole();
+                self.hole = Some((start, end));
+            }
+        }
+    }
+
+    fn finish_hole(&mut self) {
+        if let Some((start, end)) = self.hole.take().filter(|_| !self.is_fresh) {
+            self.ready.push_back(Record::Hole { offset: start, bytes: end - start });
+        }
+    }
+}
+
+fn entry(tree: &Tree, key: Key, value: Option<Value>) -> Result<Option<Entry>> {
+    let decode = |value: Value| Entry::decode(&value).map_err(|b| b.in_item(tree.id, key.object));
+    value.map(decode).transpose()
+}
