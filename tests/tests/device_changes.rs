@@ -15,6 +15,7 @@ use fs_core::engine::Engine;
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::devices::DeviceChangeState;
+use fs_core::format::label::LABEL_AREA_BYTES;
 use fs_core::platform::DeviceRef;
 use fs_core::vfs::{AccessTime, Filesystem, Volume};
 use std::sync::Arc;
@@ -283,6 +284,9 @@ fn a_device_is_made_larger_and_smaller_while_the_pool_is_in_use() {
         world.close();
         let mut image = Image::zeroed(bytes);
         let whole = world.rams[usize::from(device)].image().to_vec();
+        // Nothing of the label that was at the end is left to be found there.
+        let end = &whole[(DEVICE_BYTES - LABEL_AREA_BYTES) as usize..];
+        assert!(end.iter().all(|byte| *byte == 0), "seed {seed}");
         image.write(0, &whole[..bytes as usize]);
         world.rams[usize::from(device)] = RamDevice::of("cut", image);
         world.open().unwrap();
@@ -296,6 +300,21 @@ fn a_device_is_made_larger_and_smaller_while_the_pool_is_in_use() {
         assert_eq!(world.engine().room().total, room, "seed {seed}");
         world.judge(&format!("seed {seed}"));
     }
+}
+
+#[test]
+fn the_areas_of_labels_may_overlap_when_a_size_changes_by_little() {
+    let mut world = World::new(&pools()[0], 1);
+    for bytes in [DEVICE_BYTES - 4096, DEVICE_BYTES - LABEL_AREA_BYTES, DEVICE_BYTES - 8192] {
+        world.engine().resize_device(0, Some(bytes)).unwrap();
+        world.finish();
+        world.close();
+        let damaged = fs_core::device::probe(&*world.rams[0], 0).unwrap().damaged;
+        assert_eq!(damaged, [None, None], "{bytes} bytes");
+        world.open().unwrap();
+        world.tell(3);
+    }
+    world.judge("in the end");
 }
 
 #[test]

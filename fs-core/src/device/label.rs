@@ -289,6 +289,7 @@ impl Member {
         change: impl FnOnce(&mut Identity),
     ) -> Result<()> {
         let [first, second] = label_areas(bytes).ok_or(Error::NotCairn)?;
+        let [_, old] = self.areas();
         let mut next = self.identity();
         change(&mut next);
         (next.bytes, next.written) = (bytes, written);
@@ -304,6 +305,17 @@ impl Member {
         self.flush()?;
         *self.identity.lock() = next;
         self.in_doubt.store(false, Ordering::Relaxed);
+        // What the old area has left would be found at the end of the device, and for longer than
+        // that belongs to the pool. If this fails, it is passed over as out of date.
+        let old = old.0..old.0 + LABEL_AREA_BYTES;
+        let stale = match second.0 < old.start {
+            true => old.start.max(second.0 + LABEL_AREA_BYTES)..old.end,
+            false => old.start..old.end.min(second.0),
+        };
+        if let Ok(zeros) = Buf::zeroed((stale.end - stale.start) as usize) {
+            let at = Physical(stale.start);
+            let _ = self.write_at(at, zeros.into_slice()).and_then(|()| self.flush());
+        }
         Ok(())
     }
 
