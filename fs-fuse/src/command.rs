@@ -96,7 +96,9 @@ pub type Opener<'a> = &'a dyn Fn(&Path, &Options, bool) -> Result<Opened, String
 /// Runs the program with the arguments after its name, `open` giving what to mount; returns the
 /// exit code.
 pub fn run(arguments: impl Iterator<Item = OsString>, open: Opener<'_>) -> u8 {
-    match parse(arguments).and_then(|invocation| act(invocation, open)) {
+    // Open until the reason was told: the caller goes on when it is closed.
+    let mut caller = Caller::default();
+    match parse(arguments).and_then(|invocation| act(invocation, open, &mut caller)) {
         Ok(()) => exit::OK,
         Err(Exit(exit::OK, text)) => {
             println!("{text}");
@@ -198,7 +200,7 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     Ok(invocation)
 }
 
-fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
+fn act(mut invocation: Invocation, open: Opener<'_>, caller: &mut Caller) -> Result<(), Exit> {
     let target = invocation.target.canonicalize().map_err(|e| {
         Exit::failed(format!("cannot mount on {}: {e}", invocation.target.display()))
     })?;
@@ -226,7 +228,10 @@ fn act(mut invocation: Invocation, open: Opener<'_>) -> Result<(), Exit> {
     match detach()? {
         Detached::Parent(code) if code == exit::OK => Ok(()),
         Detached::Parent(code) => std::process::exit(code.into()),
-        Detached::Child(launch) => serve(&invocation, &source, open, launch),
+        Detached::Child(launch) => {
+            *caller = Arc::clone(&launch.caller);
+            serve(&invocation, &source, open, launch)
+        }
     }
 }
 
@@ -241,20 +246,23 @@ fn rehearse(invocation: &Invocation, source: &Path, open: Opener<'_>) -> Result<
     opened.volume.close().map_err(|e| Exit::failed(format!("{}: {e}", source.display())))
 }
 
+/// Takes the exit code, for whoever waits for a process in the background.
+type Caller = Arc<Mutex<Option<File>>>;
+
 /// What the process that serves owes to whoever started it.
 struct Launch {
-    /// Takes the exit code, in the background.
-    parent: Option<File>,
+    caller: Caller,
+    in_background: bool,
 }
 
 impl Launch {
     fn foreground() -> Launch {
-        Launch { parent: None }
+        Launch { caller: Caller::default(), in_background: false }
     }
 
     /// The mount answers: let the caller go on.
     fn ready(self) {
-        let Some(mut parent) = self.parent else { return };
+        let Some(mut parent) = self.caller.lock().take() else { return };
         log::use_syslog();
         // Holding on to the caller's terminal and directory would outlive the caller.
         let _ = std::env::set_current_dir("/");
@@ -289,7 +297,8 @@ fn detach() -> Result<Detached, Exit> {
         sys::Fork::Child => {
             // A session of its own: the caller's terminal must not send it signals.
             let _ = rustix::process::setsid();
-            Ok(Detached::Child(Launch { parent: Some(File::from(writer)) }))
+            let caller = Arc::new(Mutex::new(Some(File::from(writer))));
+            Ok(Detached::Child(Launch { caller, in_background: true }))
         }
     }
 }
@@ -308,7 +317,7 @@ fn serve(
             kernel: Arc::default(),
         }
     } else {
-        open(source, &invocation.options, launch.parent.is_some()).map_err(Exit::failed)?
+        open(source, &invocation.options, launch.in_background).map_err(Exit::failed)?
     };
     let total_bytes = opened.volume.statfs().map_or(0, |stat| stat.total_bytes);
     let server = Arc::new(Server::new(opened.volume, Arc::clone(&opened.kernel)));
