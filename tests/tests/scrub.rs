@@ -633,3 +633,40 @@ fn the_power_may_fail_at_every_write_of_a_scrub() {
     }
     assert!(resumed > 20, "only {resumed} of {count} went on in the middle");
 }
+
+#[test]
+fn what_was_about_to_be_shared_when_it_began_is_looked_at() {
+    let (mut world, _, places) = three_files();
+    let volume = world.volume().clone();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    spoil(&world, &places[3], 0x11);
+    let source = volume.lookup(volume.root(), b"two").unwrap();
+    let target = volume.mknod(volume.root(), b"four", 0o100_644, 0, &caller).unwrap();
+    assert_eq!(volume.copy_range(source.ino, 0, target.ino, 0, 200 << 10), Ok(200 << 10));
+    volume.unlink(volume.root(), b"two").unwrap();
+    volume.forget(source.ino, u64::MAX);
+    drop(volume);
+    world.engine().start_scrub(0).unwrap();
+    let status = world.finish();
+    assert_eq!(status.lost_count, 1, "{status:?}");
+}
+
+#[test]
+fn what_is_shared_after_a_pause_at_the_beginning_is_looked_at() {
+    let (mut world, _, places) = three_files();
+    let volume = world.volume().clone();
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    spoil(&world, &places[3], 0x11);
+    world.engine().start_scrub(0).unwrap();
+    world.engine().pause_scrub().unwrap();
+    let source = volume.lookup(volume.root(), b"two").unwrap();
+    let target = volume.mknod(volume.root(), b"four", 0o100_644, 0, &caller).unwrap();
+    assert_eq!(volume.copy_range(source.ino, 0, target.ino, 0, 200 << 10), Ok(200 << 10));
+    volume.unlink(volume.root(), b"two").unwrap();
+    volume.forget(source.ino, u64::MAX);
+    volume.sync().unwrap();
+    drop(volume);
+    world.engine().resume_scrub(None).unwrap();
+    let status = world.finish();
+    assert_eq!(status.lost_count, 1, "{status:?}");
+}

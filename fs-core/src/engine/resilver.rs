@@ -252,7 +252,7 @@ struct Comparing<'a> {
 
 impl Visitor for Comparing<'_> {
     fn rootless(&mut self, _: TreeId, _: &Error) {
-        // A device that lacks nothing else has all that there is.
+        // What only it names cannot be had from any device; what goes on from it is looked at.
     }
 
     fn block(&mut self, seen: &Seen<'_>) -> Result<()> {

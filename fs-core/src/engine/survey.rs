@@ -15,7 +15,8 @@
 //!   what they have in common would be seen by nobody if the snapshot were deleted meanwhile.
 //! - So it does no harm when a snapshot is deleted: what is left of it was either seen with it, or
 //!   belongs to a version that was not looked at yet. One that is being taken apart counts as gone:
-//!   what goes on from it is looked at as far as it is younger than what comes before.
+//!   what goes on from it is looked at as far as it is younger than what comes before. So does one
+//!   whose root makes no sense.
 //! - A rollback puts an older tree in the place of one that may have been seen: whoever goes on
 //!   with a pass must begin again when [`Engine::turns`] has changed.
 
@@ -130,7 +131,7 @@ impl Engine {
                 Ok(root) => Ok(Tree { id: item.lineage(TreeId(id)), root }),
                 Err(bad) => Err(bad.in_item(TreeId::POOL, id)),
             };
-            let (after, since) = before(&versions, id);
+            let (after, since) = before(&versions, id, txg);
             by_id.insert(id, Part { tree, since, after });
         }
         drop(versions);
@@ -146,14 +147,16 @@ impl Parts {
     }
 }
 
-/// What a version goes on from, past snapshots that are being taken apart, and its group.
-fn before(versions: &Versions, id: u64) -> (u64, Txg) {
+/// What a version goes on from, past snapshots that nobody looks at, and its group.
+fn before(versions: &Versions, id: u64, newest: Txg) -> (u64, Txg) {
     let mut place = (0, Txg(0));
     let mut next = Some(id);
     while let Some(version) = next.take().and_then(|id| versions.get(id)) {
         place = (version.item.parent, Txg(version.item.snapshot_txg));
         let is_going = |parent: &u64| {
-            versions.get(*parent).is_some_and(|v| v.item.flags & version::STARTED != 0)
+            versions.get(*parent).is_some_and(|v| {
+                v.item.flags & version::STARTED != 0 || v.item.root(newest).is_err()
+            })
         };
         next = Some(place.0).filter(is_going);
     }

@@ -1051,6 +1051,27 @@ fn a_write_is_done_only_when_all_labels_know_which_device_missed_it() {
     assert_eq!(fixture.pool.absent(), [failing]);
 }
 
+#[test]
+fn a_sweep_that_is_given_up_reads_no_more_and_one_that_is_not_finds_what_is_bad() {
+    let (rams, fixture) = mirror(2);
+    let content = |seed| Content::Data(fixture.plain(&noise(SECTOR, seed), ChecksumKind::Crc32c));
+    let contents: Vec<Content> = (0..5).map(content).collect();
+    let Fixture { env: _env, pool, .. } = fixture;
+    let pool = Arc::new(pool);
+    let reads = || rams.iter().map(|ram| ram.requests().reads).sum::<u64>();
+    let before = reads();
+    let given_up = Sweep::plan(pool.clone(), contents.clone()).unwrap();
+    given_up.cancel();
+    assert_eq!(reads(), before);
+    assert!(!given_up.was_in_the_way());
+    let at = pool.pieces(contents[3].run()).unwrap()[0].copies[1];
+    rams[usize::from(at.0)].flip(at.1 .0);
+    let sweep = Arc::new(Sweep::plan(pool, contents).unwrap());
+    sweep.start();
+    assert_eq!(sweep.finish(), [3]);
+    assert!(reads() >= before + 10);
+}
+
 /// A device that calls something before each read or write, which may change anything.
 struct Hooked {
     ram: Arc<RamDevice>,

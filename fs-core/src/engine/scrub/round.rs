@@ -25,8 +25,8 @@ use alloc::vec::Vec;
 /// Bytes of a round, one copy counted: they follow from how long the one before took.
 const ROUND_BYTES_MIN: u64 = 1 << 20;
 const ROUND_BYTES_MAX: u64 = 256 << 20;
-/// Of pools with stripes: parts of blocks wait in memory for the others.
-const STRIPED_BYTES_MAX: u64 = 64 << 20;
+/// Of pools with stripes: parts of blocks wait in memory for the others, of two rounds.
+const STRIPED_BYTES_MAX: u64 = 32 << 20;
 /// How long a round is to take, in nanoseconds, and when others use the devices.
 const ROUND_NS: u64 = 400_000_000;
 const ROUND_NS_IN_THE_WAY: u64 = 25_000_000;
@@ -62,6 +62,8 @@ pub(super) struct Rounds {
     target_bytes: u64,
     /// Uptime when the last round ended.
     settled_ns: u64,
+    /// The last round met with others who use the devices.
+    was_in_the_way: bool,
     again: u32,
     seen: Seen,
     /// Runs without a good copy.
@@ -128,6 +130,7 @@ impl Rounds {
             rate: item.rate,
             target_bytes: ROUND_BYTES_MIN * 32,
             settled_ns: 0,
+            was_in_the_way: false,
             again: 0,
             seen: Seen::default(),
             lost: Vec::new(),
@@ -155,39 +158,40 @@ impl Engine {
         rounds: &mut Rounds,
         until_ns: u64,
     ) -> Result<()> {
-        rounds.settled_ns = self.store.platform.clock.uptime_ns();
+        let clock = &self.store.platform.clock;
+        rounds.settled_ns = clock.uptime_ns();
         let mut next = self.gather(rounds)?;
         next.iter().for_each(|round| round.sweep.start());
         while let Some(round) = next.take() {
-            let following = match self.goes_on(rounds, until_ns) {
-                true => {
-                    round.sweep.set_blind(true);
-                    let following = self.gather(rounds);
-                    round.sweep.set_blind(false);
-                    // At once, so that devices do not wait for what this one does at its end.
-                    following.iter().flatten().for_each(|round| round.sweep.start());
-                    Some(following)
-                }
+            let has_time = clock.uptime_ns() < until_ns && !rounds.was_in_the_way;
+            let following = match has_time && self.goes_on(rounds) {
+                true => Some(self.begin_following(rounds, &round)),
                 false => None,
             };
             let suspects = round.sweep.finish();
             let is_in_the_way = round.sweep.was_in_the_way();
+            // What follows is not to take repairs for somebody else.
+            let blind = |is_blind| {
+                let begun = following.iter().flatten().flatten();
+                begun.for_each(|round| round.sweep.set_blind(is_blind));
+            };
+            blind(true);
             let settled = self.mend(&round, &suspects, rounds);
-            let goes_on = settled.map(|losses| {
-                self.settle(rounds, &round, &losses, is_in_the_way);
-                following.is_some() && self.goes_on(rounds, until_ns)
-            });
-            match (following, goes_on) {
-                (Some(following), Ok(true)) => next = following?,
-                (following, goes_on) => {
-                    // With others waiting it had better stop, and begin with less.
-                    if let Some(following) = following {
-                        following.iter().flatten().for_each(|round| round.sweep.cancel());
-                        rounds.go_back(&self.scrub.state.lock().progress);
-                    }
-                    return goes_on.map(drop);
+            blind(false);
+            let settled = settled.map(|losses| self.settle(rounds, &round, &losses, is_in_the_way));
+            let goes_on = settled.is_ok() && self.goes_on(rounds);
+            next = match following {
+                Some(Ok(following)) if goes_on => following,
+                // With others waiting it had better stop, and begin with less.
+                Some(Ok(Some(given_up))) => {
+                    given_up.sweep.cancel();
+                    rounds.go_back(&self.scrub.state.lock().progress);
+                    return settled;
                 }
-            }
+                Some(Err(error)) => return settled.and(Err(error)),
+                // The pass is over, or there is no time.
+                Some(Ok(None)) | None => return settled,
+            };
         }
         // Seen as one group has it all, nothing can have moved behind the pass.
         if rounds.gathered != Some(1) && self.begin_pass(rounds) {
@@ -196,10 +200,24 @@ impl Engine {
         self.look_at_the_rest(rounds)
     }
 
+    /// Begins the round after one that is swept, so that devices do not wait for what that does at
+    /// its end.
+    fn begin_following(
+        &self,
+        rounds: &mut Rounds,
+        under_way: &Round,
+    ) -> Result<Option<Box<Round>>> {
+        under_way.sweep.set_blind(true);
+        let following = self.gather(rounds);
+        under_way.sweep.set_blind(false);
+        following.iter().flatten().for_each(|round| round.sweep.start());
+        following
+    }
+
     /// Whether the next round may follow at once.
-    fn goes_on(&self, rounds: &Rounds, until_ns: u64) -> bool {
+    fn goes_on(&self, rounds: &Rounds) -> bool {
         let now_ns = self.store.platform.clock.uptime_ns();
-        if rounds.rate > 0 || now_ns >= until_ns || self.store.writable().is_err() {
+        if rounds.rate > 0 || self.store.writable().is_err() {
             return false;
         }
         let is_closed = self.closed.load(core::sync::atomic::Ordering::SeqCst);
@@ -243,6 +261,11 @@ impl Engine {
             rounds.is_over = !rounds.pass.step(&self.store, &parts, &mut gathered)?;
         }
         rounds.gathered = rounds.gathered.map(|count| count + 1);
+        if rounds.since == Txg(0) && parts.txg > rounds.first {
+            // What was moved since it began is as young as what was written since, and was passed
+            // over.
+            rounds.gathered = None;
+        }
         let Gathering { entries, senseless, unread, shared, .. } = gathered;
         if rounds.is_over && entries.is_empty() && senseless.is_empty() {
             return Ok(None);
@@ -375,6 +398,7 @@ impl Engine {
         let now_ns = self.store.platform.clock.uptime_ns();
         let took_ns = now_ns.saturating_sub(rounds.settled_ns).max(1);
         rounds.settled_ns = now_ns;
+        rounds.was_in_the_way = is_in_the_way;
         let is_due = {
             let mut state = self.scrub.state.lock();
             if state.generation != rounds.generation {
@@ -555,7 +579,10 @@ impl Gathering<'_> {
 
 impl Visitor for Gathering<'_> {
     fn rootless(&mut self, id: TreeId, error: &Error) {
-        self.senseless.push((id, error.clone()));
+        // The first pass tells.
+        if self.since == Txg(0) {
+            self.senseless.push((id, error.clone()));
+        }
     }
 
     fn block(&mut self, seen: &SeenBlock<'_>) -> Result<()> {

@@ -322,3 +322,19 @@ fn a_version_whose_root_makes_no_sense_is_told_of_once_and_keeps_no_pass_from_it
     assert!(noting.sectors.is_empty());
     assert!((1..all_blocks).contains(&noting.blocks.len()));
 }
+
+#[test]
+fn what_goes_on_from_a_version_whose_root_makes_no_sense_is_looked_at() {
+    let fixture = fixture();
+    let engine = fixture.engine();
+    let (subvolume, name) = (TreeId::FIRST_SUBVOL.0, b"s".to_vec());
+    let want = all(engine).sectors;
+    let take = VersionOp::Snapshot { subvolume, name };
+    let id = engine.change_versions(std::vec![take]).unwrap()[0];
+    assert_eq!(want.difference(&all(engine).sectors).count(), 0);
+    engine.versions.write().change(id, |item| item.root.fill(0xff)).unwrap();
+    let noting = all(engine);
+    assert_eq!(noting.rootless, [TreeId(id)]);
+    let missed = want.difference(&noting.sectors).count();
+    assert_eq!(missed, 0, "of {}", want.len());
+}
