@@ -14,9 +14,9 @@
 //! several waiting, requests therefore go round the CPUs, and waking a thread on another, halted
 //! CPU costs several times what the request does. So normally *one* thread waits, the leader, and
 //! it stays on the CPU on which requests are made. Where that is, a thread of its own finds out
-//! (`Session::follow`): what the kernel says of a process may be the last that holds on to its
-//! memory, and then its mappings end there and then, with dirty pages that have to be written back,
-//! which somebody must be free to do.
+//! (`Session::start_to_follow`): what the kernel says of a process may be the last that holds on to
+//! its memory, and then its mappings end there and then, with dirty pages that have to be written
+//! back, which somebody must be free to do.
 //!
 //! ```text
 //! leader:  wait -> answer -> wait -> ...
@@ -191,7 +191,7 @@ impl Session {
                     let (askers, to_follow) = mpsc::sync_channel(1);
                     start(scope, "fuse-seek", || self.seek_all(to_seek));
                     if self.threads.follow {
-                        start(scope, "fuse-follow", || self.follow(to_follow));
+                        self.start_to_follow(to_follow);
                     }
                     start(scope, "fuse-watch", || self.watch(scope, seeks));
                     self.lead(leader, &askers);
@@ -283,15 +283,22 @@ impl Session {
         }
     }
 
-    /// Finds out where those who ask are: two in agreement move the leader.
-    fn follow(&self, askers: mpsc::Receiver<u32>) {
-        let mut before = None;
-        for pid in askers {
-            let seen = last_cpu(pid);
-            if let Some(cpu) = seen.filter(|_| seen == before) {
-                self.crew.cpu.store(cpu, Ordering::Relaxed);
+    /// Has it found out where those who ask are: two in agreement move the leader. The end of the
+    /// session does not wait for this thread, which may wait for what nobody answers any more.
+    fn start_to_follow(&self, askers: mpsc::Receiver<u32>) {
+        let cpu = Arc::clone(&self.crew.cpu);
+        let life = move || {
+            let mut before = None;
+            for pid in askers {
+                let seen = last_cpu(pid);
+                if let Some(seen) = seen.filter(|_| seen == before) {
+                    cpu.store(seen, Ordering::Relaxed);
+                }
+                before = seen;
             }
-            before = seen;
+        };
+        if let Err(error) = Builder::new().name("fuse-follow".into()).spawn(life) {
+            log::warning(&format!("cannot start thread fuse-follow: {error}"));
         }
     }
 
@@ -429,7 +436,7 @@ struct Crew {
     /// Whether the watch sleeps until a request arrives.
     watch_sleeps: AtomicBool,
     /// Where the leader should be.
-    cpu: AtomicUsize,
+    cpu: Arc<AtomicUsize>,
     /// Leaf lock; nothing is called with it held.
     state: Mutex<CrewState>,
     changed: Condvar,
@@ -460,7 +467,7 @@ impl Default for Crew {
             waiting: AtomicUsize::new(0),
             served: AtomicU64::new(0),
             watch_sleeps: AtomicBool::new(false),
-            cpu: AtomicUsize::new(NO_CPU),
+            cpu: Arc::new(AtomicUsize::new(NO_CPU)),
             state: Mutex::default(),
             changed: Condvar::new(),
         }

@@ -576,10 +576,12 @@ fn measure(test: fn() -> Outcome) -> (Outcome, usize) {
     let mut least = usize::MAX;
     for _ in 0..STACK_TRIES {
         let outcome = run_one(test);
-        least = least.min(stack::take_deepest());
+        let bytes = stack::take_deepest();
+        least = least.min(bytes);
         if outcome.is_err() || least <= STACK_BYTES_MAX {
             return (outcome, least);
         }
+        pr_info!("selftest used {} bytes of stack, and is run again\n", bytes);
     }
     (Err(format!("used {least} bytes of stack")), least)
 }

@@ -114,8 +114,8 @@ fn seen_elsewhere(path: &Path) -> Option<String> {
         if namespaces.contains(&namespace) {
             return None;
         }
-        namespaces.push(namespace);
         let table = table_of(&process.path()).ok()?;
+        namespaces.push(namespace);
         table.iter().find(|mount| used.is_source_of(mount))?;
         let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
         let name = name.trim_end();

@@ -670,8 +670,8 @@ impl Forest {
         if is_snapshot {
             let owner = self
                 .engine()
-                .with_versions(|versions| versions.get(id).map_or(0, |version| version.item.owner));
-            return self.control_attr(Control::Snapshots(owner));
+                .with_versions(|versions| versions.get(id).map(|version| version.item.owner));
+            return self.control_attr(Control::Snapshots(owner.ok_or(stale())?));
         }
         let above = self.engine().with_versions(|versions| {
             let name = &versions.get(id)?.name;
