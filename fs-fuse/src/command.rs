@@ -16,7 +16,8 @@
 //!
 //! Options follow the calling convention of mount(8), with one exception: `-f` stays in the
 //! foreground, as people know it from other FUSE programs. What mount(8) means by it, to do
-//! everything but mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`.
+//! everything but mount, is `--fake`; mount(8) passes `-f` only when it is itself called with `-f`,
+//! and then that is what it gets.
 
 use crate::backend::{dirty_bytes, Opened};
 use crate::device::{Session, Threads};
@@ -143,6 +144,7 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
                 let letters = &argument[1..];
                 for (at, letter) in letters.char_indices() {
                     match letter {
+                        'f' if is_called_by("mount") => invocation.fake = true,
                         'f' => invocation.foreground = true,
                         's' => sloppy = true,
                         'n' | 'v' | 'r' | 'w' => {
@@ -198,6 +200,15 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     invocation.options.read_only |= invocation.options.names_snapshot();
     invocation.options.devices.append(&mut operands);
     Ok(invocation)
+}
+
+/// Whether a program of that name started this process.
+fn is_called_by(name: &str) -> bool {
+    let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero());
+    parent.is_some_and(|pid| {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        comm.is_ok_and(|comm| comm.trim_end() == name)
+    })
 }
 
 fn act(mut invocation: Invocation, open: Opener<'_>, caller: &mut Caller) -> Result<(), Exit> {
