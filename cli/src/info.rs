@@ -1,7 +1,7 @@
 //! `cairn info`.
 
 use crate::arguments::OfPool;
-use crate::target::{ask, ask_failed, open_to_look, Target};
+use crate::target::{ask, ask_failed, daemon_gone, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
 use cairn_host::admin::{
@@ -36,8 +36,14 @@ pub(crate) fn of_target(target: Target) -> Result<(PoolInfo, Done), Failure> {
                 Ok((info, Done::Whole))
             }
             Ok(_) => Err(Failure::new("the daemon answered another question")),
-            // The kernel module has no daemon; what it published last is on the device.
-            Err(AdminError::NoDaemon) => of_devices(&open_to_look(&[mount.source])?),
+            Err(AdminError::NoDaemon) => {
+                let gone = std::fs::metadata(&mount.mount_point).err();
+                match gone.and_then(|error| daemon_gone(&mount.mount_point, &error)) {
+                    Some(failure) => Err(failure),
+                    // The kernel module has none; what it published last is on the device.
+                    None => of_devices(&open_to_look(&[mount.source])?),
+                }
+            }
             Err(error) => Err(ask_failed(&mount, &error)),
         },
         Target::Devices(paths) => of_devices(&open_to_look(&paths)?),

@@ -29,8 +29,18 @@ pub(crate) fn run(arguments: &Status) -> Result<Done, Failure> {
     };
     let mut done = Done::Whole;
     let mut rows = Vec::new();
+    let is_one = targets.len() == 1;
     for target in targets {
-        let (info, whole) = of_target(target)?;
+        let (info, whole) = match of_target(target) {
+            Ok(found) => found,
+            Err(failure) if is_one => return Err(failure),
+            // The others are told of all the same.
+            Err(failure) => {
+                eprintln!("cairn: {failure}");
+                done = Done::Attention;
+                continue;
+            }
+        };
         if whole == Done::Partly {
             done = Done::Partly;
         }

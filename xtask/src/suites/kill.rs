@@ -6,11 +6,11 @@
 //! process dies, with the kernel's side of FUSE in it.
 
 use super::Suite;
-use crate::guard;
 use crate::random::Random;
 use crate::run::Cmd;
 use crate::steps::Outcome;
 use crate::volume::{Backing, Volume};
+use crate::{checkout, guard};
 use anyhow::{bail, ensure, Context, Result};
 use rustix::process::{kill_process, Pid, Signal};
 use std::collections::BTreeMap;
@@ -70,7 +70,13 @@ fn one_death(volume: &mut Volume<'_>, round: u32, random: &mut Random) -> Result
         let kept = kept.collect();
         killed.map(|()| kept)
     })?;
-    // Nobody answers any more; the mount has to go by force.
+    // Nobody answers any more, which nobody is to take for a pool that is well.
+    for arguments in [&["status"][..], &["status", "-x"]] {
+        let told = Cmd::new(checkout::binary("cairn")).args(arguments).output()?;
+        let is_told = told.code != Some(0) && told.stderr.contains("daemon of this mount is gone");
+        ensure!(is_told, "cairn {arguments:?} does not tell:\n{}", told.both());
+    }
+    // The mount has to go by force.
     volume.mount_is_gone();
     volume.mount().context("after the server was killed")?;
     for (number, promises) in kept.iter().enumerate() {
