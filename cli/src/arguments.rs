@@ -379,7 +379,7 @@ pub(crate) enum Subvolume {
     Rename {
         #[command(flatten)]
         of: Shown,
-        /// The new name, within the pool
+        /// The new name, from where the other begins: the mounted subvolume, or the pool's root
         #[arg(value_name = "NEW_NAME")]
         new: String,
     },
@@ -457,7 +457,8 @@ pub(crate) enum Snapshot {
     Clone {
         #[command(flatten)]
         of: Shown,
-        /// Name of the subvolume, within the pool
+        /// Name of the subvolume, from where the other begins: the mounted subvolume, or the pool's
+        /// root
         #[arg(value_name = "NEW_NAME")]
         new: String,
     },
