@@ -16,6 +16,8 @@
 //! | [`history`] | what a crash may leave: the promise of fsync, as a predicate |
 //! | [`power`] | cuts the power at every moment of a story |
 //! | [`subject`] | the filesystem under test |
+//! | [`versions`] | stories of subvolumes and snapshots, next to models |
+//! | [`world`] | a pool in use, to which something is done meanwhile |
 //!
 //! Every failure prints the environment variables that replay it.
 
@@ -34,3 +36,4 @@ pub mod run;
 pub mod subject;
 pub mod tree;
 pub mod versions;
+pub mod world;

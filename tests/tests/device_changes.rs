@@ -1,24 +1,19 @@
 //! Devices are added, removed, replaced and resized while the pool is in use, whatever fails.
 
 use cairn_tests::crash::{Crashes, Sampling};
-use cairn_tests::device::{refs, several, Access, Fault, FaultKind, Image, RamDevice, Recording};
+use cairn_tests::device::{refs, Access, Fault, FaultKind, Image, RamDevice, Recording};
 use cairn_tests::drive::{is_long, seeds};
-use cairn_tests::fault::script;
-use cairn_tests::gen::{Op, Options};
-use cairn_tests::model::Model;
 use cairn_tests::platform::{Spawn, TestPlatform};
 use cairn_tests::rng::Rng;
-use cairn_tests::run::Runner;
 use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
-use fs_core::engine::Engine;
+use cairn_tests::world::World;
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::devices::DeviceChangeState;
 use fs_core::format::label::LABEL_AREA_BYTES;
 use fs_core::platform::DeviceRef;
-use fs_core::vfs::{AccessTime, Filesystem, Volume};
-use std::sync::Arc;
+use fs_core::vfs::Filesystem;
 
 const DEVICE_BYTES: u64 = 24 << 20;
 
@@ -36,93 +31,31 @@ fn pools() -> Vec<Pool> {
     pools
 }
 
-/// A pool in use: what is mounted, and the model that does the same.
-struct World {
-    pool: Pool,
-    rams: Vec<Arc<RamDevice>>,
-    platform: TestPlatform,
-    model: Arc<Model>,
-    volume: Option<Arc<Volume>>,
-    ops: Vec<Op>,
-    next: usize,
+fn world(pool: &Pool, seed: u64) -> World {
+    World::new(pool, seed, DEVICE_BYTES, 120, true)
 }
 
-impl World {
-    /// A new pool that has seen the first half of a story.
-    fn new(pool: &Pool, seed: u64) -> World {
-        let options =
-            Options { sync_percent: 25, reads: true, remount_permille: 0, ..Options::CRASH };
-        let platform = TestPlatform::new(seed, Spawn::AtOnce);
-        let rams = several(pool.devices(), DEVICE_BYTES);
-        pool.format(&refs(&rams), &platform.platform()).unwrap();
-        let mut ops = script(seed, 120, options, DEVICE_BYTES).ops;
-        ops.retain(|op| !matches!(op, Op::Tick | Op::DropCaches));
-        let mut world = World {
-            pool: pool.clone(),
-            rams,
-            platform,
-            model: Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock)),
-            volume: None,
-            ops,
-            next: 0,
-        };
-        world.open().unwrap();
-        world.tell(60);
-        world.volume().sync().unwrap();
-        world
-    }
-
-    fn open(&mut self) -> Result<(), Error> {
-        let core = self.platform.platform();
-        let open = &self.pool.open;
-        let volume = Volume::open(refs(&self.rams), core, open, AccessTime::Relative)?;
-        self.model.remount();
-        self.volume = Some(volume);
-        Ok(())
-    }
-
-    fn close(&mut self) {
-        self.volume.take().unwrap().close().unwrap();
-    }
-
-    fn volume(&self) -> &Arc<Volume> {
-        self.volume.as_ref().unwrap()
-    }
-
-    fn engine(&self) -> &Arc<Engine> {
-        self.volume().engine()
-    }
-
+/// What happens to a world here.
+trait Changed {
     /// Adds a device in memory to those of the world; not to the pool.
+    fn new_ram(&mut self, bytes: u64) -> DeviceRef;
+    fn state(&self) -> DeviceChangeState;
+    /// Waits for the end of the change, telling the story on.
+    fn finish(&mut self);
+    fn has_chunks(&self, device: u16) -> bool;
+}
+
+impl Changed for World {
     fn new_ram(&mut self, bytes: u64) -> DeviceRef {
         let ram = RamDevice::new(&format!("new {}", self.rams.len()), bytes);
         self.rams.push(ram.clone());
         ram
     }
 
-    /// Goes on with the story.
-    fn tell(&mut self, count: usize) {
-        let mut expected = Runner::new(self.model.clone());
-        let mut found = Runner::new(self.volume().clone() as Arc<dyn Filesystem>);
-        let end = (self.next + count).min(self.ops.len());
-        for op in &self.ops[self.next..end] {
-            let (want, got) = (expected.run(op).result, found.run(op).result);
-            assert_eq!(want.is_ok(), got.is_ok(), "{op:?}: {:?}", got.err());
-        }
-        self.next = end;
-    }
-
-    fn let_time_pass(&self) {
-        self.platform.clock.advance_ms(300);
-        self.platform.workers.tick();
-        self.engine().store.pool.check().unwrap();
-    }
-
     fn state(&self) -> DeviceChangeState {
         self.engine().device_change().unwrap().state
     }
 
-    /// Waits for the end of the change, telling the story on.
     fn finish(&mut self) {
         for _ in 0..3000 {
             if self.state() != DeviceChangeState::Running {
@@ -138,17 +71,6 @@ impl World {
         let chunks = self.engine().store.pool.chunks();
         chunks.iter().any(|chunk| chunk.stripes.iter().any(|stripe| stripe.device == device))
     }
-
-    /// Everything is as it should be, seen from outside.
-    fn judge(mut self, what: &str) {
-        self.tell(usize::MAX / 2);
-        let found = Tree::read(&**self.volume()).unwrap();
-        let want = Tree::of_state(&self.model.state());
-        assert_eq!(want.difference(&found), None, "{what}");
-        self.close();
-        let findings = self.pool.check(&refs(&self.rams), &self.platform.platform()).unwrap();
-        assert_eq!(findings, Vec::<String>::new(), "{what}");
-    }
 }
 
 fn is_blank(ram: &RamDevice) -> bool {
@@ -159,7 +81,7 @@ fn is_blank(ram: &RamDevice) -> bool {
 fn a_device_can_be_removed_while_the_pool_is_in_use() {
     for seed in seeds(12, 400) {
         let pools = pools();
-        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let mut world = world(&pools[seed as usize % pools.len()], seed);
         let device = (seed / 6 % world.rams.len() as u64) as u16;
         world.engine().remove_device(device).unwrap();
         world.finish();
@@ -180,7 +102,7 @@ fn a_device_can_be_removed_while_the_pool_is_in_use() {
 fn a_device_that_is_added_serves_at_once_and_takes_the_place_of_one_that_was_removed() {
     for seed in seeds(6, 200) {
         let pools = pools();
-        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let mut world = world(&pools[seed as usize % pools.len()], seed);
         let room = world.engine().room();
         let added = world.new_ram(DEVICE_BYTES);
         let index = world.engine().add_device(added).unwrap();
@@ -205,7 +127,7 @@ fn a_pool_that_always_had_one_device_gets_another_and_loses_the_first() {
     for seed in seeds(4, 100) {
         let mut pool = Pool::default();
         pool.format.chunk_bytes = Some(1 << 20);
-        let mut world = World::new(&pool, seed);
+        let mut world = world(&pool, seed);
         let added = world.new_ram(DEVICE_BYTES);
         world.engine().add_device(added).unwrap();
         world.engine().remove_device(0).unwrap();
@@ -222,7 +144,7 @@ fn a_device_can_be_replaced_whether_it_is_there_or_not() {
     for seed in seeds(12, 400) {
         let pools = pools();
         let pool = &pools[seed as usize % pools.len()];
-        let mut world = World::new(pool, seed);
+        let mut world = world(pool, seed);
         let is_redundant = pool.format.data_profile.devices_min() > 1;
         let is_missing = is_redundant && seed / 6 % 2 == 1;
         let device = (seed % world.rams.len() as u64) as u16;
@@ -252,7 +174,7 @@ fn a_device_can_be_replaced_whether_it_is_there_or_not() {
 fn little_is_read_from_a_device_that_is_replaced_while_others_have_copies() {
     let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
     pool.format.chunk_bytes = Some(2 << 20);
-    let mut world = World::new(&pool, 5);
+    let mut world = world(&pool, 5);
     let new = world.new_ram(DEVICE_BYTES);
     // It gives out nothing any more.
     world.rams[0].arm(Fault::from_nth(FaultKind::Failed, Access::Read, 0));
@@ -272,7 +194,7 @@ fn little_is_read_from_a_device_that_is_replaced_while_others_have_copies() {
 fn a_device_is_made_larger_and_smaller_while_the_pool_is_in_use() {
     for seed in seeds(8, 200) {
         let pools = pools();
-        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let mut world = world(&pools[seed as usize % pools.len()], seed);
         let device = (seed % world.rams.len() as u64) as u16;
         // It lies in the middle of its chunks that it is to end.
         let bytes = 6 << 20;
@@ -304,7 +226,7 @@ fn a_device_is_made_larger_and_smaller_while_the_pool_is_in_use() {
 
 #[test]
 fn the_areas_of_labels_may_overlap_when_a_size_changes_by_little() {
-    let mut world = World::new(&pools()[0], 1);
+    let mut world = world(&pools()[0], 1);
     for bytes in [DEVICE_BYTES - 4096, DEVICE_BYTES - LABEL_AREA_BYTES, DEVICE_BYTES - 8192] {
         world.engine().resize_device(0, Some(bytes)).unwrap();
         world.finish();
@@ -321,7 +243,7 @@ fn the_areas_of_labels_may_overlap_when_a_size_changes_by_little() {
 fn a_change_that_cannot_be_is_refused_and_leaves_nothing_behind() {
     let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
     pool.format.chunk_bytes = Some(2 << 20);
-    let mut world = World::new(&pool, 1);
+    let mut world = world(&pool, 1);
     let (room, free) = (world.engine().room(), world.engine().store.pool.unallocated_bytes());
     let refused = world.engine().remove_device(1).unwrap_err();
     assert!(matches!(refused, Error::Argument { .. }), "{refused:?}");
@@ -341,7 +263,7 @@ fn a_change_that_cannot_be_is_refused_and_leaves_nothing_behind() {
 fn a_change_that_is_cancelled_leaves_the_pool_as_it_is_then() {
     for seed in seeds(8, 200) {
         let pools = pools();
-        let mut world = World::new(&pools[seed as usize % pools.len()], seed);
+        let mut world = world(&pools[seed as usize % pools.len()], seed);
         world.engine().remove_device(0).unwrap();
         for _ in 0..seed {
             world.let_time_pass();
@@ -385,7 +307,7 @@ fn after_power_loss_a_change_goes_on_and_nothing_is_lost() {
     for seed in seeds(8, 400) {
         let pools = pools();
         let pool = &pools[(seed / 4 + seed) as usize % pools.len()];
-        let mut world = World::new(pool, seed);
+        let mut world = world(pool, seed);
         world.new_ram(DEVICE_BYTES);
         world.ops.truncate(world.next);
         let want = Tree::of_state(&world.model.state());
@@ -444,7 +366,7 @@ fn a_device_that_fails_in_the_middle_of_a_change_costs_nothing_that_copies_keep(
         let pools = pools();
         let pool = &pools[[2, 4, 5][seed as usize % 3]];
         let mut rng = Rng::derived(seed, 0x6661_696c);
-        let mut world = World::new(pool, seed);
+        let mut world = world(pool, seed);
         let new = world.new_ram(DEVICE_BYTES);
         world.engine().replace_device(0, new).unwrap();
         for _ in 0..rng.below(4) {
@@ -494,7 +416,7 @@ fn a_device_that_was_removed_and_comes_back_is_left_out() {
     let mut pool = Pool::on(3, Profile::Mirror, Profile::Mirror);
     pool.format.chunk_bytes = Some(2 << 20);
     for is_reused in [false, true] {
-        let mut world = World::new(&pool, 3);
+        let mut world = world(&pool, 3);
         // As if its labels had not been wiped.
         let old = world.rams[1].image();
         world.engine().remove_device(1).unwrap();

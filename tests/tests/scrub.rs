@@ -1,23 +1,19 @@
 //! Scrub: what is bad is found, repaired where another copy is good, and named where none is.
 
 use cairn_tests::crash::{Crashes, Sampling};
-use cairn_tests::device::{refs, several, Image, RamDevice, Recording};
+use cairn_tests::device::{refs, Image, RamDevice, Recording};
 use cairn_tests::drive::{is_long, seeds};
-use cairn_tests::fault::script;
-use cairn_tests::gen::{Op, Options};
-use cairn_tests::model::Model;
 use cairn_tests::platform::{Spawn, TestPlatform};
 use cairn_tests::rng::Rng;
-use cairn_tests::run::Runner;
 use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
-use fs_core::engine::{Engine, ScrubStatus};
+use cairn_tests::world::World;
+use fs_core::engine::ScrubStatus;
 use fs_core::error::{Error, Incident};
 use fs_core::format::chunk::Profile;
 use fs_core::format::scrub::ScrubState;
 use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume, WriteFlags};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 const DEVICE_BYTES: u64 = 24 << 20;
 const SECTOR: u64 = 4096;
@@ -36,85 +32,31 @@ fn profiles() -> Vec<Pool> {
     pools
 }
 
-/// A pool in use: what is mounted, and the model that does the same.
-struct World {
-    pool: Pool,
-    rams: Vec<Arc<RamDevice>>,
-    platform: TestPlatform,
-    model: Arc<Model>,
-    volume: Option<Arc<Volume>>,
-    ops: Vec<Op>,
-    next: usize,
+fn world(pool: &Pool, seed: u64) -> World {
+    World::new(pool, seed, DEVICE_BYTES, 60, false)
 }
 
-impl World {
-    /// A new pool that has seen the first half of a story.
-    fn new(pool: &Pool, seed: u64) -> World {
-        let options =
-            Options { sync_percent: 25, reads: false, remount_permille: 0, ..Options::CRASH };
-        let platform = TestPlatform::new(seed, Spawn::AtOnce);
-        let rams = several(pool.devices(), DEVICE_BYTES);
-        pool.format(&refs(&rams), &platform.platform()).unwrap();
-        let mut ops = script(seed, 60, options, DEVICE_BYTES).ops;
-        ops.retain(|op| !matches!(op, Op::Tick | Op::DropCaches));
-        let mut world = World {
-            pool: pool.clone(),
-            rams,
-            platform,
-            model: Arc::new(Model::new(TestPlatform::new(0, Spawn::AtOnce).clock)),
-            volume: None,
-            ops,
-            next: 0,
-        };
-        world.open();
-        world.tell(30);
-        world.volume().sync().unwrap();
-        world
-    }
+/// What happens to a world here.
+trait Scrubbed {
+    fn status(&self) -> ScrubStatus;
 
-    fn open(&mut self) {
-        let core = self.platform.platform();
-        let open = &self.pool.open;
-        let volume = Volume::open(refs(&self.rams), core, open, AccessTime::Relative).unwrap();
-        self.model.remount();
-        self.volume = Some(volume);
-    }
+    /// Waits for the end of the scrub, telling the story on.
+    fn finish(&mut self) -> ScrubStatus;
 
-    fn remount(&mut self) {
-        self.volume.take().unwrap().close().unwrap();
-        self.open();
-    }
+    /// Puts garbage in the place of copies that are in use, each with a chance of `percent`, but
+    /// always leaves one copy of a chunk alone if `leaves` says so. Returns how many sectors it
+    /// hit.
+    fn damage(&self, rng: &mut Rng, percent: u64, leaves: bool) -> usize;
 
-    fn volume(&self) -> &Arc<Volume> {
-        self.volume.as_ref().unwrap()
-    }
+    /// Spoils one of the two areas of each device, here and there.
+    fn damage_labels(&self, rng: &mut Rng);
+}
 
-    fn engine(&self) -> &Arc<Engine> {
-        self.volume().engine()
-    }
-
+impl Scrubbed for World {
     fn status(&self) -> ScrubStatus {
         self.engine().scrub_status().unwrap()
     }
 
-    /// Goes on with the story.
-    fn tell(&mut self, count: usize) {
-        let mut expected = Runner::new(self.model.clone());
-        let mut found = Runner::new(self.volume().clone() as Arc<dyn Filesystem>);
-        let end = (self.next + count).min(self.ops.len());
-        for op in &self.ops[self.next..end] {
-            let (want, got) = (expected.run(op).result, found.run(op).result);
-            assert_eq!(want.is_ok(), got.is_ok(), "{op:?}: {:?}", got.err());
-        }
-        self.next = end;
-    }
-
-    fn let_time_pass(&self) {
-        self.platform.clock.advance_ms(300);
-        self.platform.workers.tick();
-    }
-
-    /// Waits for the end of the scrub, telling the story on.
     fn finish(&mut self) -> ScrubStatus {
         for _ in 0..20_000 {
             if self.status().state != ScrubState::Running {
@@ -126,9 +68,6 @@ impl World {
         panic!("the scrub does not end: {:?}", self.status());
     }
 
-    /// Puts garbage in the place of copies that are in use, each with a chance of `percent`, but
-    /// always leaves one copy of a chunk alone if `leaves` says so. Returns how many sectors it
-    /// hit.
     fn damage(&self, rng: &mut Rng, percent: u64, leaves: bool) -> usize {
         let mut images: Vec<Image> = self.rams.iter().map(|ram| ram.image()).collect();
         let used: Vec<BTreeSet<u64>> =
@@ -160,7 +99,6 @@ impl World {
         hit
     }
 
-    /// Spoils one of the two areas of each device, here and there.
     fn damage_labels(&self, rng: &mut Rng) {
         for ram in &self.rams {
             let mut image = ram.image();
@@ -176,17 +114,6 @@ impl World {
             ram.set_image(image);
         }
     }
-
-    /// Everything is as it should be, seen from outside.
-    fn judge(mut self, what: &str) {
-        self.tell(usize::MAX / 2);
-        let found = Tree::read(&**self.volume()).unwrap();
-        let want = Tree::of_state(&self.model.state());
-        assert_eq!(want.difference(&found), None, "{what}");
-        self.volume.take().unwrap().close().unwrap();
-        let findings = self.pool.check(&refs(&self.rams), &self.platform.platform()).unwrap();
-        assert_eq!(findings, Vec::<String>::new(), "{what}");
-    }
 }
 
 #[test]
@@ -195,7 +122,7 @@ fn damage_that_the_profile_bears_is_repaired_while_the_pool_is_in_use() {
     for seed in seeds(12, 600) {
         let pools = profiles();
         let pool = &pools[seed as usize % pools.len()];
-        let mut world = World::new(pool, seed);
+        let mut world = world(pool, seed);
         let mut rng = Rng::derived(seed, 0x7363_7275);
         let is_single = pool.format.data_profile == Profile::Single;
         world.damage(&mut rng, 20, true);
@@ -242,7 +169,7 @@ type Copies = Vec<(u16, u64)>;
 fn three_files() -> (World, Vec<Vec<u8>>, Vec<Copies>) {
     let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
     pool.format.compression = fs_core::format::ptr::CompressionKind::None;
-    let mut world = World::new(&pool, 1);
+    let mut world = world(&pool, 1);
     world.ops.truncate(world.next);
     let contents: Vec<Vec<u8>> = [&b"one"[..], b"two", b"three"]
         .iter()
@@ -408,7 +335,7 @@ fn a_pool_that_is_open_for_reading_is_not_scrubbed_and_shows_how_it_stands() {
     world.volume.take().unwrap().close().unwrap();
     world.rams.iter().for_each(|ram| ram.forbid_writes());
     world.pool.open.read_only = true;
-    world.open();
+    world.open().unwrap();
     let before = world.status();
     assert_eq!(before.state, ScrubState::Running);
     for _ in 0..20 {
@@ -485,7 +412,7 @@ fn what_moves_while_it_runs_is_not_missed() {
     for seed in seeds(12, 400) {
         let mut pool = Pool::on(1, Profile::Dup, Profile::Dup);
         pool.format.compression = fs_core::format::ptr::CompressionKind::None;
-        let mut world = World::new(&pool, seed);
+        let mut world = world(&pool, seed);
         world.ops.truncate(world.next);
         let volume = world.volume().clone();
         let caller = Caller { uid: 0, gid: 0, umask: 0 };
@@ -571,7 +498,7 @@ fn the_power_may_fail_at_every_write_of_a_scrub() {
     for seed in seeds(60, 100_000) {
         let pools = profiles();
         let pool = &pools[seed as usize % pools.len()];
-        let mut world = World::new(pool, seed);
+        let mut world = world(pool, seed);
         world.ops.truncate(world.next);
         let want = Tree::of_state(&world.model.state());
         let mut rng = Rng::derived(seed, 0x6372_6173);
@@ -605,7 +532,7 @@ fn the_power_may_fail_at_every_write_of_a_scrub() {
             world.rams =
                 state.images.into_iter().map(|image| RamDevice::of("ram", image)).collect();
             world.platform = TestPlatform::new(seed, Spawn::AtOnce);
-            world.open();
+            world.open().unwrap();
             let before = world.engine().scrub_status();
             match before.as_ref().map(|status| status.state) {
                 // The pool does not know of it yet.

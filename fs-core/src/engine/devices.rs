@@ -27,7 +27,7 @@
 //!   labels are wiped when those of all others do not name it.
 
 use crate::btree::Edit;
-use crate::engine::survey::{Parts, Pass, Seen, Visitor};
+use crate::engine::survey::{Passes, Seen, Visitor};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::format::devices::{DeviceChangeItem, DeviceChangeKind, DeviceChangeState};
@@ -53,10 +53,6 @@ const BUDGET_NS: u64 = 200_000_000;
 const STEP_BYTES: u64 = 4 << 20;
 /// How long it waits when something could not be done, in nanoseconds.
 const PAUSE_NS: u64 = 10_000_000_000;
-/// Trees are held as they are when a pass came to no more blocks than these.
-const LAST_BLOCKS: u64 = 4096;
-/// Passes before the last at most: more would not become shorter.
-const PASSES_MAX: usize = 8;
 /// A batch is so much of the whole, and not less than a number of chunks.
 const BATCHES: u64 = 16;
 const BATCH_CHUNKS_MIN: u64 = 8;
@@ -86,40 +82,16 @@ enum Work {
     #[default]
     Choose,
     Settle,
-    Pass(Box<Passes>),
+    Pass(Box<Carrying>),
     /// The group that the last pass saw.
     Seal(Txg),
 }
 
-/// Passes over the trees.
-struct Passes {
-    /// What is younger was written in both places.
-    first: Txg,
-    /// The group that was published when this pass began.
-    began: Txg,
-    /// How many rollbacks there had been.
-    turns: u64,
-    pass: Pass,
-    count: usize,
-    blocks: u64,
+/// Carrying over what is named in chunks that move.
+struct Carrying {
+    /// What is younger than the first was written in both places.
+    passes: Passes,
     unread: Option<Error>,
-    /// In the last pass, what it looks at.
-    last: Option<Parts>,
-}
-
-impl Passes {
-    fn new(turns: u64, parts: &Parts) -> Passes {
-        Passes {
-            first: parts.txg,
-            began: parts.txg,
-            turns,
-            pass: Pass::default(),
-            count: 1,
-            blocks: 0,
-            unread: None,
-            last: None,
-        }
-    }
 }
 
 /// How a change of the devices stands.
@@ -418,15 +390,10 @@ impl Engine {
                 return;
             }
         }
-        let weak = Arc::downgrade(self);
-        let tick = move || match weak.upgrade() {
-            Some(engine) => {
-                engine.change_some();
-                engine.keeps_changing()
-            }
-            None => false,
-        };
-        self.store.platform.workers.every(TICK_MS, Box::new(tick));
+        self.every(TICK_MS, |engine| {
+            engine.change_some();
+            engine.keeps_changing()
+        });
     }
 
     fn keeps_changing(&self) -> bool {
@@ -465,7 +432,7 @@ impl Engine {
         let outcome = match work {
             Work::Choose => self.choose(&item, generation),
             Work::Settle => self.settle_moves(),
-            Work::Pass(passes) => self.carry(passes),
+            Work::Pass(carrying) => self.carry(carrying),
             Work::Seal(txg) => self.seal(txg, generation),
         };
         let mut state = self.device_changes.state.lock();
@@ -582,45 +549,39 @@ impl Engine {
         self.commit_upto(self.store.groups.open())?;
         let turns = self.turns.load(Ordering::Acquire);
         let parts = self.parts();
-        Ok((Work::Pass(Box::new(Passes::new(turns, &parts))), true))
+        let carrying = Carrying { passes: Passes::new(turns, &parts), unread: None };
+        Ok((Work::Pass(Box::new(carrying)), true))
     }
 
     #[inline(never)]
-    fn carry(&self, mut passes: Box<Passes>) -> Result<(Work, bool)> {
+    fn carry(&self, mut carrying: Box<Carrying>) -> Result<(Work, bool)> {
         let now = self.parts();
+        let Carrying { passes, unread } = &mut *carrying;
         if passes.turns != self.turns.load(Ordering::Acquire) {
             return Ok((Work::Settle, true));
         }
-        let Passes { pass, last, first, .. } = &mut *passes;
         let mut gathered = Gathering {
-            first: *first,
+            first: passes.first,
             node_bytes: self.store.node_bytes as u64,
             contents: Vec::new(),
             blocks: 0,
             bytes: 0,
             unread: None,
         };
-        let goes_on = pass.step(&self.store, last.as_ref().unwrap_or(&now), &mut gathered)?;
+        let goes_on = passes.step(&self.store, &now, &mut gathered)?;
         passes.blocks += gathered.blocks;
         let lost = carry_over(&self.store.pool, &gathered.contents)?;
         let is_unread = |(_, lost): &&(usize, Lost)| matches!(lost.error, Error::Device { .. });
-        let unread = lost.iter().find(is_unread).map(|(_, lost)| lost.error.clone());
-        passes.unread = passes.unread.take().or(unread).or(gathered.unread);
+        let found = lost.iter().find(is_unread).map(|(_, lost)| lost.error.clone());
+        *unread = unread.take().or(found).or(gathered.unread);
         if goes_on {
-            return Ok((Work::Pass(passes), true));
+            return Ok((Work::Pass(carrying), true));
         }
-        if let Some(error) = passes.unread.take() {
+        if let Some(error) = unread.take() {
             return Err(error);
         }
-        let Some(parts) = passes.last.take() else {
-            // What is younger than this pass.
-            passes.pass = Pass::younger_than(passes.began);
-            passes.began = now.txg;
-            let is_short = passes.blocks <= LAST_BLOCKS || passes.count >= PASSES_MAX;
-            passes.last = is_short.then_some(now);
-            passes.count += 1;
-            passes.blocks = 0;
-            return Ok((Work::Pass(passes), true));
+        let Some(parts) = passes.end_pass(now) else {
+            return Ok((Work::Pass(carrying), true));
         };
         if let Some(ptr) = &parts.residue {
             let lost = carry_over(&self.store.pool, &[Content::Block(*ptr)])?;

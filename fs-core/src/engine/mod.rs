@@ -490,6 +490,14 @@ impl Engine {
         }
     }
 
+    /// Calls `tick` about every `ms` milliseconds until it returns false. That does not keep the
+    /// engine.
+    fn every(self: &Arc<Engine>, ms: u64, tick: impl Fn(&Arc<Engine>) -> bool + Send + 'static) {
+        let weak = Arc::downgrade(self);
+        let tick = move || weak.upgrade().is_some_and(|engine| tick(&engine));
+        self.store.platform.workers.every(ms, Box::new(tick));
+    }
+
     /// Acts as if power had failed: nothing is written any more.
     pub fn shutdown(&self) {
         self.store.shut_down();

@@ -437,26 +437,16 @@ fn read_setting(settings: &mut DataSettings, number: u64, value: &[u8]) {
 }
 
 fn start_ticking(engine: &Arc<Engine>) {
-    let weak = Arc::downgrade(engine);
-    let tick = move || match weak.upgrade() {
-        Some(engine) => {
-            engine.tick();
-            !engine.closed.load(core::sync::atomic::Ordering::Acquire)
-        }
-        None => false,
-    };
-    engine.store.platform.workers.every(TICK_MS, Box::new(tick));
+    let is_open = |engine: &Engine| !engine.closed.load(core::sync::atomic::Ordering::Acquire);
+    engine.every(TICK_MS, move |engine| {
+        engine.tick();
+        is_open(engine)
+    });
     if engine.store.pool.behind().is_empty() {
         return;
     }
-    let weak = Arc::downgrade(engine);
-    let resilver = move || match weak.upgrade() {
-        Some(engine) => {
-            engine.resilver_some();
-            let is_closed = engine.closed.load(core::sync::atomic::Ordering::Acquire);
-            !is_closed && !engine.store.pool.behind().is_empty()
-        }
-        None => false,
-    };
-    engine.store.platform.workers.every(TICK_MS, Box::new(resilver));
+    engine.every(TICK_MS, move |engine| {
+        engine.resilver_some();
+        is_open(engine) && !engine.store.pool.behind().is_empty()
+    });
 }

@@ -21,7 +21,7 @@
 //! nothing is called complete: after a while all is looked at again.
 
 use crate::device::Member;
-use crate::engine::survey::{Parts, Pass, Seen, Visitor};
+use crate::engine::survey::{Parts, Passes, Seen, Visitor};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::format::key::Key;
@@ -38,10 +38,6 @@ const BUDGET_NS: u64 = 200_000_000;
 const STEP_BYTES: u64 = 4 << 20;
 /// How long it waits when something could not be read, in nanoseconds.
 const PAUSE_NS: u64 = 30_000_000_000;
-/// Trees are held as they are when a pass came to no more blocks than these.
-const LAST_BLOCKS: u64 = 4096;
-/// Passes before the last at most: more would not become shorter.
-const PASSES_MAX: usize = 8;
 /// How often a block is read before it is believed to be bad.
 const TRIES: usize = 3;
 
@@ -49,22 +45,12 @@ const TRIES: usize = 3;
 pub(super) struct Resilver {
     /// The devices, each with the failures it had.
     devices: Vec<(u16, u64)>,
-    /// How many rollbacks there had been.
-    turns: u64,
-    /// The group that was published when it began: what is younger was written to the devices.
-    first: Txg,
-    /// The one when this pass began.
-    began: Txg,
-    pass: Pass,
-    passes: usize,
-    /// Blocks that this pass came to.
-    blocks: u64,
+    /// What is younger than the first was written to the devices.
+    passes: Passes,
     /// Something could not be read.
     has_gaps: bool,
     /// Bytes compared.
     bytes: u64,
-    /// In the last pass, what it looks at.
-    last: Option<Parts>,
     /// Uptime before which it rests.
     resumes_ns: u64,
 }
@@ -82,35 +68,14 @@ pub struct ResilverProgress {
 
 impl Resilver {
     fn new(devices: Vec<(u16, u64)>, turns: u64, parts: &Parts) -> Resilver {
-        Resilver {
-            devices,
-            turns,
-            first: parts.txg,
-            began: parts.txg,
-            pass: Pass::default(),
-            passes: 1,
-            blocks: 0,
-            has_gaps: false,
-            bytes: 0,
-            last: None,
-            resumes_ns: 0,
-        }
+        let passes = Passes::new(turns, parts);
+        Resilver { devices, passes, has_gaps: false, bytes: 0, resumes_ns: 0 }
     }
 
     /// Whether it may go on: no tree was turned back, and it is about these devices.
     fn fits(&self, turns: u64, behind: &[u16]) -> bool {
         let devices = self.devices.iter().map(|(device, _)| *device);
-        self.turns == turns && devices.eq(behind.iter().copied())
-    }
-
-    /// Begins the pass that looks at what is younger than this one.
-    fn next_pass(&mut self, parts: Parts) {
-        self.pass = Pass::younger_than(self.began);
-        self.began = parts.txg;
-        let is_short = self.blocks <= LAST_BLOCKS || self.passes >= PASSES_MAX;
-        self.last = is_short.then_some(parts);
-        self.passes += 1;
-        self.blocks = 0;
+        self.passes.turns == turns && devices.eq(behind.iter().copied())
     }
 }
 
@@ -186,20 +151,19 @@ impl Engine {
 
     /// Compares about [`STEP_BYTES`]. False at the end of the pass.
     fn resilver_step(&self, resilver: &mut Resilver, now: &Parts) -> Result<bool> {
-        let Resilver { pass, last, first, .. } = resilver;
         let mut compared = Comparing {
             pool: &self.store.pool,
-            first: *first,
+            first: resilver.passes.first,
             node_bytes: self.store.node_bytes as u64,
             blocks: 0,
             bytes: 0,
             work: 0,
             has_gaps: false,
         };
-        let outcome = pass.step(&self.store, last.as_ref().unwrap_or(now), &mut compared);
+        let outcome = resilver.passes.step(&self.store, now, &mut compared);
         resilver.has_gaps |= compared.has_gaps;
         if outcome.is_ok() {
-            resilver.blocks += compared.blocks;
+            resilver.passes.blocks += compared.blocks;
             resilver.bytes += compared.bytes;
         }
         outcome
@@ -208,22 +172,19 @@ impl Engine {
     /// Begins the next pass, or ends the resilver: `None`.
     fn end_pass(&self, resilver: &mut Resilver, now: Parts) -> Option<()> {
         if resilver.has_gaps {
-            *resilver = Resilver::new(resilver.devices.clone(), resilver.turns, &now);
+            *resilver = Resilver::new(resilver.devices.clone(), resilver.passes.turns, &now);
             resilver.resumes_ns = self.store.platform.clock.uptime_ns().saturating_add(PAUSE_NS);
             return Some(());
         }
-        let Some(parts) = resilver.last.take() else {
-            resilver.next_pass(now);
-            return Some(());
-        };
+        let Some(parts) = resilver.passes.end_pass(now) else { return Some(()) };
         if let Some(ptr) = &parts.residue {
             let mended = mended(&self.store.pool, &Content::Block(*ptr));
             if !matches!(mended, Ok(Mended::Good | Mended::Lost)) {
-                resilver.last = Some(parts);
+                resilver.passes.hold(parts);
                 return Some(());
             }
         }
-        drop((parts, now));
+        drop(parts);
         // What is named by the superblock of an earlier opening, such as its log, is not needed
         // any more after this.
         self.want_commit();

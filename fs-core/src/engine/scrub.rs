@@ -445,15 +445,10 @@ impl Engine {
             }
             state.note_running(now_ns, self.store.pool.members());
         }
-        let weak = Arc::downgrade(self);
-        let tick = move || match weak.upgrade() {
-            Some(engine) => {
-                engine.scrub_some();
-                engine.keeps_scrubbing()
-            }
-            None => false,
-        };
-        self.store.platform.workers.every(TICK_MS, Box::new(tick));
+        self.every(TICK_MS, |engine| {
+            engine.scrub_some();
+            engine.keeps_scrubbing()
+        });
     }
 
     /// Whether whoever goes on with the scrub has something left to do; if not, he goes.

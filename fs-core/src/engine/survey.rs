@@ -110,6 +110,69 @@ pub(super) struct Pass {
     least: Txg,
 }
 
+/// The trees are held as they are for a pass when the one before came to no more blocks than these.
+const LAST_BLOCKS: u64 = 4096;
+/// Passes before the last at most: more would not become shorter.
+const PASSES_MAX: usize = 8;
+
+/// Passes one after the other, each over what is younger than the one before, until one of them is
+/// short. The last sees the trees as one group has them.
+pub(super) struct Passes {
+    /// The group that was published when this began.
+    pub first: Txg,
+    /// How many rollbacks there had been.
+    pub turns: u64,
+    /// Blocks that this pass came to.
+    pub blocks: u64,
+    /// The group that was published when this pass began.
+    began: Txg,
+    pass: Pass,
+    count: usize,
+    /// In the last pass, what it looks at.
+    last: Option<Parts>,
+}
+
+impl Passes {
+    /// At the beginning of the first.
+    pub(super) fn new(turns: u64, parts: &Parts) -> Passes {
+        let (first, began) = (parts.txg, parts.txg);
+        Passes { first, turns, blocks: 0, began, pass: Pass::default(), count: 1, last: None }
+    }
+
+    /// Visits the next part of what this pass looks at; of `now`, unless it is the last. False at
+    /// its end.
+    ///
+    /// # Errors
+    /// As [`Pass::step`].
+    pub(super) fn step(
+        &mut self,
+        store: &Store,
+        now: &Parts,
+        visitor: &mut dyn Visitor,
+    ) -> Result<bool> {
+        self.pass.step(store, self.last.as_ref().unwrap_or(now), visitor)
+    }
+
+    /// At the end of a pass: begins the next, or says what the last one looked at.
+    pub(super) fn end_pass(&mut self, now: Parts) -> Option<Parts> {
+        if self.last.is_some() {
+            return self.last.take();
+        }
+        self.pass = Pass::younger_than(self.began);
+        self.began = now.txg;
+        let is_short = self.blocks <= LAST_BLOCKS || self.count >= PASSES_MAX;
+        self.last = is_short.then_some(now);
+        self.count += 1;
+        self.blocks = 0;
+        None
+    }
+
+    /// Something is left to do about what the last one looked at.
+    pub(super) fn hold(&mut self, parts: Parts) {
+        self.last = Some(parts);
+    }
+}
+
 impl Engine {
     /// All trees as the published group has them. Waits for a group that is being written.
     pub(super) fn parts(&self) -> Parts {

@@ -102,6 +102,12 @@ pub mod mode {
     pub const SET_GID: u32 = 0o2000;
     pub const STICKY: u32 = 0o1000;
     pub const PERMISSIONS: u32 = 0o7777;
+
+    /// Whether type bits are those of a type that there is.
+    pub fn is_type(file_type: u32) -> bool {
+        let types = [FIFO, CHAR, DIRECTORY, BLOCK, REGULAR, SYMLINK, SOCKET];
+        types.contains(&file_type)
+    }
 }
 
 /// Attribute flags, with the numbers of FS_IOC_GETFLAGS.
@@ -219,19 +225,7 @@ impl InodeItem {
     pub fn decode(bytes: &[u8]) -> Result<InodeItem, BadBytes> {
         rule(bytes.len() == InodeItem::BYTES, "inode item of the wrong length")?;
         let item = <InodeItem as DiskField>::get(bytes);
-        rule(
-            matches!(
-                item.file_type(),
-                mode::FIFO
-                    | mode::CHAR
-                    | mode::DIRECTORY
-                    | mode::BLOCK
-                    | mode::REGULAR
-                    | mode::SYMLINK
-                    | mode::SOCKET
-            ),
-            "unknown file type",
-        )?;
+        rule(mode::is_type(item.file_type()), "unknown file type")?;
         rule(item.mode & !(mode::TYPE | mode::PERMISSIONS) == 0, "unknown mode bits")?;
         rule(item.size <= super::extent::FILE_BYTES_MAX, "size out of range")?;
         for count in [item.stored_bytes, item.promised_bytes, item.entries, item.next_cookie] {

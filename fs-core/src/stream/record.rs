@@ -281,7 +281,7 @@ impl Record {
             }
             kind::NAME => {
                 let (ino, file_type) = (body.ino()?, body.u32()?);
-                rule(is_type(file_type), "unknown file type of a name")?;
+                rule(mode::is_type(file_type), "unknown file type of a name")?;
                 Record::Name { ino, file_type, name: entry_name(&mut body)? }
             }
             kind::TARGET => {
@@ -323,19 +323,6 @@ impl Record {
         rule(body.0.is_empty(), "record too long")?;
         Ok(Some(record))
     }
-}
-
-fn is_type(file_type: u32) -> bool {
-    matches!(
-        file_type,
-        mode::FIFO
-            | mode::CHAR
-            | mode::DIRECTORY
-            | mode::BLOCK
-            | mode::REGULAR
-            | mode::SYMLINK
-            | mode::SOCKET
-    )
 }
 
 fn check_range(offset: u64, bytes: u64) -> core::result::Result<(), BadBytes> {

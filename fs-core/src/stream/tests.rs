@@ -284,6 +284,20 @@ fn tree_of(view: &Option<Arc<View>>) -> Tree {
     view.as_ref().map_or(Tree::empty(TreeId::FIRST_SUBVOL), |view| view.tree)
 }
 
+/// Two volumes to which the same happened, and which store it in other ways.
+pub(super) fn stored_twice(steps: Vec<Step>) -> [Arc<Volume>; 2] {
+    let [plain, packed] = options().map(|options| new_volume(&options));
+    for (index, step) in steps.into_iter().enumerate() {
+        act(&plain, &mut BTreeSet::new(), step);
+        act(&packed, &mut BTreeSet::new(), step);
+        // Other extents too.
+        if index % 5 == 0 {
+            packed.sync().unwrap();
+        }
+    }
+    [plain, packed]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(96))]
 
@@ -331,15 +345,7 @@ proptest! {
     fn one_content_has_one_identity_however_it_is_stored(
         steps in proptest::collection::vec(any::<Step>(), 1..60),
     ) {
-        let [plain, packed] = options().map(|options| new_volume(&options));
-        for (index, step) in steps.into_iter().enumerate() {
-            act(&plain, &mut BTreeSet::new(), step);
-            act(&packed, &mut BTreeSet::new(), step);
-            // Other extents too.
-            if index % 5 == 0 {
-                packed.sync().unwrap();
-            }
-        }
+        let [plain, packed] = stored_twice(steps);
         prop_assume!(look(&plain) == look(&packed));
         prop_assert_eq!(identity(&plain), identity(&packed));
     }

@@ -178,14 +178,7 @@ proptest! {
     fn one_content_is_one_stream_however_it_is_stored(
         steps in proptest::collection::vec(any::<Step>(), 1..40),
     ) {
-        let [plain, packed] = options().map(|options| new_volume(&options));
-        for (index, step) in steps.into_iter().enumerate() {
-            act(&plain, &mut BTreeSet::new(), step);
-            act(&packed, &mut BTreeSet::new(), step);
-            if index % 5 == 0 {
-                packed.sync().unwrap();
-            }
-        }
+        let [plain, packed] = stored_twice(steps);
         prop_assume!(look(&plain) == look(&packed));
         let [a, b] = [&plain, &packed].map(|fs| {
             let view = view(fs);
