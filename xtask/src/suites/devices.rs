@@ -5,38 +5,37 @@
 //! middle of a removal, which goes on after the next mount. Every file that was synced must be what
 //! was written, and the checker content. Then the same verbs on the pool while it is not mounted.
 
+use super::loops::{Loops, Shape, LIMIT};
 use super::Suite;
-use crate::guard::{self, Guard};
-use crate::random::Random;
 use crate::run::Cmd;
 use crate::steps::Outcome;
-use crate::subject::{MountOptions, Subject};
 use crate::{checkout, need};
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::ops::{Deref, DerefMut};
+use std::path::Path;
 
-const DEVICE_BYTES: u64 = 384 << 20;
 const FILES: u64 = 40;
 const FILES_MAX: u64 = 110;
-const FILE_BYTES: usize = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(300);
+
+const SHAPE: Shape =
+    Shape { name: "devices", devices: 4, device_bytes: 384 << 20, file_bytes: 1 << 20 };
 
 /// Loop devices, of which some are a pool.
-struct Bench<'a> {
-    // Dropped in this order.
-    mounted: Option<Guard>,
-    _attached: Vec<Guard>,
-    _mount_point: Guard,
-    _scratch: Guard,
-    subject: &'a dyn Subject,
-    devices: Vec<PathBuf>,
-    /// The one that is named to mount the pool.
-    source: usize,
-    dir: PathBuf,
+struct Bench<'a>(Loops<'a>);
+
+impl<'a> Deref for Bench<'a> {
+    type Target = Loops<'a>;
+
+    fn deref(&self) -> &Loops<'a> {
+        &self.0
+    }
+}
+
+impl DerefMut for Bench<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
 }
 
 /// Runs it.
@@ -45,10 +44,10 @@ struct Bench<'a> {
 /// When something is lost, or a change does not come about.
 pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
     need::release_build()?;
-    let mut bench = Bench::create(suite.subject)?;
+    let mut bench = Bench(Loops::create(suite.subject, &SHAPE)?);
     bench.mount()?;
     (0..FILES).try_for_each(|number| bench.write(number))?;
-    let written = bench.while_writing(FILES, |bench| {
+    let ((), written) = bench.while_writing(FILES..FILES_MAX, || {
         bench.cairn(&["device", "add"], &[2])?;
         bench.cairn(&["device", "remove", "--wait"], &[1])?;
         bench.cairn(&["device", "replace", "--wait"], &[2, 3])?;
@@ -74,58 +73,7 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
     Ok(Outcome::Passed(format!("{written} files as they were")))
 }
 
-impl<'a> Bench<'a> {
-    fn create(subject: &'a dyn Subject) -> Result<Bench<'a>> {
-        let (scratch, removal) = guard::temp_dir(&checkout::artefacts("scratch")?, "devices")?;
-        let (dir, mount_point) = guard::mount_point()?;
-        let (mut devices, mut attached) = (Vec::new(), Vec::new());
-        for name in ["a", "b", "c", "d"] {
-            let image = scratch.join(name);
-            File::create(&image)?.set_len(DEVICE_BYTES)?;
-            let (device, guard) = guard::loop_device(&image, false)?;
-            devices.push(device);
-            attached.push(guard);
-        }
-        Cmd::new(checkout::binary("mkfs.cairn"))
-            .args(["-q", "-f", "--profile", "mirror"])
-            .args(&devices[..2])
-            .quiet()?;
-        Ok(Bench {
-            mounted: None,
-            _attached: attached,
-            _mount_point: mount_point,
-            _scratch: removal,
-            subject,
-            devices,
-            source: 0,
-            dir,
-        })
-    }
-
-    fn mount(&mut self) -> Result<()> {
-        self.subject.mount(&self.devices[self.source], &self.dir, MountOptions::default())?;
-        self.mounted = Some(guard::mounted(&self.dir));
-        Ok(())
-    }
-
-    fn unmount(&mut self) -> Result<()> {
-        guard::unmount_command(&self.dir).limit(LIMIT).quiet()?;
-        if let Some(guard) = self.mounted.take() {
-            guard.disarm();
-        }
-        Ok(())
-    }
-
-    fn remount(&mut self) -> Result<()> {
-        self.unmount()?;
-        self.mount()
-    }
-
-    fn check(&self) -> Result<()> {
-        let source = &self.devices[self.source];
-        Cmd::new(checkout::binary("fsck.cairn")).args(["-f", "-n"]).arg(source).quiet()
-    }
-
+impl Bench<'_> {
     /// Runs a verb on the pool, with devices after it.
     fn cairn(&self, words: &[&str], devices: &[usize]) -> Result<String> {
         self.verb(words, &self.dir, devices)
@@ -164,56 +112,12 @@ impl<'a> Bench<'a> {
         Ok(status[0]["devices"].as_array().map_or(0, Vec::len))
     }
 
-    fn content(number: u64) -> Vec<u8> {
-        let mut content = vec![0; FILE_BYTES];
-        Random(0xdef1 + number).fill(&mut content);
-        content
-    }
-
-    fn write(&self, number: u64) -> Result<()> {
-        Ok(fs::write(self.dir.join(format!("file {number}")), Bench::content(number))?)
-    }
-
-    fn compare(&self, number: u64) -> Result<()> {
-        let found = fs::read(self.dir.join(format!("file {number}")))?;
-        ensure!(found == Bench::content(number), "file {number} is not what was written");
-        Ok(())
-    }
-
-    /// Carries out `work` while files are written, from a number on; returns the next number.
-    fn while_writing<T>(
-        &mut self,
-        first: u64,
-        work: impl FnOnce(&Bench<'_>) -> Result<T> + Send,
-    ) -> Result<u64> {
-        let stop = AtomicBool::new(false);
-        let next = AtomicU64::new(first);
-        let bench = &*self;
-        std::thread::scope(|scope| -> Result<()> {
-            let writer = scope.spawn(|| -> Result<()> {
-                while !stop.load(Ordering::Relaxed) && next.load(Ordering::Relaxed) < FILES_MAX {
-                    bench.write(next.load(Ordering::Relaxed))?;
-                    next.fetch_add(1, Ordering::Relaxed);
-                }
-                Ok(())
-            });
-            let outcome = work(bench);
-            stop.store(true, Ordering::Relaxed);
-            let written = writer.join().expect("the writer does not panic");
-            outcome.and(written)
-        })?;
-        Ok(next.into_inner())
-    }
-
     /// A removal goes on after the server was killed in the middle of it.
     fn survives_kill(&mut self) -> Result<()> {
         self.cairn(&["sync"], &[])?;
         self.cairn(&["device", "remove"], &[0])?;
         super::kill::kill_server(&self.devices[0], &self.dir)?;
-        guard::unmount_command(&self.dir).limit(LIMIT).quiet()?;
-        if let Some(guard) = self.mounted.take() {
-            guard.disarm();
-        }
+        self.unmount()?;
         // The first may be gone already.
         self.source = 1;
         self.mount()?;

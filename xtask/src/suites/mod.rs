@@ -26,6 +26,7 @@ mod direct;
 mod fsx;
 mod full;
 mod kill;
+mod loops;
 mod memory;
 mod pjdfstest;
 mod programs;

@@ -4,42 +4,27 @@
 //! while files are written to the pool. `cairn scrub` must find that, repair it, and say so; every
 //! file must be what it was, and the checker content. Then the same for a pool that is not mounted.
 
+use super::loops::{Loops, Shape, LIMIT};
 use super::Suite;
-use crate::guard::{self, Guard};
 use crate::random::Random;
 use crate::run::Cmd;
 use crate::steps::Outcome;
-use crate::subject::{MountOptions, Subject};
 use crate::{checkout, need};
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::path::Path;
 
 const DEVICE_BYTES: u64 = 512 << 20;
 /// Where chunks begin.
 const DATA_START: u64 = 1 << 20;
 const FILES: u64 = 48;
-const FILE_BYTES: usize = 2 << 20;
 /// Of so many sectors one is spoilt.
 const SPOILT: usize = 12;
-const LIMIT: Duration = Duration::from_secs(300);
 
-/// A mirror on two loop devices.
-struct Mirror<'a> {
-    // Dropped in this order.
-    mounted: Option<Guard>,
-    _attached: Vec<Guard>,
-    _mount_point: Guard,
-    _scratch: Guard,
-    subject: &'a dyn Subject,
-    images: Vec<PathBuf>,
-    devices: Vec<PathBuf>,
-    dir: PathBuf,
-}
+const SHAPE: Shape =
+    Shape { name: "scrub", devices: 2, device_bytes: DEVICE_BYTES, file_bytes: 2 << 20 };
 
 /// Runs it.
 ///
@@ -47,30 +32,17 @@ struct Mirror<'a> {
 /// When damage is missed, repaired wrongly or not told.
 pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
     need::release_build()?;
-    let mut mirror = Mirror::create(suite.subject)?;
+    let mut mirror = Loops::create(suite.subject, &SHAPE)?;
     mirror.mount()?;
     (0..FILES).try_for_each(|number| mirror.write(number))?;
     cairn(&["sync"], &mirror.dir)?;
-    let stop = AtomicBool::new(false);
-    let (spoilt, more) = std::thread::scope(|scope| -> Result<(usize, u64)> {
-        let writer = scope.spawn(|| -> Result<u64> {
-            let mut next = FILES;
-            while !stop.load(Ordering::Relaxed) && next < 2 * FILES {
-                mirror.write(next)?;
-                next += 1;
-            }
-            Ok(next)
-        });
-        let outcome = spoil(&mirror.images[1]).and_then(|spoilt| {
-            let waited = cairn(&["scrub", "start", "--wait"], &mirror.dir)?;
-            ensure!(waited.contains("scrub repaired"), "nothing was repaired: {waited}");
-            Ok(spoilt)
-        });
-        stop.store(true, Ordering::Relaxed);
-        let more = writer.join().expect("the writer does not panic")?;
-        Ok((outcome?, more))
+    let (spoilt, more) = mirror.while_writing(FILES..2 * FILES, || {
+        let spoilt = spoil(&mirror.images[1])?;
+        let waited = cairn(&["scrub", "start", "--wait"], &mirror.dir)?;
+        ensure!(waited.contains("scrub repaired"), "nothing was repaired: {waited}");
+        Ok(spoilt)
     })?;
-    let scrub = mirror.scrub()?;
+    let scrub = scrub_of(&mirror)?;
     let number = |name: &str| scrub[name].as_u64().unwrap_or(0);
     ensure!(scrub["state"] == "finished" && number("lost_count") == 0, "{scrub}");
     ensure!(number("found") > 0 && number("repaired_bytes") > 0, "{scrub}");
@@ -82,9 +54,9 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
     // What is written while a scrub runs may be spoilt behind it; a second one finds that.
     cairn(&["scrub", "start", "--wait"], &mirror.dir)?;
     cairn(&["scrub", "start", "--wait"], &mirror.dir)?;
-    let again = mirror.scrub()?;
+    let again = scrub_of(&mirror)?;
     ensure!(again["found"] == 0, "a scrub after a scrub found something: {again}");
-    mirror.survives_remounts()?;
+    survives_remounts(&mut mirror)?;
     mirror.remount()?;
     (0..more).try_for_each(|number| mirror.compare(number))?;
     mirror.unmount()?;
@@ -119,100 +91,32 @@ fn spoil(image: &Path) -> Result<usize> {
     Ok(count)
 }
 
-impl<'a> Mirror<'a> {
-    fn create(subject: &'a dyn Subject) -> Result<Mirror<'a>> {
-        let (scratch, removal) = guard::temp_dir(&checkout::artefacts("scratch")?, "scrub")?;
-        let (dir, mount_point) = guard::mount_point()?;
-        let (mut images, mut devices, mut attached) = (Vec::new(), Vec::new(), Vec::new());
-        for name in ["left", "right"] {
-            let image = scratch.join(name);
-            File::create(&image)?.set_len(DEVICE_BYTES)?;
-            let (device, guard) = guard::loop_device(&image, false)?;
-            images.push(image);
-            devices.push(device);
-            attached.push(guard);
-        }
-        Cmd::new(checkout::binary("mkfs.cairn"))
-            .args(["-q", "-f", "--profile", "mirror"])
-            .args(&devices)
-            .quiet()?;
-        Ok(Mirror {
-            mounted: None,
-            _attached: attached,
-            _mount_point: mount_point,
-            _scratch: removal,
-            subject,
-            images,
-            devices,
-            dir,
-        })
-    }
+/// How the scrub stands.
+fn scrub_of(mirror: &Loops<'_>) -> Result<Value> {
+    let text = Cmd::new(checkout::binary("cairn"))
+        .args(["scrub", "status", "--json"])
+        .arg(&mirror.dir)
+        .text()?;
+    serde_json::from_str(&text).context("cairn scrub status --json prints JSON")
+}
 
-    fn mount(&mut self) -> Result<()> {
-        self.subject.mount(&self.devices[0], &self.dir, MountOptions::default())?;
-        self.mounted = Some(guard::mounted(&self.dir));
-        Ok(())
-    }
-
-    fn unmount(&mut self) -> Result<()> {
-        guard::unmount_command(&self.dir).limit(LIMIT).quiet()?;
-        if let Some(guard) = self.mounted.take() {
-            guard.disarm();
-        }
-        Ok(())
-    }
-
-    fn remount(&mut self) -> Result<()> {
-        self.unmount()?;
-        self.mount()
-    }
-
-    fn check(&self) -> Result<()> {
-        Cmd::new(checkout::binary("fsck.cairn")).args(["-f", "-n"]).args(&self.devices).quiet()
-    }
-
-    fn scrub(&self) -> Result<Value> {
-        let text = Cmd::new(checkout::binary("cairn"))
-            .args(["scrub", "status", "--json"])
-            .arg(&self.dir)
-            .text()?;
-        serde_json::from_str(&text).context("cairn scrub status --json prints JSON")
-    }
-
-    fn content(number: u64) -> Vec<u8> {
-        let mut content = vec![0; FILE_BYTES];
-        Random(0xf11e + number).fill(&mut content);
-        content
-    }
-
-    fn write(&self, number: u64) -> Result<()> {
-        Ok(fs::write(self.dir.join(format!("file {number}")), Mirror::content(number))?)
-    }
-
-    fn compare(&self, number: u64) -> Result<()> {
-        let found = fs::read(self.dir.join(format!("file {number}")))?;
-        ensure!(found == Mirror::content(number), "file {number} is not what was written");
-        Ok(())
-    }
-
-    /// One that is paused stays so, and one that runs goes on.
-    fn survives_remounts(&mut self) -> Result<()> {
-        let dir = self.dir.clone();
-        cairn(&["scrub", "start", "--rate", "1M"], &dir)?;
-        cairn(&["scrub", "pause"], &dir)?;
-        let before = self.scrub()?;
-        self.remount()?;
-        let paused = self.scrub()?;
-        ensure!(paused["state"] == "paused", "{paused}");
-        ensure!(paused["done_bytes"] == before["done_bytes"], "{before} became {paused}");
-        cairn(&["scrub", "resume"], &dir)?;
-        self.remount()?;
-        let running = self.scrub()?;
-        ensure!(running["state"] == "running", "{running}");
-        cairn(&["scrub", "pause"], &dir)?;
-        cairn(&["scrub", "resume", "--rate", "0", "--wait"], &dir)?;
-        let done = self.scrub()?;
-        ensure!(done["state"] == "finished" && done["found"] == 0, "{done}");
-        Ok(())
-    }
+/// One that is paused stays so, and one that runs goes on.
+fn survives_remounts(mirror: &mut Loops<'_>) -> Result<()> {
+    let dir = mirror.dir.clone();
+    cairn(&["scrub", "start", "--rate", "1M"], &dir)?;
+    cairn(&["scrub", "pause"], &dir)?;
+    let before = scrub_of(mirror)?;
+    mirror.remount()?;
+    let paused = scrub_of(mirror)?;
+    ensure!(paused["state"] == "paused", "{paused}");
+    ensure!(paused["done_bytes"] == before["done_bytes"], "{before} became {paused}");
+    cairn(&["scrub", "resume"], &dir)?;
+    mirror.remount()?;
+    let running = scrub_of(mirror)?;
+    ensure!(running["state"] == "running", "{running}");
+    cairn(&["scrub", "pause"], &dir)?;
+    cairn(&["scrub", "resume", "--rate", "0", "--wait"], &dir)?;
+    let done = scrub_of(mirror)?;
+    ensure!(done["state"] == "finished" && done["found"] == 0, "{done}");
+    Ok(())
 }
