@@ -23,6 +23,7 @@
 #![deny(unsafe_code)]
 
 mod admin;
+mod ahead;
 mod asker;
 pub mod backend;
 pub mod command;

@@ -17,12 +17,13 @@
 //! Node numbers: the kernel calls the root 1. The core's root may have another number, so the two
 //! are exchanged, both ways, by the same function.
 
+use crate::ahead::{Ahead, Part};
 use crate::asker::{self, Doing};
 use crate::backend::Mounted;
 use crate::ioctl;
 use crate::notify::Kernel;
 use crate::refused::Refused;
-use crate::reply::{Listing, Reply, Trust};
+use crate::reply::{Listed, Listing, Reply, Trust};
 use crate::request::{Layout, Op, Request};
 use crate::wire::{self, init};
 use fs_core::error::{Errno as CoreErrno, Error};
@@ -71,6 +72,10 @@ const WANTED: u64 = init::ASYNC_READ
 /// Without these a mount would be wrong, not only slow.
 const REQUIRED: u64 = init::DONT_MASK | init::POSIX_ACL | init::HANDLE_KILLPRIV_V2;
 
+/// Directories whose names take more, which are some hundred thousand, are not kept by the kernel
+/// when they are listed.
+const KEPT_NAMES_BYTES_MAX: u64 = 4 << 20;
+
 /// Answers requests for one mounted volume.
 pub struct Server {
     volume: Arc<dyn Mounted>,
@@ -81,18 +86,24 @@ pub struct Server {
     has_rings: AtomicBool,
     /// Files of which the kernel had data refused.
     refused: Refused,
+    /// Parts of listings that will be asked for.
+    ahead: Ahead,
     closed: Mutex<Option<Result<(), Error>>>,
 }
 
 /// Work that nobody waits for.
 #[derive(Clone, Copy, Debug)]
 pub enum Afterwards {
-    /// [`fs_core::vfs::Filesystem::readdir_ahead`].
-    ReadDirAhead {
+    /// A process has got a part of a listing, and will ask for the next one.
+    ListAhead {
         /// The directory.
-        dir: Ino,
-        /// What the request that was answered asked for.
+        node: u64,
+        /// It was the first part.
+        is_first: bool,
+        /// The cookie of the last entry that the process has got.
         cookie: u64,
+        /// Bytes it asks for at a time, where the next part can be made.
+        room: Option<usize>,
     },
     /// The kernel must not go by attributes that it was told, because data of the file was refused.
     Distrust {
@@ -100,9 +111,6 @@ pub enum Afterwards {
         node: u64,
     },
 }
-
-/// No entry takes more of a listing: a name of 255 bytes after attributes, padded.
-const LISTED_BYTES_MAX: usize = 448;
 
 impl Server {
     /// A server for a volume that has been opened; `kernel` is told what it must not remember.
@@ -113,6 +121,7 @@ impl Server {
             agreed: AtomicU64::new(0),
             has_rings: AtomicBool::new(false),
             refused: Refused::default(),
+            ahead: Ahead::default(),
             closed: Mutex::new(None),
         }
     }
@@ -179,12 +188,14 @@ impl Server {
     /// What there is to do once the reply is on its way.
     pub fn afterwards(&self, request: &Request<'_>, reply: &Reply) -> Option<Afterwards> {
         match (&request.op, reply) {
-            // A directory that has not come to its end.
+            // With attributes the next part would be granted lookups that nobody may ask for.
             (
                 Op::ReadDir { cookie, size } | Op::ReadDirPlus { cookie, size },
-                Reply::Body(bytes),
-            ) if bytes + LISTED_BYTES_MAX > *size as usize => {
-                Some(Afterwards::ReadDirAhead { dir: self.ino(request.node), cookie: *cookie })
+                Reply::Listing(Listed { last, is_full: true, .. }),
+            ) => {
+                let room = matches!(request.op, Op::ReadDir { .. }).then_some(*size as usize);
+                let (node, is_first) = (request.node, *cookie == 0);
+                Some(Afterwards::ListAhead { node, is_first, cookie: *last, room })
             }
             // When they have arrived, and not before: an invalidation that overtakes them has the
             // kernel ignore for how long they are valid.
@@ -198,8 +209,26 @@ impl Server {
     /// Does it.
     pub fn carry_out(&self, afterwards: &Afterwards) {
         match *afterwards {
-            Afterwards::ReadDirAhead { dir, cookie } => self.volume.readdir_ahead(dir, cookie),
+            Afterwards::ListAhead { node, is_first, cookie, room } => {
+                let dir = self.ino(node);
+                if is_first {
+                    self.keep_small(node);
+                }
+                if let Some(room) = room {
+                    self.list_ahead(Part { dir, cookie, room });
+                }
+                self.volume.readdir_ahead(dir, cookie);
+            }
             Afterwards::Distrust { node } => self.kernel.distrust(node),
+        }
+    }
+
+    /// Lets the kernel not keep what it has got of the listing of a very large directory, after
+    /// which it keeps nothing of the rest: to store each entry in its page cache takes it half the
+    /// time of a listing, and tens of megabytes.
+    fn keep_small(&self, dir: u64) {
+        if self.volume.getattr(self.ino(dir)).is_ok_and(|a| a.size > KEPT_NAMES_BYTES_MAX) {
+            self.kernel.drop_pages(dir);
         }
     }
 
@@ -476,9 +505,29 @@ impl Server {
     }
 
     fn readdir(&self, dir: Ino, cookie: u64, body: &mut [u8]) -> Result<Reply, Failure> {
+        let part = Part { dir, cookie, room: body.len() };
+        let attr = || self.volume.getattr(dir).ok();
+        let listed = match self.ahead.take(part, body, attr) {
+            Some(listed) => listed,
+            None => self.list(part, body)?,
+        };
+        Ok(Reply::Listing(listed))
+    }
+
+    fn list(&self, part: Part, body: &mut [u8]) -> Result<Listed, Failure> {
         let mut listing = Listing::new(body, now());
-        self.volume.readdir(dir, cookie, &mut |entry| listing.push(entry))?;
-        Ok(Reply::Body(listing.len()))
+        self.volume.readdir(part.dir, part.cookie, &mut |entry| listing.push(entry))?;
+        Ok(listing.listed())
+    }
+
+    fn list_ahead(&self, part: Part) {
+        let attr = || self.volume.getattr(part.dir).ok();
+        self.ahead.make(part, attr, |body| {
+            let listed = self.list(part, body).ok()?;
+            // Whoever asks meets an error, and finds the end himself.
+            let is_counted = self.volume.counts_changes_to(part.dir, listed.last);
+            (listed.is_full && is_counted).then_some(listed)
+        });
     }
 
     fn readdir_plus(&self, dir: Ino, cookie: u64, body: &mut [u8]) -> Result<Reply, Failure> {
@@ -492,7 +541,7 @@ impl Server {
             });
             listing.push_plus(entry, known)
         })?;
-        Ok(Reply::Body(listing.len()))
+        Ok(Reply::Listing(listing.listed()))
     }
 
     fn setxattr(

@@ -62,6 +62,8 @@ pub enum Reply {
     Statx(Attr, Trust),
     /// The first bytes of the body.
     Body(usize),
+    /// Entries of a directory, in the first bytes of the body.
+    Listing(Listed),
     /// Bytes written or copied, or the length of an attribute value.
     Size(u32),
     /// Bytes copied, or a position.
@@ -158,7 +160,9 @@ impl Reply {
                 .as_bytes(),
             ),
             Reply::Statx(attr, trust) => fixed(statx_out(attr, *trust, now).as_bytes()),
-            Reply::Body(len) => Some((Head::new(unique, 0, &[], *len), *len)),
+            Reply::Body(len) | Reply::Listing(Listed { bytes: len, .. }) => {
+                Some((Head::new(unique, 0, &[], *len), *len))
+            }
             Reply::Size(size) => fixed(wire::SizeOut { size: *size, padding: 0 }.as_bytes()),
             Reply::Wide(value) => fixed(value.as_bytes()),
             Reply::StatFs(stat) => fixed(statfs_out(stat).as_bytes()),
@@ -270,27 +274,33 @@ fn statfs_out(stat: &StatFs) -> wire::StatfsOut {
     }
 }
 
+/// What a listing has come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Listed {
+    /// Bytes filled.
+    pub bytes: usize,
+    /// The cookie of the last entry, zero without one.
+    pub last: u64,
+    /// There was an entry that found no room.
+    pub is_full: bool,
+}
+
 /// Packs directory entries into the body of a reply.
 pub struct Listing<'a> {
     body: &'a mut [u8],
-    used: usize,
+    listed: Listed,
     now: i64,
 }
 
 impl<'a> Listing<'a> {
     /// A listing that may fill `body`.
     pub fn new(body: &'a mut [u8], now: i64) -> Listing<'a> {
-        Listing { body, used: 0, now }
+        Listing { body, listed: Listed::default(), now }
     }
 
-    /// Bytes filled.
-    pub fn len(&self) -> usize {
-        self.used
-    }
-
-    /// Whether no entry was added.
-    pub fn is_empty(&self) -> bool {
-        self.used == 0
+    /// What it has come to.
+    pub fn listed(&self) -> Listed {
+        self.listed
     }
 
     /// Adds an entry of READDIR; false when there is no more room.
@@ -317,8 +327,10 @@ impl<'a> Listing<'a> {
         };
         let bytes = prefix.len() + core::mem::size_of_val(&head) + entry.name.len();
         let padded = bytes.next_multiple_of(8);
-        let Some(mut room) = self.body.get_mut(self.used..).and_then(|r| r.get_mut(..padded))
+        let Some(mut room) =
+            self.body.get_mut(self.listed.bytes..).and_then(|r| r.get_mut(..padded))
         else {
+            self.listed.is_full = true;
             return false;
         };
         for part in [prefix, head.as_bytes(), entry.name, &[0; 7][..padded - bytes]] {
@@ -326,7 +338,8 @@ impl<'a> Listing<'a> {
             here.copy_from_slice(part);
             room = rest;
         }
-        self.used += padded;
+        self.listed.bytes += padded;
+        self.listed.last = entry.cookie;
         true
     }
 }
@@ -342,9 +355,9 @@ mod tests {
         let mut listing = Listing::new(&mut body, 0);
         let entry = DirEntry { ino: Ino(5), cookie: 1, file_type: mode::REGULAR, name: b"name" };
         assert!(listing.push(&entry));
-        assert_eq!(listing.len(), 32);
+        assert_eq!(listing.listed(), Listed { bytes: 32, last: 1, is_full: false });
         assert!(!listing.push(&entry));
-        assert_eq!(listing.len(), 32);
+        assert_eq!(listing.listed(), Listed { bytes: 32, last: 1, is_full: true });
         assert_eq!(&body[24..32], b"name\0\0\0\0");
         assert_eq!(body[20], 8, "DT_REG");
         assert!(body[32..].iter().all(|&b| b == 0xaa));

@@ -495,6 +495,31 @@ fn ten_thousand_names_are_listed_once_each_and_all_forgotten() {
 }
 
 #[test]
+fn a_listing_shows_no_name_that_went_before_it_came_there() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::on_image("rw");
+    let dir = mount.file("dir");
+    fs::create_dir(&dir).unwrap();
+    let name = |n: u32| format!("name-{n:05}");
+    (0..5000).for_each(|n| drop(File::create(dir.join(name(n))).unwrap()));
+    let number = |entry: std::io::Result<fs::DirEntry>| -> u32 {
+        entry.unwrap().file_name().to_str().unwrap()["name-".len()..].parse().unwrap()
+    };
+    // Within what the second request gave; by then the part after it has been made.
+    let mut listing = fs::read_dir(&dir).unwrap();
+    let begun: Vec<_> = listing.by_ref().take(500).map(number).collect();
+    assert_eq!(begun, (0..500).collect::<Vec<_>>());
+    std::thread::sleep(Duration::from_millis(50));
+    (500..4900).for_each(|n| fs::remove_file(dir.join(name(n))).unwrap());
+    let rest: Vec<_> = listing.map(number).collect();
+    assert!(rest.iter().all(|n| *n < 1100 || *n >= 4900), "{rest:?}");
+    assert!(rest.ends_with(&(4900..5000).collect::<Vec<_>>()), "{rest:?}");
+    mount.unmount();
+}
+
+#[test]
 fn an_open_file_outlives_its_name() {
     if !can_mount() {
         return;

@@ -11,8 +11,10 @@ use alloc::sync::Arc;
 use core::ops::Deref;
 use core::sync::atomic::Ordering;
 
-/// Changes taken from an overlay at once.
-const BATCH: usize = 256;
+/// Changes taken from an overlay at once: few at first, because who asks may want only what comes
+/// before them, and then more and more.
+const BATCH_FIRST: usize = 16;
+const BATCH_MAX: usize = 512;
 
 /// An item's value, from an overlay or from a node.
 pub enum ItemValue {
@@ -78,25 +80,26 @@ impl Subvol {
         to: Key,
         each: &mut dyn FnMut(Key, &[u8]) -> Result<bool>,
     ) -> Result<()> {
-        let mut from = from;
+        let (mut from, mut batch) = (from, BATCH_FIRST);
         loop {
-            let (changes, horizon) = self.changes(from, to);
+            let (changes, horizon) = self.changes(from, to, batch);
             if !self.scan_batch(from, horizon, changes, each)? || horizon >= to {
                 return Ok(());
             }
             let Some(next) = horizon.successor() else { return Ok(()) };
             from = next;
+            batch = (batch * 4).min(BATCH_MAX);
         }
     }
 
     /// Changes from `from` on, newest winning, and the last key up to which they are complete.
-    fn changes(&self, from: Key, to: Key) -> (BTreeMap<Key, Change>, Key) {
+    fn changes(&self, from: Key, to: Key, limit: usize) -> (BTreeMap<Key, Change>, Key) {
         let mut merged = BTreeMap::new();
         let mut horizon = to;
         for txg in self.unpublished() {
-            let batch = self.overlay(txg).range(from, to, BATCH);
-            if batch.len() == BATCH {
-                horizon = horizon.min(batch[BATCH - 1].0);
+            let batch = self.overlay(txg).range(from, to, limit);
+            if batch.len() == limit {
+                horizon = horizon.min(batch[limit - 1].0);
             }
             merged.extend(batch);
         }

@@ -1005,6 +1005,10 @@ impl Filesystem for Forest {
         }
     }
 
+    fn counts_changes_to(&self, dir: Ino, cookie: u64) -> bool {
+        cookie < NESTED_COOKIE && matches!(self.node(dir), Ok(Node::In(..)))
+    }
+
     fn readdir_plus(
         &self,
         dir: Ino,

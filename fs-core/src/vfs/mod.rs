@@ -305,6 +305,12 @@ pub trait Filesystem: Send + Sync {
     fn readdir_ahead(&self, dir: Ino, cookie: u64) {
         let _ = (dir, cookie);
     }
+    /// Whether `version` of the directory's attributes counts each change to its entries up to
+    /// `cookie`.
+    fn counts_changes_to(&self, dir: Ino, cookie: u64) -> bool {
+        let _ = (dir, cookie);
+        true
+    }
     /// As `readdir`, with attributes. Each entry for which `each` returns true, except `.` and
     /// `..`, adds one to its inode's lookup count. An entry whose inode is damaged comes without
     /// attributes.
