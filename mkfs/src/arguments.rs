@@ -4,6 +4,7 @@ use cairn_host::parse::{parse_size, parse_uuid, BadSize};
 use clap::{ArgAction, Parser, ValueEnum};
 use fs_core::engine::FormatOptions;
 use fs_core::format::chunk::Profile;
+use fs_core::format::label::name_fault;
 use fs_core::format::node::NODE_BYTES_ALLOWED;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use std::path::PathBuf;
@@ -24,7 +25,7 @@ pub struct Arguments {
     #[arg(short = 'b', long, value_name = "SIZE", value_parser = size)]
     pub size: Option<u64>,
 
-    /// Name of the pool, up to 63 bytes
+    /// Name of the pool, up to 63 bytes: no '/', '@', '#' or control characters, and no '-' first
     #[arg(short = 'L', long, value_name = "NAME", default_value = "", hide_default_value = true,
           value_parser = label)]
     pub label: String,
@@ -240,10 +241,9 @@ fn uuid(text: &str) -> Result<[u8; 16], String> {
 }
 
 fn label(text: &str) -> Result<String, String> {
-    match text {
-        _ if text.len() > 63 => Err(format!("{} bytes are more than 63", text.len())),
-        _ if text.chars().any(char::is_control) => Err("control characters are not allowed".into()),
-        _ => Ok(text.into()),
+    match name_fault(text.as_bytes()) {
+        Some(fault) => Err(fault.into()),
+        None => Ok(text.into()),
     }
 }
 
@@ -340,9 +340,14 @@ mod tests {
     }
 
     #[test]
-    fn labels_that_do_not_fit_or_print_are_refused() {
+    fn labels_that_do_not_fit_print_or_name_are_refused() {
         assert!(label(&"x".repeat(63)).is_ok());
         assert!(label(&"x".repeat(64)).is_err());
-        assert!(label("a\nb").is_err());
+        for bad in ["a\nb", "a\u{85}b", "a/b", "a@b", "a#b", "-a"] {
+            assert!(label(bad).is_err(), "{bad:?}");
+        }
+        for good in ["", "tank", "a-b", "my pool", "B\u{e4}r", "a=b:c", "."] {
+            assert_eq!(label(good), Ok(good.into()));
+        }
     }
 }

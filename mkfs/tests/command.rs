@@ -43,7 +43,9 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
         (&["-U", "00000000-0000-0000-0000-000000000000", "x"], "nil UUID"),
         (&["--compress", "lz4", "x"], "zstd:LEVEL"),
         (&["--profile", "parity1", "x"], "single, dup, stripe, mirror"),
-        (&["-L", &"n".repeat(64), "x"], "more than 63"),
+        (&["-L", &"n".repeat(64), "x"], "at most 63 bytes"),
+        (&["-L", "a/b", "x"], "no '/', '@' or '#'"),
+        (&["--label=-a", "x"], "does not begin with '-'"),
         (&["-q", "-v", "x"], "cannot be used with"),
         (&["-O", "checksums", "x"], "-O list"),
     ] {

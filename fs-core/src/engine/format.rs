@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::format::chunk::Profile;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::key::{kind, Key};
+use crate::format::label;
 use crate::format::pool::{property, SubvolItem, FIRST_INO, ROOT_INO};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::format::superblock::Superblock;
@@ -174,11 +175,8 @@ fn first_subvol(platform: &Platform) -> Vec<(TreeId, SubvolItem)> {
 /// # Errors
 /// [`Error::Argument`] when it is too long or holds a NUL.
 pub(super) fn name_field(name: &[u8]) -> Result<[u8; 64]> {
-    if name.len() > 63 {
-        return Err(Error::Argument { what: "the name of a pool has at most 63 bytes" });
-    }
-    if name.contains(&0) || core::str::from_utf8(name).is_err() {
-        return Err(Error::Argument { what: "the name of a pool is UTF-8 without NUL" });
+    if let Some(what) = label::name_fault(name) {
+        return Err(Error::Argument { what });
     }
     let mut field = [0; 64];
     field[..name.len()].copy_from_slice(name);

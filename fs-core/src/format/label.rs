@@ -26,6 +26,8 @@ pub const RING_OFFSET: u64 = 64 << 10;
 pub const RING_SLOTS: u64 = 16;
 /// Where chunks may begin.
 pub const DATA_START: u64 = 1 << 20;
+/// Bytes of the name of a pool, at most: a zero follows.
+const NAME_BYTES_MAX: usize = 63;
 /// Magic of a label: at byte 65536 of every cairn device.
 pub const LABEL_MAGIC: [u8; 8] = *b"cairn\xf5\x0fL";
 
@@ -44,6 +46,25 @@ pub fn data_end(bytes: u64) -> u64 {
 /// Offset of ring slot for group `txg` in the label area at `area`.
 pub fn ring_slot(area: Physical, slot: u64) -> Physical {
     Physical(area.0 + RING_OFFSET + (slot % RING_SLOTS) * SECTOR_BYTES)
+}
+
+/// What keeps text from being the name of a pool, if anything does. A pool that has such a name all
+/// the same, from before there was the rule, opens like any other.
+///
+/// `/`, `@` and `#` end a pool's name where something in it is named: `tank/home@monday`.
+pub fn name_fault(name: &[u8]) -> Option<&'static str> {
+    let Ok(text) = core::str::from_utf8(name) else { return Some("the name of a pool is UTF-8") };
+    if name.len() > NAME_BYTES_MAX {
+        Some("the name of a pool has at most 63 bytes")
+    } else if text.contains(char::is_control) {
+        Some("the name of a pool has no control characters")
+    } else if text.contains(['/', '@', '#']) {
+        Some("the name of a pool has no '/', '@' or '#', which end it: tank/home@monday")
+    } else if text.starts_with('-') {
+        Some("the name of a pool does not begin with '-', like an option")
+    } else {
+        None
+    }
 }
 
 disk_struct! {
