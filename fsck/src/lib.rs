@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
     match Arguments::try_parse_from(arguments::tolerate(given)) {
         Ok(mut arguments) => match source::resolve_all(&arguments.devices) {
             Ok(devices) => {
-                arguments.devices = devices;
+                arguments.devices = members::distinct(&devices);
                 ExitCode::from(run(&arguments))
             }
             Err(sentence) => ExitCode::from(fail(&sentence)),

@@ -213,6 +213,35 @@ fn every_finding_has_a_damaged_image_that_shows_it() {
 }
 
 #[test]
+fn findings_of_labels_say_which_one_and_how_it_is_mended() {
+    for (id, what) in [
+        ("W-LABEL", "labels is missing, damaged or out of date: the one at the end is missing"),
+        (
+            "W-SUPERBLOCK-COPY",
+            "superblock is missing, damaged or out of date: the one at the start",
+        ),
+    ] {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../images/damaged");
+        let packed = fs::read(format!("{directory}/{id}.cairn.zst")).unwrap();
+        let image = Image::empty();
+        image.write(0, &zstd::decode_all(&packed[..]).unwrap());
+        let mended = contains("; mounting the pool for writing writes it anew; on device 0");
+        let said = contains(what).and(mended).and(contains("not a cairn pool").not());
+        fsck().arg(image.path()).assert().code(4).stdout(said);
+    }
+}
+
+#[test]
+fn a_device_that_is_given_twice_is_checked_once() {
+    let image = Image::of_pool(true);
+    let link = image.dir.path().join("link");
+    std::os::unix::fs::symlink(image.path(), &link).unwrap();
+    let said = format!("{}: no errors\n", image.path().display());
+    let paths = [&image.path(), &link, &image.path()];
+    fsck().args(paths).assert().code(0).stdout(said);
+}
+
+#[test]
 fn a_finding_names_device_and_byte_in_text_and_json() {
     let packed = include_bytes!("../../images/damaged/E-DATA.cairn.zst");
     let image = Image::empty();

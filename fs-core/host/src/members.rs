@@ -61,12 +61,25 @@ pub fn block_devices() -> Vec<PathBuf> {
     paths
 }
 
+/// The same devices, each once, by the first of the names that were given for it.
+pub fn distinct(given: &[PathBuf]) -> Vec<PathBuf> {
+    let identity = |path: &Path| {
+        let data = fs::metadata(path).ok()?;
+        let is_block = data.file_type().is_block_device();
+        Some(if is_block { (data.rdev(), None) } else { (data.dev(), Some(data.ino())) })
+    };
+    let mut met = BTreeSet::new();
+    // Whoever opens what is not there says so.
+    let is_new = |path: &&PathBuf| identity(path).is_none_or(|identity| met.insert(identity));
+    given.iter().filter(is_new).cloned().collect()
+}
+
 /// Adds to the devices that were given those of the same pool that can be found. What was given
-/// comes first and is kept, whatever it is; who opens it says what is wrong with it. Image files
-/// are looked for beside the given ones, and only among those of the same owner; of two copies of
-/// one device none is taken.
+/// comes first and is kept, each once, whatever it is; who opens it says what is wrong with it.
+/// Image files are looked for beside the given ones, and only among those of the same owner; of two
+/// copies of one device none is taken.
 pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
-    let mut all = given.to_vec();
+    let mut all = distinct(given);
     let found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
     let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else { return all };
     let there = newest.members.iter().filter(|member| !member.is_vacant());
@@ -215,6 +228,19 @@ mod tests {
         std::fs::copy(&ours[1], dir.path().join("b-backup")).unwrap();
         assert_eq!(complete(&ours[..1]), ours[..1]);
         assert_eq!(complete(&ours), ours);
+    }
+
+    #[test]
+    fn a_device_that_was_given_twice_is_taken_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = pool(dir.path(), &["a", "b"]);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&ours[0], &link).unwrap();
+        let gone = dir.path().join("gone");
+        let given = [&ours[1], &ours[0], &link, &ours[1], &gone, &gone].map(Clone::clone);
+        let once = [&ours[1], &ours[0], &gone, &gone].map(Clone::clone);
+        assert_eq!(distinct(&given), once);
+        assert_eq!(complete(&given), once);
     }
 
     #[test]

@@ -108,9 +108,10 @@ pub mod rules {
 
     rules! {
         // Labels and superblocks.
-        LABEL "W-LABEL" Warning "one of a device's labels is damaged or out of date" MOUNT;
+        LABEL "W-LABEL" Warning
+            "one of a device's two labels is missing, damaged or out of date" MOUNT;
         SUPERBLOCK_COPY "W-SUPERBLOCK-COPY" Warning
-            "a copy of the newest superblock is damaged" MOUNT;
+            "one copy of the newest superblock is missing, damaged or out of date" MOUNT;
         SUPERBLOCK_USAGE "W-SUPERBLOCK-USAGE" Warning
             "the superblock counts other space than is in use" COUNTS;
         DEVICE_MISSING "W-DEVICE-MISSING" Warning "a device of the pool is missing" DEVICE;
