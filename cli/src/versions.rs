@@ -164,6 +164,10 @@ fn find_from(of: &Named) -> Result<(Place, VersionName, Option<String>), Failure
         if leads_out_of_a_pool(path) {
             continue;
         }
+        if !kind.is_dir() && is_file_in_a_pool(path) {
+            // Not a device: what is in its directory is meant.
+            continue;
+        }
         if !kind.is_dir() {
             return on_devices(std::iter::once(path.to_path_buf()), of, rest);
         }
@@ -190,6 +194,12 @@ fn find_from(of: &Named) -> Result<(Place, VersionName, Option<String>), Failure
             "{shown}: no mounted pool, device, image file or label of a pool begins like that"
         ))),
     }
+}
+
+/// Whether a path names a file in a mounted pool that is not an image of another pool.
+fn is_file_in_a_pool(path: &Path) -> bool {
+    let mount = mounts::mount_of(path).ok().flatten();
+    mount.is_some_and(|(mount, _)| mount.is_cairn()) && members::read_label(path).is_none()
 }
 
 /// What a name names in the pool on some devices.
