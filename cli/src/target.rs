@@ -49,18 +49,7 @@ impl Target {
 
 /// The failure, where a path cannot be looked at because the daemon of its mount has died.
 pub(crate) fn daemon_gone(path: &Path, error: &std::io::Error) -> Option<Failure> {
-    if error.raw_os_error() != Some(rustix::io::Errno::NOTCONN.raw_os_error()) {
-        return None;
-    }
-    // The mount point is as far up as the error is.
-    let is_gone = |path: &&Path| {
-        let error = std::fs::symlink_metadata(path).err();
-        error.and_then(|e| e.raw_os_error()) == Some(rustix::io::Errno::NOTCONN.raw_os_error())
-    };
-    let mount_point = path.ancestors().take_while(is_gone).last().unwrap_or(path).display();
-    Some(Failure::new(format_args!(
-        "{mount_point}: the daemon of this mount is gone; run umount {mount_point}, then mount"
-    )))
+    mounts::daemon_gone(path, error).map(Failure::new)
 }
 
 /// The cairn mount at a directory.

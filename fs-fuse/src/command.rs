@@ -27,7 +27,7 @@ use crate::ops::{Server, READAHEAD_BYTES};
 use crate::options::Options;
 use crate::{fusermount, ioctl, log, sys};
 use cairn_host::admin::{Handler, Server as AdminServer};
-use cairn_host::source;
+use cairn_host::{mounts, source, without_codes};
 use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
@@ -212,13 +212,20 @@ fn is_called_by(name: &str) -> bool {
 }
 
 fn act(mut invocation: Invocation, open: Opener<'_>, caller: &mut Caller) -> Result<(), Exit> {
-    let target = invocation.target.canonicalize().map_err(|e| {
-        Exit::failed(format!("cannot mount on {}: {e}", invocation.target.display()))
+    let target = &invocation.target;
+    let kind = target.metadata().map_err(|error| {
+        Exit::failed(mounts::daemon_gone(target, &error).unwrap_or_else(|| {
+            let error = without_codes(&error.to_string());
+            format!("cannot mount on {}: {error}", target.display())
+        }))
     })?;
-    if !target.is_dir() {
+    if !kind.is_dir() {
         return Err(Exit::failed(format!("{} is not a directory", target.display())));
     }
-    invocation.target = target;
+    invocation.target = target.canonicalize().map_err(|error| {
+        let error = without_codes(&error.to_string());
+        Exit::failed(format!("cannot mount on {}: {error}", target.display()))
+    })?;
     if invocation.options.remount {
         return remount(&invocation);
     }

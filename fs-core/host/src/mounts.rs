@@ -75,6 +75,21 @@ pub fn mount_of(path: &Path) -> io::Result<Option<(Mount, PathBuf)>> {
     }))
 }
 
+/// One sentence, where a path cannot be looked at because the daemon of its mount has died.
+pub fn daemon_gone(path: &Path, error: &io::Error) -> Option<String> {
+    let not_connected =
+        |error: &io::Error| error.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error());
+    if !not_connected(error) {
+        return None;
+    }
+    // The mount point is as far up as the error is.
+    let is_gone = |path: &&Path| std::fs::symlink_metadata(path).is_err_and(|e| not_connected(&e));
+    let mount_point = path.ancestors().take_while(is_gone).last().unwrap_or(path).display();
+    Some(format!(
+        "{mount_point}: the daemon of this mount is gone; run umount {mount_point}, then mount"
+    ))
+}
+
 /// A mount of this block device or image file, by whatever name, also through a loop device.
 pub fn mount_of_device(path: &Path) -> Option<Mount> {
     let used = Used::of(path)?;

@@ -76,6 +76,10 @@ fn one_death(volume: &mut Volume<'_>, round: u32, random: &mut Random) -> Result
         let is_told = told.code != Some(0) && told.stderr.contains("daemon of this mount is gone");
         ensure!(is_told, "cairn {arguments:?} does not tell:\n{}", told.both());
     }
+    let again = Cmd::new(checkout::binary("mount.cairn")).arg(volume.target()).arg(volume.dir());
+    let again = again.limit(Duration::from_secs(60)).output()?;
+    let is_told = again.code == Some(32) && again.stderr.contains("is gone; run umount");
+    ensure!(is_told, "a mount over the dead one does not tell:\n{}", again.both());
     // The mount has to go by force.
     volume.mount_is_gone();
     volume.mount().context("after the server was killed")?;
