@@ -235,7 +235,10 @@ fn act(mut invocation: Invocation, open: Opener<'_>, caller: &mut Caller) -> Res
         let mut devices = source::resolve(&invocation.source).map_err(Exit::failed)?;
         let others = devices.split_off(1).into_iter();
         invocation.options.devices.extend(others.map(|path| path.display().to_string()));
-        devices.remove(0)
+        for device in &mut invocation.options.devices {
+            *device = absolute(Path::new(device)).display().to_string();
+        }
+        absolute(&devices.remove(0))
     };
     if invocation.fake {
         return rehearse(&invocation, &source, open);
@@ -250,6 +253,20 @@ fn act(mut invocation: Invocation, open: Opener<'_>, caller: &mut Caller) -> Res
             *caller = Arc::clone(&launch.caller);
             serve(&invocation, &source, open, launch)
         }
+    }
+}
+
+/// A path that means the same in every directory, as those that read the mount table take it; of a
+/// symlink, such as those in /dev/disk, it stays the name.
+fn absolute(path: &Path) -> PathBuf {
+    if path.is_absolute() {
+        return path.to_path_buf();
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    match (parent.unwrap_or(Path::new(".")).canonicalize(), path.file_name()) {
+        (Ok(parent), Some(name)) => parent.join(name),
+        // What is not there is named by whoever opens it.
+        _ => path.to_path_buf(),
     }
 }
 
@@ -491,6 +508,17 @@ mod tests {
             Err("image: there is no pool".to_string())
         };
         assert_eq!(run(arguments.into_iter(), &open), exit::MOUNT_FAILED);
+    }
+
+    #[test]
+    fn a_source_is_shown_by_a_path_that_does_not_depend_on_a_directory() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(absolute(Path::new("Cargo.toml")), here.join("Cargo.toml"));
+        assert_eq!(absolute(Path::new("src/../src/./lib.rs")), here.join("src/lib.rs"));
+        assert_eq!(absolute(Path::new("../x")), here.parent().unwrap().join("x"));
+        for as_it_is in ["/dev/disk/../x", "no/such/directory"] {
+            assert_eq!(absolute(Path::new(as_it_is)), Path::new(as_it_is));
+        }
     }
 
     #[test]
