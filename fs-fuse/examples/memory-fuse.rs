@@ -23,7 +23,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 fn main() -> ExitCode {
     let open = |_: &std::path::Path, options: &fs_fuse::options::Options, _| {
         let volume = Arc::new(Memory::new(options.read_only));
-        Ok(Opened { volume, release_claim: Box::new(|| {}), admin: None, kernel: Arc::default() })
+        Ok(Opened {
+            volume,
+            release_claim: Box::new(|| {}),
+            read_only: false,
+            admin: None,
+            kernel: Arc::default(),
+        })
     };
     ExitCode::from(fs_fuse::command::run(std::env::args_os().skip(1), &open))
 }

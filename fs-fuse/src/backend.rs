@@ -2,11 +2,12 @@
 
 use crate::admin;
 use crate::device::Threads;
+use crate::log;
 use crate::notify::Kernel;
 use crate::options::{Compression, Options};
 use cairn_host::admin::Handler;
 use cairn_host::versions::{self, VersionName};
-use cairn_host::{members, Access, LogReport, LogTarget, OpenOptions, Wait};
+use cairn_host::{members, Access, FileDevice, LogReport, LogTarget, OpenError, OpenOptions, Wait};
 use fs_core::engine::{self, Engine};
 use fs_core::error::Error;
 use fs_core::format::ptr::CompressionKind;
@@ -39,6 +40,8 @@ pub struct Opened {
     /// Gives up the exclusive claim on block devices, so that the kernel can claim the one the
     /// filesystem is mounted on. The lock against other cairn processes stays.
     pub release_claim: Box<dyn FnOnce() + Send>,
+    /// Nothing can be written, whatever the options say.
+    pub read_only: bool,
     /// Answers the `cairn` command while the pool is mounted.
     pub admin: Option<Arc<Handler>>,
     /// The kernel, to be told what changes behind its back; the driver connects it.
@@ -62,7 +65,6 @@ impl Mounted for Forest {
 /// # Errors
 /// One sentence that names the device.
 pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened, String> {
-    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let mut paths = vec![source.to_path_buf()];
     paths.extend(options.devices.iter().map(PathBuf::from));
     if options.degraded {
@@ -75,8 +77,8 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     };
     let wait = Wait { bound, ..Wait::usual() };
     let paths = members::complete_in_time(&paths, &wait);
-    let devices = cairn_host::open_devices(&paths, OpenOptions::new(access), &Wait::usual())
-        .map_err(|error| error.to_string())?;
+    let (devices, read_only) = open_devices(&paths, options).map_err(|error| error.to_string())?;
+    let options = &Options { read_only, ..options.clone() };
     let target = if background { LogTarget::System } else { LogTarget::Stderr };
     let platform = Platform {
         report: Arc::new(LogReport::new(source.display().to_string(), target)),
@@ -109,7 +111,29 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
     };
     let kernel = Arc::new(Kernel::default());
     let admin = Some(admin::handler(Arc::clone(&volume), Arc::clone(&kernel)));
-    Ok(Opened { volume, release_claim: Box::new(release_claim), admin, kernel })
+    Ok(Opened { volume, release_claim: Box::new(release_claim), read_only, admin, kernel })
+}
+
+/// The devices, and whether they can only be read. What is write-protected is mounted read-only, as
+/// mount(8) does it with any filesystem, unless the caller insists on writing.
+fn open_devices(
+    paths: &[PathBuf],
+    options: &Options,
+) -> Result<(Vec<Arc<FileDevice>>, bool), OpenError> {
+    let open = |access| {
+        cairn_host::open_devices(paths, OpenOptions::new(access), &Wait::usual())
+            .map(|devices| (devices, access == Access::ReadOnly))
+    };
+    if options.read_only {
+        return open(Access::ReadOnly);
+    }
+    open(Access::ReadWrite).or_else(|error| match error {
+        OpenError::WriteProtected { .. } if !options.insist_on_writing => {
+            log::warning(&format!("{error}: mounting the pool read-only"));
+            open(Access::ReadOnly)
+        }
+        error => Err(error),
+    })
 }
 
 /// The subvolume or snapshot that is to be mounted.

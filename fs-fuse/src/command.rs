@@ -147,10 +147,11 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
                         'f' if is_called_by("mount") => invocation.fake = true,
                         'f' => invocation.foreground = true,
                         's' => sloppy = true,
-                        'n' | 'v' | 'r' | 'w' => {
-                            if letter == 'r' {
-                                lists.push("ro".to_string());
-                            }
+                        'n' | 'v' => {}
+                        'r' => lists.push("ro".to_string()),
+                        'w' => {
+                            lists.push("rw".to_string());
+                            invocation.options.insist_on_writing = true;
                         }
                         'h' => return Err(Exit(exit::OK, USAGE.into())),
                         'V' => {
@@ -348,6 +349,7 @@ fn serve(
         Opened {
             volume: Arc::new(NoOp),
             release_claim: Box::new(|| {}),
+            read_only: false,
             admin: None,
             kernel: Arc::default(),
         }
@@ -356,7 +358,10 @@ fn serve(
     };
     let total_bytes = opened.volume.statfs().map_or(0, |stat| stat.total_bytes);
     let server = Arc::new(Server::new(opened.volume, Arc::clone(&opened.kernel)));
-    let plan = Plan { source, target: &invocation.target, options: &invocation.options };
+    let options = &mut invocation.options.clone();
+    options.read_only |= opened.read_only;
+    let options = &*options;
+    let plan = Plan { source, target: &invocation.target, options };
     let root = rustix::process::geteuid().is_root();
     (opened.release_claim)();
     let device = match connect(&plan, root) {
@@ -369,7 +374,6 @@ fn serve(
     };
     opened.kernel.connect(&device);
     unmount_on_signals(invocation.target.clone(), root);
-    let options = &invocation.options;
     let threads = Threads::new(options.threads, dirty_bytes(options), options.transport);
     let session = Session::new(device, server, threads);
     let target = invocation.target.clone();

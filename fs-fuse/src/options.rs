@@ -34,6 +34,8 @@ pub enum Transport {
 pub struct Options {
     /// Refuse changes.
     pub read_only: bool,
+    /// Rather fail than mount read-only what is write-protected.
+    pub insist_on_writing: bool,
     /// Change the options of an existing mount.
     pub remount: bool,
     /// Let users other than the one who mounts in; always so for root.

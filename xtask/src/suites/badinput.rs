@@ -223,6 +223,7 @@ fn usage(suite: &Suite<'_>, scratch: &Path, good: &Path) -> Vec<(String, Result<
     refuse("fsck.cairn", &[path("--no-such"), good], &[FSCK_USAGE], "unknown flag");
     refuse("fsck.cairn", &[], &[FSCK_USAGE], "no image");
     refuse("mkfs.cairn", &[good], &[1], "there is a filesystem already");
+    refuse("mkfs.cairn", &[path("-L"), path("a/b"), &small], &[2], "a name that ends in itself");
     refuse("mkfs.cairn", &[path("--size"), path("many"), &small], &[1, 2], "not a size");
     refuse("mkfs.cairn", &[path("--size"), path("100K"), &small], &[1], "too small");
     refuse("mkfs.cairn", &[], &[1, 2], "no target");
@@ -358,30 +359,42 @@ fn fill(dir: &Path) -> Result<u64> {
     bail!("{written} bytes went into {DEVICE_BYTES}")
 }
 
-/// A device that cannot be written is mounted read-only, or refused with a sentence.
+/// A device that cannot be written is mounted read-only, with a sentence that says so; where that
+/// is not what is wanted it is refused with one.
 fn read_only_device(suite: &Suite<'_>) -> Result<()> {
     let mut volume = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
     volume.mount()?;
     fs::write(volume.dir().join("file"), content())?;
     volume.unmount()?;
     let (device, _device) = guard::loop_device(volume.image(), true)?;
-    let out = mount_output(&device, volume.dir(), false)?;
-    if guard::is_mounted(volume.dir()) {
+    let says_so = |out: &Output, codes: &[i32]| {
+        refusal(out, codes)?;
+        ensure!(out.stderr.contains("is write-protected"), "another reason:\n{}", out.both());
+        Ok(())
+    };
+    for read_only in [false, true] {
+        let out = mount_output(&device, volume.dir(), read_only)?;
         let _mounted = guard::mounted(volume.dir());
+        match read_only {
+            false => says_so(&out, &[0]).context("mount for writing")?,
+            true => check_code(&out, &[0]).context("mount -o ro")?,
+        }
+        ensure!(fs::read(volume.dir().join("file"))? == content(), "the file differs");
         let error = fs::write(volume.dir().join("new"), b"x").err();
         let kind = error.map(|error| error.kind());
         ensure!(kind == Some(ErrorKind::ReadOnlyFilesystem), "a write gives {kind:?}");
-    } else {
-        refusal(&out, &[MOUNT_FAILED]).context("mount for writing")?;
     }
-    let options = MountOptions { read_only: true, extra: "" };
-    suite.subject.mount(&device, volume.dir(), options).context("mount -o ro")?;
-    let _mounted = guard::mounted(volume.dir());
-    ensure!(fs::read(volume.dir().join("file"))? == content(), "the file differs");
-    let error = fs::write(volume.dir().join("new"), b"x").err();
-    let kind = error.map(|error| error.kind());
-    ensure!(kind == Some(ErrorKind::ReadOnlyFilesystem), "a write gives {kind:?}");
-    Ok(())
+    let insist = Cmd::new(checkout::binary("mount.cairn")).arg("-w").arg(&device).arg(volume.dir());
+    says_so(&insist.limit(Duration::from_secs(60)).output()?, &[MOUNT_FAILED]).context("-w")?;
+    let mkfs = Cmd::new(checkout::binary("mkfs.cairn")).arg("-f").arg(&device);
+    says_so(&mkfs.limit(Duration::from_secs(60)).output()?, &[1]).context("mkfs")?;
+    check_code(&fsck(&device)?, &[0]).context("fsck")?;
+    let mut pool = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
+    pool.mount()?;
+    let add = Cmd::new(checkout::binary("cairn")).args(["device", "add", "-f"]);
+    let add = add.arg(pool.dir()).arg(&device);
+    says_so(&add.limit(Duration::from_secs(60)).output()?, &[1]).context("device add")?;
+    pool.finish()
 }
 
 /// The device refuses writes: fsync says so, reads go on, what was durable stays.

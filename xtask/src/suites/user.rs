@@ -42,6 +42,12 @@ pub fn run(_suite: &Suite<'_>) -> Result<Outcome> {
         ../mount.cairn pool.img mnt
         trap 'fusermount3 -u mnt || true' EXIT
         cmp mnt/link copy
+        fusermount3 -u mnt
+        chmod a-w pool.img
+        ../mount.cairn pool.img mnt 2> said
+        grep -q 'pool.img cannot be written to: Permission denied: mounting .* read-only' said
+        findmnt -no OPTIONS mnt | grep -q '^ro,'
+        cmp mnt/link copy
     "#;
     // As udev sets it on systems that people log in to.
     let _device = guard::permissions(Path::new("/dev/fuse"), 0o666)?;

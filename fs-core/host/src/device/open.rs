@@ -118,10 +118,12 @@ pub enum OpenError {
         /// How long the wait was.
         waited: Duration,
     },
-    /// Writing is wanted, and the device refuses all writes.
+    /// Writing is wanted, and only reading would be possible.
     WriteProtected {
         /// The device.
         path: PathBuf,
+        /// What the system says; nothing when it is the device that refuses all writes.
+        cause: Option<io::Error>,
     },
     /// Its blocks are larger than cairn's sectors.
     BlockSize {
@@ -155,8 +157,11 @@ impl fmt::Display for OpenError {
                 }
                 Ok(())
             }
-            OpenError::WriteProtected { path } => {
-                write!(f, "{} is write-protected; it can be mounted with -o ro", path.display())
+            OpenError::WriteProtected { path, cause: None } => {
+                write!(f, "{} is write-protected", path.display())
+            }
+            OpenError::WriteProtected { path, cause: Some(cause) } => {
+                write!(f, "{} cannot be written to: {}", path.display(), plain(cause))
             }
             OpenError::BlockSize { path, block_bytes } => write!(
                 f,
@@ -220,9 +225,17 @@ impl FileDevice {
             return Err(OpenError::NotADevice { path: path.to_path_buf() });
         }
         if block_device && options.access == Access::ReadWrite && is_write_protected(&kind) {
-            return Err(OpenError::WriteProtected { path: path.to_path_buf() });
+            return Err(OpenError::WriteProtected { path: path.to_path_buf(), cause: None });
         }
-        let (mut file, direct) = open_file(path, options).map_err(system)?;
+        let (mut file, direct) = open_file(path, options).map_err(|cause| {
+            let only_to_read = options.access == Access::ReadWrite
+                && refuses_writing(&cause)
+                && File::open(path).is_ok();
+            match only_to_read {
+                true => OpenError::WriteProtected { path: path.to_path_buf(), cause: Some(cause) },
+                false => system(cause),
+            }
+        })?;
         let claim = lock(path, &file, block_device, options.access, wait)?;
         let geometry = geometry(&mut file, options.access).map_err(system)?;
         if u64::from(geometry.block_bytes) > SECTOR_BYTES {
@@ -243,6 +256,13 @@ impl FileDevice {
             rings,
         })
     }
+}
+
+/// Whether the system refused to open for writing because of a permission or a read-only
+/// filesystem.
+fn refuses_writing(cause: &io::Error) -> bool {
+    let refusals = [Errno::ACCESS, Errno::PERM, Errno::ROFS].map(Errno::raw_os_error);
+    cause.raw_os_error().is_some_and(|code| refusals.contains(&code))
 }
 
 /// Opens bypassing the page cache if that is wanted and works.
