@@ -162,10 +162,14 @@ impl Server {
     /// The errno to answer with.
     pub fn handle(&self, request: &Request<'_>, body: &mut [u8]) -> Result<Reply, Errno> {
         self.dispatch(request, body).map_err(|Failure(errno)| {
-            if let Op::Write { data, .. } = &request.op {
-                self.write_refused(request.node, errno, data.len() as u64);
+            let Op::Write { data, write_back, .. } = &request.op else { return errno };
+            self.write_refused(request.node, errno, data.len() as u64);
+            // For fsync(2) and close(2) the kernel remembers ENOSPC as it is and else EIO, which
+            // would have people look for a broken device.
+            match errno {
+                Errno::DQUOT if *write_back => Errno::NOSPC,
+                _ => errno,
             }
-            errno
         })
     }
 
@@ -295,7 +299,7 @@ impl Server {
                 let len = body.len().min(size as usize);
                 Ok(Reply::Body(fs.read(ino, offset, &mut body[..len])?))
             }
-            Op::Write { offset, data, kill_priv } => {
+            Op::Write { offset, data, kill_priv, .. } => {
                 fs.write(ino, offset, data, WriteFlags { append: false, kill_priv })?;
                 Ok(Reply::Size(data.len() as u32))
             }

@@ -122,6 +122,8 @@ pub enum Op<'a> {
         offset: u64,
         data: &'a [u8],
         kill_priv: bool,
+        /// The kernel writes back what it took earlier.
+        write_back: bool,
     },
     Fallocate {
         mode: Fallocate,
@@ -375,6 +377,7 @@ fn decode_op<'a>(
                 offset: args.offset,
                 data: body.bytes(args.size)?,
                 kill_priv: args.write_flags & wire::WRITE_KILL_SUIDGID != 0,
+                write_back: args.write_flags & wire::WRITE_CACHE != 0,
             }
         }
         opcode::FALLOCATE => {

@@ -126,6 +126,8 @@ pub mod fopen {
 /// Bit of [`GetattrIn::getattr_flags`]: asked on behalf of an open file, by read(2), write(2) or
 /// lseek(2); not by stat(2), fstat(2) or a permission check.
 pub const GETATTR_BY_HANDLE: u32 = 1 << 0;
+/// Bit of [`WriteIn::write_flags`]: from the page cache, and not by the caller of write(2).
+pub const WRITE_CACHE: u32 = 1 << 0;
 /// Bit of [`WriteIn::write_flags`]: clear set-user-id, set-group-id and capabilities.
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// Bit of [`FsyncIn::fsync_flags`]: fdatasync(2).

@@ -5,6 +5,7 @@
 //! tells it (a write, a sync or a close), and what succeeded is compared after mounting again.
 
 use super::Suite;
+use crate::checkout;
 use crate::random::{Aligned, Random};
 use crate::run::Cmd;
 use crate::steps::Outcome;
@@ -60,16 +61,49 @@ const COMMANDS: [&[&str]; 7] = [
 ];
 
 fn program(dir: &Path, source: &Path, command: &[&str]) -> Result<()> {
+    let said = refused(dir, source, command)?;
+    ensure!(said.contains("No space left on device"), "it says: {said}");
+    Ok(())
+}
+
+/// What a command says that copies more than fits.
+fn refused(dir: &Path, source: &Path, command: &[&str]) -> Result<String> {
     let target = dir.join("file");
     let (source, name) = (source.display().to_string(), target.display().to_string());
     let words: Vec<String> =
         command.iter().map(|word| word.replace("SOURCE", &source).replace("FILE", &name)).collect();
     let out = Cmd::new(&words[0]).args(&words[1..]).limit(LIMIT).output()?;
-    let said = out.stderr;
     ensure!(out.code != Some(0), "it says that everything fitted");
-    ensure!(said.contains("No space left on device"), "it says: {said}");
     fs::remove_file(&target)?;
-    Ok(())
+    Ok(out.stderr)
+}
+
+/// At the limit of a subvolume a writer is told the truth, too: nothing says that a device fails,
+/// and the rest of the pool takes what does not fit there.
+///
+/// # Errors
+/// When somebody is told something else, or nothing.
+pub fn limits(suite: &Suite<'_>) -> Result<Outcome> {
+    let mut volume = Volume::create(suite.subject, Backing::Loop, POOL_BYTES)?;
+    volume.mount()?;
+    let source = volume.image().with_file_name("source");
+    fs::write(&source, noise(1, POOL_BYTES as usize / 2))?;
+    let dir = volume.dir().join("limited");
+    for words in [&["create"][..], &["limit", "--referenced", "8M"]] {
+        let command = Cmd::new(checkout::binary("cairn"));
+        command.arg("subvolume").args(words).arg(&dir).quiet()?;
+    }
+    for command in COMMANDS {
+        let said = refused(&dir, &source, command).with_context(|| command.join(" "))?;
+        let is_told = ["No space left on device", "Disk quota exceeded"];
+        ensure!(is_told.iter().any(|told| said.contains(told)), "it says: {said}");
+        ensure!(!said.contains("Input/output error"), "it says: {said}");
+    }
+    let beside = volume.dir().join("beside");
+    fs::copy(&source, &beside)?;
+    File::open(&beside)?.sync_all().context("beside the subvolume")?;
+    volume.finish()?;
+    Ok(Outcome::Passed(format!("{} programs", COMMANDS.len())))
 }
 
 /// Who goes on writing, and never syncs or closes, is told; what is written when there is room

@@ -96,6 +96,7 @@ const OWN: &[(&str, Run)] = &[
     ("sigterm", kill::terminate),
     ("scrub", scrub::run),
     ("devices", devices::run),
+    ("limits", full::limits),
     ("memory", memory::run),
     ("user", user::run),
 ];
