@@ -33,8 +33,21 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
     let changing = Mutex::new(());
     Arc::new(move |request| {
         let volume = forest.base();
+        let is_change = match &request {
+            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) | Request::Device(_) => {
+                true
+            }
+            Request::Info | Request::Df | Request::Sync | Request::Versions(_) => false,
+            Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
+        };
+        if is_change && kernel.is_read_only() {
+            return Reply::Failed("the pool is mounted read-only".into());
+        }
         match request {
-            Request::Info => Reply::Info(pool_info(volume)),
+            Request::Info => {
+                let info = pool_info(volume);
+                Reply::Info(PoolInfo { read_only: info.read_only || kernel.is_read_only(), ..info })
+            }
             Request::Df => Reply::Df(space_info(volume.engine())),
             Request::Sync => match volume.sync() {
                 Ok(()) => Reply::Synced,

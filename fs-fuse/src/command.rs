@@ -30,7 +30,7 @@ use cairn_host::admin::{Handler, Server as AdminServer};
 use cairn_host::{mounts, source, without_codes};
 use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Dev, Mode, OFlags};
 use rustix::mount::MountFlags;
 use std::ffi::OsString;
 use std::fs::File;
@@ -379,13 +379,22 @@ fn serve(
     let target = invocation.target.clone();
     let admin_socket = Arc::new(Mutex::new(None));
     let socket = Arc::clone(&admin_socket);
+    let kernel = Arc::clone(&opened.kernel);
     let settle = move || {
         // Writing to sysfs and waiting for the caller is not for a thread that serves.
         std::thread::spawn(move || {
             if root {
                 mount::raise_limits(&target, READAHEAD_BYTES, total_bytes);
             }
-            *socket.lock() = opened.admin.and_then(|handler| listen(&target, handler));
+            match mount::device_of(&target) {
+                Ok(device) => {
+                    kernel.mounted_as(device);
+                    *socket.lock() = opened.admin.and_then(|handler| listen(device, handler));
+                }
+                Err(errno) => {
+                    log::warning(&format!("cannot look at {}: {errno}", target.display()))
+                }
+            }
             launch.ready();
         });
     };
@@ -396,8 +405,7 @@ fn serve(
 }
 
 /// Listens for the `cairn` command. A daemon can do without.
-fn listen(target: &Path, handler: Arc<Handler>) -> Option<AdminServer> {
-    let device = mount::device_of(target).ok()?;
+fn listen(device: Dev, handler: Arc<Handler>) -> Option<AdminServer> {
     AdminServer::start(device, handler)
         .map_err(|error| {
             log::warning(&format!("the cairn command cannot reach this mount: {error}"))

@@ -101,6 +101,11 @@ impl Call<'_> {
     }
 }
 
+/// Whether a command changes the pool without the kernel asking whether the mount is writable.
+pub(crate) fn changes(command: u32) -> bool {
+    matches!(command, command::FITRIM | command::SETFSLABEL)
+}
+
 /// Carries out an ioctl; its output goes to `out`. Returns the output's length.
 pub(crate) fn handle(
     volume: &dyn Mounted,

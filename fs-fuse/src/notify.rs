@@ -7,6 +7,7 @@
 use crate::reply::Head;
 use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::Dev;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io::IoSlice;
@@ -44,6 +45,8 @@ struct Waiting {
 #[derive(Default)]
 pub struct Kernel {
     device: OnceLock<OwnedFd>,
+    /// What the mount table calls the mount.
+    mount: OnceLock<Dev>,
     /// Notices that answering threads have left. Nothing is called with it held.
     waiting: Mutex<Waiting>,
     came: Condvar,
@@ -57,6 +60,19 @@ impl Kernel {
         if let Ok(device) = device.try_clone() {
             let _ = self.device.set(device);
         }
+    }
+
+    /// The mount has this device number.
+    pub fn mounted_as(&self, mount: Dev) {
+        let _ = self.mount.set(mount);
+    }
+
+    /// Whether the kernel lets nobody change anything. A remount need not come through the mount
+    /// helper, and the kernel does not tell the server.
+    pub fn is_read_only(&self) -> bool {
+        let Some(device) = self.mount.get() else { return false };
+        let Ok(mounts) = cairn_host::mounts::mounts() else { return false };
+        mounts.iter().find(|m| m.device == *device).is_some_and(|m| m.read_only_everywhere)
     }
 
     /// A name in a directory came, went, or leads elsewhere.

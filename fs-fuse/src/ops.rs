@@ -324,6 +324,9 @@ impl Server {
             Op::Ioctl { command, input, out_size } => {
                 let out = limit(body, out_size);
                 let call = ioctl::Call { request, ino, command, input };
+                if ioctl::changes(command) && self.kernel.is_read_only() {
+                    return Err(Errno::ROFS.into());
+                }
                 Ok(Reply::Ioctl(ioctl::handle(self.volume.as_ref(), &call, out)?))
             }
             Op::Interrupt => Ok(Reply::Silent),

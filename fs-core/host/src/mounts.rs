@@ -21,6 +21,8 @@ pub struct Mount {
     pub source: PathBuf,
     /// Whether it is mounted read-only.
     pub read_only: bool,
+    /// Whether the filesystem is, at every place where it is mounted.
+    pub read_only_everywhere: bool,
 }
 
 impl Mount {
@@ -189,13 +191,15 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let mount_point = unescape(fields.next()?);
     let options = fields.next()?;
     let mut after = fields.skip_while(|field| *field != b"-").skip(1);
+    let has_ro = |options: &[u8]| options.split(|b| *b == b',').any(|option| option == b"ro");
     Some(Mount {
         device: rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?),
         root,
         mount_point,
         fs_type: String::from_utf8_lossy(after.next()?).into_owned(),
         source: unescape(after.next()?),
-        read_only: options.split(|b| *b == b',').any(|option| option == b"ro"),
+        read_only: has_ro(options),
+        read_only_everywhere: after.next().is_some_and(has_ro),
     })
 }
 
@@ -235,7 +239,9 @@ mod tests {
         assert_eq!(mount.root, Path::new("/"));
         assert_eq!(mount.source, Path::new(r"/img\x"));
         assert_eq!(mount.device, rustix::fs::makedev(98, 5));
-        assert!(mount.is_cairn() && mount.read_only);
+        assert!(mount.is_cairn() && mount.read_only && !mount.read_only_everywhere);
+        let line = br"36 35 98:5 / /mnt rw - fuse.cairn x ro,user_id=0";
+        assert!(parse_line(line).unwrap().read_only_everywhere);
     }
 
     #[test]

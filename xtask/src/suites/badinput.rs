@@ -247,6 +247,7 @@ pub fn devices(suite: &Suite<'_>) -> Result<Outcome> {
         ("mounted in another namespace", mounted_elsewhere),
         ("full", full),
         ("read-only device", read_only_device),
+        ("remounted read-only", remounted_read_only),
         ("writes fail", writes_fail),
         ("reads fail", reads_fail),
         ("data is damaged", data_is_damaged),
@@ -357,6 +358,29 @@ fn fill(dir: &Path) -> Result<u64> {
         }
     }
     bail!("{written} bytes went into {DEVICE_BYTES}")
+}
+
+/// The kernel makes a mount read-only without the helper, so nobody tells the daemon: it changes
+/// nothing for the admin command either, until the mount is writable again.
+fn remounted_read_only(suite: &Suite<'_>) -> Result<()> {
+    let mut volume = Volume::create(suite.subject, Backing::File, DEVICE_BYTES)?;
+    volume.mount()?;
+    let remount = |how: &str| Cmd::new("mount").args(["-i", "-o", how]).arg(volume.dir()).quiet();
+    let make = |name: &str| {
+        let command = Cmd::new(checkout::binary("cairn")).args(["subvolume", "create"]);
+        command.arg(volume.dir().join(name)).output()
+    };
+    let status =
+        || Cmd::new(checkout::binary("cairn")).args(["status", "-j"]).arg(volume.dir()).text();
+    remount("remount,ro")?;
+    let out = make("new")?;
+    refusal(&out, &[1])?;
+    ensure!(out.stderr.contains("read-only"), "another reason:\n{}", out.both());
+    ensure!(status()?.contains("\"read_only\": true"), "the status says something else");
+    remount("remount,rw")?;
+    check_code(&make("new")?, &[0])?;
+    ensure!(status()?.contains("\"read_only\": false"), "the status says something else");
+    volume.finish()
 }
 
 /// A device that cannot be written is mounted read-only, with a sentence that says so; where that
