@@ -7,8 +7,9 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `vfs` | one method per operation |
+//! | `receive` | subvolumes from streams |
 //! | `check` | the checker |
-//! | `stream` | comparing states of a subvolume; the identity of its content |
+//! | `stream` | comparing states of a subvolume; the identity of its content; streams |
 //! | `engine` | open, commit, replay, close |
 //! | `subvol` | inodes, directories, extents, attributes |
 //! | `btree`, `intent` | the tree; the intent log |
@@ -40,6 +41,7 @@ pub mod format;
 pub mod intent;
 pub mod platform;
 pub mod pool;
+pub mod receive;
 pub mod space;
 pub mod stream;
 pub mod subvol;

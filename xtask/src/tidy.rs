@@ -27,6 +27,7 @@ const LAYERS: &[&[&str]] = &[
     &["subvol"],
     &["engine"],
     &["vfs", "stream", "check", "maint"],
+    &["receive"],
     &["admin"],
 ];
 

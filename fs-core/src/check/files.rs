@@ -32,6 +32,9 @@ pub(super) struct Scan {
     pub dirs: Vec<(u64, u64)>,
     /// Inodes that are listed as nameless, ascending.
     pub orphans: Vec<u64>,
+    /// It is being received: directories without names may hold something, and a symbolic link may
+    /// have no target yet.
+    pub is_receiving: bool,
     stored: u64,
     promised: u64,
     logical: u64,
@@ -101,6 +104,7 @@ impl Scan {
             inodes: Vec::new(),
             dirs: Vec::new(),
             orphans: Vec::new(),
+            is_receiving: subvol.item.is_receiving(),
             stored: 0,
             promised: 0,
             logical: 0,
@@ -239,7 +243,7 @@ impl Scan {
         let is_device = matches!(inode.file_type(), mode::CHAR | mode::BLOCK);
         let wrong = [
             (inode.rdev != 0 && !is_device, "device number of what is no device"),
-            (inode.generation == 0, "generation zero"),
+            (inode.generation == 0 && !self.is_receiving, "generation zero"),
             (inode.generation > checker.superblock.txg.0, "created by a group to come"),
             ((inode.parent == 0) != (inode.parent_cookie == 0), "half of a first name"),
             (object.ino == ROOT_INO && !inode.is_dir(), "the root is no directory"),
@@ -268,7 +272,9 @@ impl Scan {
         }
         let is_symlink = inode.file_type() == mode::SYMLINK;
         let symlink_bytes = object.symlink_bytes.map(|bytes| bytes as u64);
-        if is_symlink && symlink_bytes.filter(|bytes| *bytes > 0) != Some(inode.size) {
+        let is_made = symlink_bytes.filter(|bytes| *bytes > 0) == Some(inode.size);
+        let is_to_come = self.is_receiving && symlink_bytes.is_none() && inode.size == 0;
+        if is_symlink && !is_made && !is_to_come {
             let detail = format!("{symlink_bytes:?} bytes, its size is {}", inode.size);
             findings.add(&rules::SYMLINK, spot.clone(), detail);
         }

@@ -92,6 +92,7 @@ pub(super) fn check(checker: &mut Checker<'_>, scan: &mut Scan) -> Result<()> {
         names: &scan.names,
         backlinks: &scan.backlinks,
         orphans: &scan.orphans,
+        is_receiving: scan.is_receiving,
         findings,
     };
     for inode in &scan.inodes {
@@ -113,6 +114,7 @@ struct Merge<'a> {
     names: &'a [NameFact],
     backlinks: &'a [Backlink],
     orphans: &'a [u64],
+    is_receiving: bool,
     findings: &'a mut Findings,
 }
 
@@ -151,7 +153,12 @@ impl Merge<'_> {
                 self.findings.add(&rules::NAME_TYPE, spot, detail);
             }
         }
+        let is_listed = self.orphans.binary_search(&inode.ino).is_ok();
+        let is_dir = inode.file_type == mode::DIRECTORY;
+        // It keeps what it holds, and so its links, until it gets another name or goes.
+        let is_between = self.is_receiving && is_dir && is_listed;
         let wanted = match (inode.file_type, inode.nlink) {
+            _ if is_between => 0,
             (mode::DIRECTORY, 0) => 0,
             (mode::DIRECTORY, _) => u32::from(inode.ino != ROOT_INO),
             (_, nlink) => nlink,
@@ -160,8 +167,7 @@ impl Merge<'_> {
             let detail = format!("{} links, {} names", inode.nlink, names.len());
             self.findings.add(&rules::LINK_COUNT, spot.clone(), detail);
         }
-        let is_listed = self.orphans.binary_search(&inode.ino).is_ok();
-        match (inode.nlink == 0, is_listed) {
+        match (inode.nlink == 0 || is_between, is_listed) {
             (true, false) => self.findings.add(&rules::ORPHAN_UNLISTED, spot, ""),
             (false, true) => {
                 let detail = format!("it has {} links", inode.nlink);

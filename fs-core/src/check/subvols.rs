@@ -70,7 +70,9 @@ fn item(
             all.load(key, value)?;
             push(found, Found { id, item, root })
         }
-        (kind::NAME | kind::HOLDS | kind::BOOKMARK, 0) => all.load(key, value).map(|_| ()),
+        (kind::NAME | kind::HOLDS | kind::BOOKMARK | kind::CONTENT, 0) => {
+            all.load(key, value).map(|_| ())
+        }
         (kind::PROPERTY, property::SCRUB) if key.object == 0 => {
             let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
             let record = ScrubRecord::decode(value).map_err(bad)?;

@@ -243,6 +243,11 @@ fn check_rules(checker: &mut Checker<'_>, family: &Family) -> Result<()> {
             let detail = "it has limits, and the pool says that there are none";
             checker.findings.add(&rules::VERSION, spot.clone(), detail);
         }
+        let uses_streams = item.is_receiving() || item.content != [0; 32];
+        if uses_streams && checker.superblock.features[2] & features::STREAMS == 0 {
+            let detail = "it was received, and the pool says that nothing was";
+            checker.findings.add(&rules::VERSION, spot.clone(), detail);
+        }
         if item.txg.max(item.birth).max(item.snapshot_txg) > newest {
             checker.findings.add(&rules::VERSION, spot, "it is of a group to come");
         }

@@ -404,7 +404,10 @@ impl Engine {
 
     #[inline(never)]
     fn queue_orphans(&self) -> Result<()> {
-        self.subvols().iter().try_for_each(|subvol| self.queue_orphans_of(subvol))
+        let subvols = self.subvols();
+        // What is being received may get names again.
+        let mut whole = subvols.iter().filter(|subvol| !subvol.is_receiving());
+        whole.try_for_each(|subvol| self.queue_orphans_of(subvol))
     }
 
     /// Queues the nameless inodes of a subvolume that nobody uses yet.

@@ -156,11 +156,54 @@ pub enum VersionOp {
         /// from or rolled back to.
         own: u64,
     },
+    /// Begins to receive a snapshot, in a subvolume that nobody can look into until
+    /// [`VersionOp::Publish`].
+    Receive {
+        /// Its name.
+        name: Vec<u8>,
+        /// The snapshot that it begins as; none for an empty one.
+        base: Option<u64>,
+        /// Identity of the snapshot that is received.
+        origin: [u8; 16],
+    },
+    /// Makes what was received a snapshot.
+    Publish(Arrival),
+    /// Notes the content of a snapshot, so that it need not be read again to find that of a later
+    /// one.
+    KeepContent {
+        /// The snapshot.
+        snapshot: u64,
+        /// Identity of its content.
+        identity: [u8; 32],
+        /// The sum that it follows from.
+        sum: Vec<u8>,
+    },
     /// Makes a subvolume the one that is mounted unless another is asked for.
     SetDefault {
         /// Which.
         subvolume: u64,
     },
+}
+
+/// A snapshot that was received whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    /// The subvolume in which it was received, which nobody uses unless it stays.
+    pub working: u64,
+    /// The subvolume of which it becomes a snapshot. When that is another, `working` is deleted.
+    pub into: u64,
+    /// Name of the snapshot.
+    pub name: Vec<u8>,
+    /// Identity of the snapshot that was sent.
+    pub origin: [u8; 16],
+    /// When that was taken, seconds since 1970.
+    pub created: i64,
+    /// The root of the tree of which content and identity are known.
+    pub root: [u8; 64],
+    /// Identity of its content.
+    pub identity: [u8; 32],
+    /// The sum that it follows from.
+    pub sum: Vec<u8>,
 }
 
 /// Operations that wait for the writer of a group.
@@ -202,6 +245,8 @@ struct Draft<'r> {
     default_subvol: u64,
     /// It sets limits.
     has_limits: bool,
+    /// It receives something, or keeps a content.
+    has_streams: bool,
     /// Subvolumes that begin, or begin anew, with their root directories if they have none yet.
     fresh: Vec<(u64, Option<InodeItem>)>,
     gone: Vec<u64>,
@@ -301,6 +346,7 @@ impl Engine {
     fn taken_of(&self, ops: &[VersionOp]) -> Vec<Arc<Subvol>> {
         let subvol = |op: &VersionOp| match op {
             VersionOp::Snapshot { subvolume, .. } => self.subvol(TreeId(*subvolume)),
+            VersionOp::Publish(arrival) => self.subvol(TreeId(arrival.working)),
             _ => None,
         };
         ops.iter().filter_map(subvol).collect()
@@ -336,6 +382,7 @@ impl Engine {
         let promised = |id| versions.get(id).map_or(0, |version| version.item.promised_bytes);
         let more = |op: &VersionOp| match op {
             VersionOp::Clone { snapshot, .. } => promised(*snapshot),
+            VersionOp::Receive { base: Some(base), .. } => promised(*base),
             VersionOp::Rollback { snapshot, .. } => {
                 let owner = versions.get(*snapshot).map_or(0, |version| version.item.owner);
                 promised(*snapshot).saturating_sub(promised(owner))
@@ -354,6 +401,7 @@ impl Engine {
                 VersionOp::Rollback { snapshot, .. } => {
                     self.versions.read().get(*snapshot).map(|version| version.item.owner)
                 }
+                VersionOp::Publish(arrival) => arrival.ends(),
                 _ => None,
             };
             let Some(subvol) = id.and_then(|id| self.subvol(TreeId(id))) else { continue };
@@ -376,6 +424,25 @@ impl Engine {
             // If that fails they stay until the pool is opened again.
             let _ = self.queue_orphans_of(subvol);
         }
+    }
+
+    /// The sum of a snapshot's content, if it is kept.
+    ///
+    /// # Errors
+    /// Errors of the device or the pool tree.
+    pub fn kept_content(&self, id: u64) -> Result<Option<Vec<u8>>> {
+        // Under it, so that what is read is not reused.
+        let committer = self.committer();
+        let (is_kept, unwritten) = self.with_versions(|versions| {
+            let is_kept = versions.get(id).is_some_and(|v| v.item.content != [0; 32]);
+            (is_kept, versions.unwritten_content(id).cloned())
+        });
+        if !is_kept || unwritten.is_some() {
+            return Ok(unwritten);
+        }
+        let key = Key::new(id, kind::CONTENT, 0);
+        let value = committer.roots.pool.lookup(&*self.store, &key)?;
+        Ok(value.map(|value| value.to_vec()))
     }
 
     /// Looks at the versions there are.
@@ -479,6 +546,7 @@ impl Engine {
             next: committer.superblock.next_subvol,
             default_subvol: committer.superblock.default_subvol,
             has_limits: false,
+            has_streams: false,
             fresh: Vec::new(),
             gone: Vec::new(),
         };
@@ -499,6 +567,9 @@ impl Engine {
         committer.superblock.default_subvol = draft.default_subvol;
         if draft.has_limits {
             committer.superblock.features[2] |= features::LIMITS;
+        }
+        if draft.has_streams {
+            committer.superblock.features[2] |= features::STREAMS;
         }
         let comings = &mut committer.comings;
         for (id, _) in draft.fresh {
@@ -537,7 +608,7 @@ impl Engine {
             }
             VersionOp::Snapshot { subvolume: id, name } => {
                 draft.subvolume(versions, *id)?;
-                draft.snapshot(versions, *id, name, identity)
+                draft.snapshot(versions, (*id, *id), name, identity)
             }
             VersionOp::Clone { snapshot, name } => {
                 check_subvolume_name(name)?;
@@ -596,6 +667,31 @@ impl Engine {
                 };
                 versions.change(*id, limit).map(|()| 0)
             }
+            VersionOp::Receive { name, base, origin } => {
+                check_subvolume_name(name)?;
+                draft.has_streams = true;
+                let id = match base {
+                    Some(base) => draft.clone(versions, *base, name, identity)?,
+                    None => {
+                        let id = draft.new_id()?;
+                        add(versions, id, draft.first_item(identity), name)?;
+                        let root = self.root_item(draft.txg, (0o755, 0, 0));
+                        draft.fresh.push((id, Some(root)));
+                        id
+                    }
+                };
+                versions.change(id, |item| {
+                    item.flags |= version::RECEIVING;
+                    item.origin = *origin;
+                })?;
+                Ok(id)
+            }
+            VersionOp::Publish(arrival) => draft.publish(versions, arrival, identity),
+            VersionOp::KeepContent { snapshot: id, identity, sum } => {
+                draft.snapshot_of(versions, *id)?;
+                draft.has_streams = true;
+                versions.set_content(*id, *identity, sum.clone()).map(|()| 0)
+            }
             VersionOp::SetDefault { subvolume: id } => {
                 draft.subvolume(versions, *id)?;
                 draft.default_subvol = *id;
@@ -612,6 +708,10 @@ impl Engine {
                 let versions = self.versions.read();
                 versions.get(*snapshot).map_or(0, |version| version.item.owner)
             }
+            VersionOp::Publish(arrival) => match arrival.ends() {
+                Some(id) => id,
+                None => return Ok(()),
+            },
             _ => return Ok(()),
         };
         if self.subvol(TreeId(id)).is_some() && !draft.request.shut.contains(&id) {
@@ -753,6 +853,7 @@ impl Draft<'_> {
 
     fn subvolume<'v>(&self, versions: &'v Versions, id: u64) -> Result<&'v Version> {
         match self.there(versions, id)? {
+            version if version.item.is_receiving() => Err(being_received()),
             version if !version.item.is_snapshot() => Ok(version),
             _ => Err(Error::Argument { what: "this is a snapshot, not a subvolume" }),
         }
@@ -765,12 +866,13 @@ impl Draft<'_> {
         item
     }
 
-    /// The snapshot takes the subvolume's place between its parent and itself.
+    /// The snapshot takes the subvolume's place between its parent and itself. It becomes one of
+    /// `owner`, as a rule the same subvolume.
     #[inline(never)]
     fn snapshot(
         &mut self,
         versions: &mut Versions,
-        subvolume: u64,
+        (subvolume, owner): (u64, u64),
         name: &[u8],
         identity: [u8; 16],
     ) -> Result<u64> {
@@ -778,11 +880,11 @@ impl Draft<'_> {
         let id = self.new_id()?;
         let head = Box::new(versions.need(subvolume)?.item);
         let mut item = head.clone();
-        item.flags |= version::SNAPSHOT;
+        item.flags = version::SNAPSHOT;
         (item.limit_referenced, item.limit_own) = (0, 0);
         item.lineage = head.lineage(TreeId(subvolume)).0;
         item.dead_list = head.dead_list(subvolume);
-        (item.owner, item.txg) = (subvolume, self.txg.0);
+        (item.owner, item.txg) = (owner, self.txg.0);
         (item.created, item.id) = (self.now, identity);
         item.origin = head.id;
         let txg = self.txg.0;
@@ -813,6 +915,37 @@ impl Draft<'_> {
         Ok(id)
     }
 
+    /// What was received is there from now on.
+    #[inline(never)]
+    fn publish(
+        &mut self,
+        versions: &mut Versions,
+        arrival: &Arrival,
+        identity: [u8; 16],
+    ) -> Result<u64> {
+        let Arrival { working, into, .. } = *arrival;
+        let head = &self.there(versions, working)?.item;
+        if !head.is_receiving() || head.root != arrival.root {
+            // Not what was looked at.
+            return Err(Errno::Busy.into());
+        }
+        if into != working {
+            self.subvolume(versions, into)?;
+        }
+        versions.change(working, |item| item.flags &= !version::RECEIVING)?;
+        let id = self.snapshot(versions, (working, into), &arrival.name, identity)?;
+        versions.change(id, |item| {
+            (item.origin, item.created) = (arrival.origin, arrival.created);
+        })?;
+        versions.set_content(id, arrival.identity, arrival.sum.clone())?;
+        self.has_streams = true;
+        if into != working {
+            self.gone.push(working);
+            versions.mark_deleted(working)?;
+        }
+        Ok(id)
+    }
+
     #[inline(never)]
     fn roll_back(
         &mut self,
@@ -822,7 +955,7 @@ impl Draft<'_> {
         identity: [u8; 16],
     ) -> Result<u64> {
         self.subvolume(versions, owner)?;
-        let kept = self.snapshot(versions, owner, keep, identity)?;
+        let kept = self.snapshot(versions, (owner, owner), keep, identity)?;
         let old = &versions.need(owner)?.item;
         let mut item = going_on_from(&versions.need(snapshot)?.item, snapshot, kept);
         (item.birth, item.created, item.id) = (old.birth, old.created, old.id);
@@ -840,6 +973,9 @@ impl Draft<'_> {
         if version.item.is_snapshot() {
             check_part(name)?;
             return versions.rename(id, name);
+        }
+        if version.item.is_receiving() {
+            return Err(being_received());
         }
         if version.name.is_empty() {
             return Err(Error::Argument { what: "the root subvolume cannot be renamed" });
@@ -891,13 +1027,24 @@ fn add(versions: &mut Versions, id: u64, item: Box<SubvolItem>, name: &[u8]) -> 
 /// A subvolume that goes on from a snapshot, with an empty dead list of that id.
 fn going_on_from(from: &SubvolItem, snapshot: u64, dead_list: u64) -> Box<SubvolItem> {
     let mut item = Box::new(*from);
-    item.flags = 0;
+    (item.flags, item.content) = (0, [0; 32]);
     (item.owner, item.txg) = (0, 0);
     (item.parent, item.snapshot_txg) = (snapshot, from.txg);
     (item.dead_list, item.dead_entries) = (dead_list, 0);
     (item.dead_own_bytes, item.dead_own_from) = (0, 0);
     item.own_bytes = 0;
     item
+}
+
+fn being_received() -> Error {
+    Error::Argument { what: "this subvolume is being received" }
+}
+
+impl Arrival {
+    /// The subvolume that is not there any more afterwards.
+    fn ends(&self) -> Option<u64> {
+        (self.working != self.into).then_some(self.working)
+    }
 }
 
 fn check_subvolume_name(name: &[u8]) -> Result<()> {

@@ -20,7 +20,8 @@ disk_struct! {
         0x10 size: u64,
         /// Bytes allocated on disk for data, each blob counted once; 0 for inline data.
         0x18 stored_bytes: u64,
-        /// Group that created the inode; with the number it names the file for good.
+        /// Group that created the inode; with the number it names the file for good. 0 while it is
+        /// being received and only names of it are known.
         0x20 generation: u64,
         /// Directory that holds the first name; 0 when there is none.
         0x28 parent: u64,

@@ -22,6 +22,7 @@ pub mod kind {
     pub const NAME: u8 = 0x41;
     pub const HOLDS: u8 = 0x42;
     pub const BOOKMARK: u8 = 0x43;
+    pub const CONTENT: u8 = 0x44;
     pub const PROPERTY: u8 = 0x48;
     // Shared-reference tree: object is a logical address.
     pub const REF: u8 = 0x50;
@@ -84,6 +85,7 @@ pub mod kind {
         (NAME, "NAME", "pool", "subvolume or snapshot id", "0", "its name"),
         (HOLDS, "HOLDS", "pool", "snapshot id", "0", "tags that keep it from being deleted"),
         (BOOKMARK, "BOOKMARK", "pool", "bookmark id", "0", "`BookmarkItem` and the name"),
+        (CONTENT, "CONTENT", "pool", "snapshot id", "0", "the sum of its content"),
         (PROPERTY, "PROPERTY", "pool", "subvolume id or 0", "property number", "value"),
         (REF, "REF", "references", "logical address", "0", "`RefItem`"),
         (DEAD, "DEAD", "dead lists", "list id", "birth * 2^20 + part", "a part of a dead list"),

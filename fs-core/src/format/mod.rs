@@ -224,8 +224,11 @@ pub mod features {
     pub const VACANCIES: u64 = 1 << 3;
     /// Compat: the set of devices is being changed, or was: the pool tree has a DEVICES property.
     pub const DEVICE_CHANGE: u64 = 1 << 1;
+    /// Incompat: a subvolume is, or was, received from a stream, or the content of a snapshot is
+    /// kept.
+    pub const STREAMS: u64 = 1 << 4;
     /// Bits that forbid opening when unknown.
-    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS | VACANCIES;
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS | VACANCIES | STREAMS;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

@@ -40,7 +40,8 @@ disk_struct! {
         0x92 checksum: u8,
         /// Reserved.
         0x93 reserved0: [u8; 5],
-        /// Flags: bit 0 a snapshot, bit 1 deleted, bit 2 its deletion has begun.
+        /// Flags: bit 0 a snapshot, bit 1 deleted, bit 2 its deletion has begun, bit 3 being
+        /// received.
         0x98 flags: u64,
         /// Group of the parent: what was born later is the version's own. 0 without a parent.
         0xa0 snapshot_txg: u64,
@@ -74,8 +75,10 @@ disk_struct! {
         0x118 limit_referenced: u64,
         /// Bytes of its own that it may have, born after the parent; 0 for any number.
         0x120 limit_own: u64,
-        /// Reserved for reservations and the content hash.
-        0x128 reserved: Skipped<216>,
+        /// Identity of a snapshot's content; zeros while it is not known. See the CONTENT item.
+        0x128 content: [u8; 32],
+        /// Reserved for reservations.
+        0x148 reserved: Skipped<184>,
     }
 }
 
@@ -106,6 +109,8 @@ impl SubvolItem {
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;
         rule(!item.is_snapshot() || !item.has_limits(), "a snapshot with limits")?;
+        rule(!item.is_snapshot() || !item.is_receiving(), "a snapshot that is being received")?;
+        rule(item.is_snapshot() || item.content == [0; 32], "a content of what changes")?;
         rule((FIRST_INO..=INO_MAX + 1).contains(&item.next_ino), "next inode number out of range")?;
         Ok(item)
     }
@@ -127,6 +132,11 @@ impl SubvolItem {
     /// apart.
     pub fn is_deleted(&self) -> bool {
         self.flags & version::DELETED != 0
+    }
+
+    /// Whether it is a subvolume that is being received: nobody can look into it yet.
+    pub fn is_receiving(&self) -> bool {
+        self.flags & version::RECEIVING != 0
     }
 
     /// Whether there is a limit to how much it may refer to.
@@ -180,8 +190,10 @@ pub mod version {
     pub const DELETED: u64 = 2;
     /// Its deletion has begun: nobody can look into it any more.
     pub const STARTED: u64 = 4;
+    /// Being received from a stream: nobody can look into it yet.
+    pub const RECEIVING: u64 = 8;
     /// All there are.
-    pub(super) const ALL: u64 = SNAPSHOT | DELETED | STARTED;
+    pub(super) const ALL: u64 = SNAPSHOT | DELETED | STARTED | RECEIVING;
 }
 
 disk_struct! {
@@ -215,6 +227,9 @@ impl BookmarkItem {
         Ok((item, name))
     }
 }
+
+/// Bytes of a CONTENT item: the sum of a snapshot's content, from which that of a later one comes.
+pub const CONTENT_BYTES: usize = 2056;
 
 /// Longest name of a subvolume, snapshot or bookmark, and longest tag of a hold, in bytes.
 pub const NAME_BYTES_MAX: usize = 255;

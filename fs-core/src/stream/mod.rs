@@ -41,7 +41,7 @@ mod sum;
 pub mod verify;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use changes::{Change, Changes};
 pub use content::{Content, Identity};

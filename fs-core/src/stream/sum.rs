@@ -19,7 +19,6 @@ const ELEMENT_CONTEXT: &str = "cairn 2026-11-26 element of a subvolume's content
 const SUM_CONTEXT: &str = "cairn 2026-11-26 identity of a subvolume's content";
 
 /// The sum of a set's elements.
-#[derive(Clone)]
 pub(super) struct Sum {
     lanes: Vec<u16>,
     /// How many elements there are.
@@ -31,6 +30,16 @@ pub(super) struct Sum {
 #[inline(never)]
 fn hasher(context: &str) -> Box<blake3::Hasher> {
     Box::new(blake3::Hasher::new_derive_key(context))
+}
+
+impl Clone for Sum {
+    /// A hasher is large and has nothing between two elements, so it is made anew.
+    fn clone(&self) -> Sum {
+        let mut sum = Sum::empty();
+        sum.lanes.copy_from_slice(&self.lanes);
+        sum.count = self.count;
+        sum
+    }
 }
 
 impl Sum {

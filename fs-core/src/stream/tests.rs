@@ -68,14 +68,14 @@ fn changes(fs: &Volume, old: &Tree, new: &Tree) -> Vec<Change> {
 
 /// What a walk over the mounted filesystem sees.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     /// Directory and name: inode and path.
     pub names: BTreeMap<(u64, Vec<u8>), (u64, Vec<u8>)>,
     pub inodes: BTreeMap<u64, SeenInode>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SeenInode {
+pub(crate) struct SeenInode {
     pub fields: (u32, u32, u32, u32, u64, u64),
     pub times: (Timestamp, Timestamp, Timestamp),
     pub data: Vec<u8>,
@@ -83,7 +83,7 @@ pub(super) struct SeenInode {
     pub attributes: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-pub(super) fn look(fs: &Volume) -> Seen {
+pub(crate) fn look(fs: &Volume) -> Seen {
     let mut seen = Seen::default();
     let mut left = alloc::vec![(fs.root(), Vec::new())];
     see(fs, fs.root(), &mut seen);
@@ -128,14 +128,14 @@ fn see(fs: &Volume, ino: Ino, seen: &mut Seen) {
 }
 
 /// One step: what, two picks, a number.
-pub(super) type Step = (u8, u8, u8, u32);
+pub(crate) type Step = (u8, u8, u8, u32);
 
-pub(super) fn pattern(len: usize, seed: u32) -> Vec<u8> {
+pub(crate) fn pattern(len: usize, seed: u32) -> Vec<u8> {
     (0..len).map(|i| (i as u32 / 97).wrapping_mul(seed | 1).to_le_bytes()[1]).collect()
 }
 
 /// Does a step; what cannot be done is not done.
-pub(super) fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) {
+pub(crate) fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) {
     let seen = look(fs);
     let dirs: Vec<Ino> = seen
         .inodes

@@ -108,7 +108,7 @@ impl<'a> Change<'a> {
             self.subvol.set_item(txg, key, item);
         }
         let store = &self.subvol.store;
-        if !self.starts.is_empty() {
+        if !self.starts.is_empty() && !self.subvol.is_receiving() {
             store.intents.append(txg, &self.records, &self.starts);
         }
         store.add_garbage(txg, self.garbage);

@@ -85,6 +85,8 @@ pub struct Subvol {
     dead_entries: AtomicU64,
     /// Whether it has limits.
     is_limited: AtomicBool,
+    /// Whether it is being received.
+    is_receiving: AtomicBool,
     /// Bytes that each unpublished group adds to what counts against the limits, at most.
     coming: [AtomicU64; SLOTS],
     /// Snapshots of it that were asked for: what is dropped after them is theirs.
@@ -129,6 +131,7 @@ impl Subvol {
     pub fn new(id: TreeId, item: SubvolItem, txg: Txg, store: Arc<Store>) -> Result<Subvol> {
         let root = item.root(txg).map_err(|bad| bad.in_item(TreeId::POOL, id.0))?;
         let tree = Tree { id: item.lineage(id), root };
+        let is_receiving = item.is_receiving();
         Ok(Subvol {
             id,
             table: Table::new(store.inode_bytes),
@@ -143,6 +146,7 @@ impl Subvol {
             item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
             is_limited: AtomicBool::new(item.has_limits()),
+            is_receiving: AtomicBool::new(is_receiving),
             coming: [const { AtomicU64::new(0) }; SLOTS],
             awaited: AtomicUsize::new(0),
             moving: Mutex::ranked(Rank::Moving, ()),
@@ -161,6 +165,11 @@ impl Subvol {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
             .map_err(|_| Error::Posix(Errno::Busy))?;
         Ok(InUse(self.clone()))
+    }
+
+    /// Whether more than one use it.
+    pub fn is_shared(&self) -> bool {
+        self.users.load(Ordering::Acquire) > 1
     }
 
     /// Begins to work in the subvolume for a moment; `None` when it is about to be deleted or
@@ -290,7 +299,14 @@ impl Subvol {
         self.dead_entries.store(item.dead_entries, Ordering::Relaxed);
         self.has_parent.store(item.parent != 0, Ordering::Relaxed);
         self.is_limited.store(item.has_limits(), Ordering::Relaxed);
+        self.is_receiving.store(item.is_receiving(), Ordering::Relaxed);
         *self.item.lock() = item;
+    }
+
+    /// Whether it is being received: only who receives it may look into it. The intent log has
+    /// nothing of it, so after a crash it is as a group left it.
+    pub fn is_receiving(&self) -> bool {
+        self.is_receiving.load(Ordering::Relaxed)
     }
 
     /// Whether it goes on from a snapshot, or soon will, which has what is dropped here.

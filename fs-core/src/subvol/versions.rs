@@ -8,7 +8,7 @@ use crate::btree::Edit;
 use crate::error::{Errno, Error};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{
-    check_name, decode_tags, encode_tags, version, BookmarkItem, SubvolItem,
+    check_name, decode_tags, encode_tags, version, BookmarkItem, SubvolItem, CONTENT_BYTES,
 };
 use crate::subvol::store::Result;
 use crate::units::{TreeId, Txg};
@@ -59,6 +59,8 @@ pub struct Edits {
 enum Before {
     Version(u64, Option<Box<Version>>),
     Bookmark(u64, Option<Bookmark>),
+    /// Nothing was to be written of the content of that version.
+    Content(u64),
 }
 
 /// The versions of a pool.
@@ -78,6 +80,8 @@ pub struct Versions {
     /// What changed since the edits were taken.
     touched: BTreeSet<u64>,
     touched_bookmarks: BTreeSet<u64>,
+    /// Sums of contents that are yet to be written; what is written is read when it is wanted.
+    contents: BTreeMap<u64, Vec<u8>>,
     /// What to go back to, the newest last, while a step is under way.
     before: Option<Vec<Before>>,
 }
@@ -139,6 +143,12 @@ impl Versions {
                 let (item, name) = BookmarkItem::decode(value).map_err(bad(id))?;
                 let bookmark = Bookmark { item, name: name.to_vec() };
                 self.insert_bookmark(id, bookmark).map_err(damage(id))?;
+            }
+            (kind::CONTENT, 0) => {
+                let is_kept = self.get(id).is_some_and(|version| version.item.content != [0; 32]);
+                if !is_kept || value.len() != CONTENT_BYTES {
+                    return Err(broken(id, "the content of a snapshot is not as it must be"));
+                }
             }
             _ => return Ok(false),
         }
@@ -292,6 +302,7 @@ impl Versions {
                     self.unlist_bookmark(id);
                     self.list_bookmark(id, bookmark);
                 }
+                Before::Content(id) => drop(self.contents.remove(&id)),
             }
         }
     }
@@ -412,6 +423,11 @@ impl Versions {
         self.all_in(Space::Bookmark(subvolume)).collect()
     }
 
+    /// Whether it is a subvolume that is being received.
+    pub fn is_receiving(&self, id: u64) -> bool {
+        self.get(id).is_some_and(|version| version.item.is_receiving())
+    }
+
     /// Subvolumes whose names begin with that of `id` and `/`.
     pub fn nested(&self, id: u64) -> Vec<u64> {
         let Some(version) = self.get(id) else { return Vec::new() };
@@ -507,6 +523,24 @@ impl Versions {
         let mut version = Box::new(self.need(id)?.clone());
         change(&mut version.item);
         self.replace(id, Some(version))
+    }
+
+    /// Notes what a snapshot holds: the identity of its content, and the sum that it follows from.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`] when there is none.
+    pub fn set_content(&mut self, id: u64, identity: [u8; 32], sum: Vec<u8>) -> Result<()> {
+        self.change(id, |item| item.content = identity)?;
+        self.contents.insert(id, sum);
+        if let Some(before) = &mut self.before {
+            before.push(Before::Content(id));
+        }
+        Ok(())
+    }
+
+    /// The sum of a snapshot's content, when that is not written yet.
+    pub fn unwritten_content(&self, id: u64) -> Option<&Vec<u8>> {
+        self.contents.get(&id)
     }
 
     /// Gives a version another name.
@@ -605,6 +639,15 @@ impl Versions {
             sorted.insert(Key::new(id, kind::SUBVOL, 0), put(item));
             sorted.insert(Key::new(id, kind::NAME, 0), put(name));
             sorted.insert(Key::new(id, kind::HOLDS, 0), put(holds));
+            let content = self.contents.remove(&id);
+            match self.get(id).map(|version| version.item.content != [0; 32]) {
+                Some(true) => {
+                    if let Some(sum) = content {
+                        sorted.insert(Key::new(id, kind::CONTENT, 0), Edit::Put(sum));
+                    }
+                }
+                _ => drop(sorted.insert(Key::new(id, kind::CONTENT, 0), Edit::Delete)),
+            }
         }
         for id in core::mem::take(&mut self.touched_bookmarks) {
             let mut value = Vec::new();

@@ -267,6 +267,16 @@ fn apply_acl<'a>(name: &[u8], value: &'a [u8], item: &mut InodeItem) -> Result<O
     Ok(if acl.is_minimal() { None } else { Some(value) })
 }
 
+/// Whether an inode can have an attribute, which is stored as it is given.
+pub(crate) fn check_attribute(name: &[u8], value: Option<&[u8]>, item: &InodeItem) -> bool {
+    let may_have_list = match name {
+        DEFAULT_ACL => item.is_dir(),
+        ACCESS_ACL => item.file_type() != mode::SYMLINK,
+        _ => return Property::of(name).is_none(),
+    };
+    may_have_list && value.is_none_or(|value| Acl::decode(value).is_ok())
+}
+
 fn check_xattr_name(name: &[u8]) -> Result<()> {
     if name.is_empty() || name.len() > 255 || name.contains(&0) {
         return Err(Errno::Range.into());

@@ -274,6 +274,9 @@ fn nested(versions: &Versions, id: u64) -> Vec<(u64, Vec<u8>)> {
     let skip = if version.name.is_empty() { 0 } else { version.name.len() + 1 };
     let last = |nested: u64| {
         let name = versions.get(nested)?.name.get(skip..)?;
+        if versions.is_receiving(nested) {
+            return None;
+        }
         (!name.is_empty() && !name.contains(&b'/')).then(|| (nested, name.to_vec()))
     };
     let mut found = BTreeMap::new();
@@ -595,7 +598,7 @@ impl Forest {
         }
         let found = self.engine().with_versions(|versions| {
             let full = full_name(versions, held.version(), name)?;
-            versions.subvolume(&full)
+            versions.subvolume(&full).filter(|id| !versions.is_receiving(*id))
         })?;
         // One whose group is not published yet is not there yet.
         self.engine().subvol(TreeId(found)).map(|_| found)

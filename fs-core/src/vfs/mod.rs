@@ -27,6 +27,7 @@ mod property;
 mod rename;
 mod volume;
 
+pub(crate) use attrs::check_attribute;
 pub use forest::Forest;
 pub use volume::{AccessTime, Volume};
 

@@ -69,14 +69,34 @@ impl Volume {
     /// Mounts a subvolume or snapshot of a pool that is open.
     ///
     /// # Errors
-    /// ENOENT when there is none; EBUSY when it is about to be deleted or rolled back.
+    /// ENOENT when there is none, or it is being received; EBUSY when it is about to be deleted or
+    /// rolled back.
     pub fn of_version(
         engine: Arc<Engine>,
         id: u64,
         access_time: AccessTime,
     ) -> Result<Arc<Volume>> {
         let subvol = engine.open_version(id)?;
+        if subvol.is_receiving() {
+            return Err(Errno::NoEnt.into());
+        }
         Volume::of(engine, subvol, access_time)
+    }
+
+    /// A subvolume that is being received, for who receives it.
+    ///
+    /// # Errors
+    /// ENOENT when there is none that is being received; EBUSY when somebody does already.
+    pub(crate) fn of_receiving(engine: Arc<Engine>, id: u64) -> Result<Arc<Volume>> {
+        let subvol = engine.open_version(id)?;
+        if !subvol.is_receiving() {
+            return Err(Errno::NoEnt.into());
+        }
+        let volume = Volume::of(engine, subvol, AccessTime::Never)?;
+        match volume.subvol.is_shared() {
+            true => Err(Errno::Busy.into()),
+            false => Ok(volume),
+        }
     }
 
     fn of(
@@ -127,6 +147,11 @@ impl Volume {
     /// Drops inodes in memory that are clean and that nobody uses.
     pub(super) fn drop_clean(&self) {
         self.subvol.table.drop_clean();
+    }
+
+    /// The subvolume.
+    pub(crate) fn subvol(&self) -> &Arc<Subvol> {
+        &self.subvol
     }
 
     /// The engine below.
@@ -180,7 +205,7 @@ impl Volume {
     }
 
     /// Room for an operation that changes about so many items.
-    pub(super) fn reserve(&self, data: u64, items: u64, class: Class) -> Result<Reservation> {
+    pub(crate) fn reserve(&self, data: u64, items: u64, class: Class) -> Result<Reservation> {
         // What is written may take the place of what a snapshot has, sector by sector.
         self.reserve_dropping(data, items, data / SECTOR_BYTES, class)
     }
