@@ -129,7 +129,14 @@ fn fill_from_superblock(info: &mut PoolInfo, superblock: &Superblock) {
 
 fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Result<()> {
     let chunks = view.pool.chunks();
-    for member in view.pool.members().iter().filter(|member| !member.is_vacant()) {
+    let members = view.pool.members();
+    // One that was replaced has a label that says otherwise.
+    info.devices.retain(|device| {
+        members.get(usize::from(device.index)).is_some_and(|member| {
+            !member.is_vacant() && format_uuid(&member.identity().device_id) == device.id
+        })
+    });
+    for member in members.iter().filter(|member| !member.is_vacant()) {
         if info.devices.iter().all(|device| device.index != member.index()) {
             let identity = member.identity();
             info.devices.push(DeviceInfo {
@@ -152,7 +159,7 @@ fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Resul
             })
             .sum();
         device.allocated = Some(allocated);
-        if let Some(member) = view.pool.members().get(usize::from(device.index)) {
+        if let Some(member) = members.get(usize::from(device.index)) {
             let errors = member.errors();
             device.state = DeviceState::of(member.standing());
             device.read_errors = errors.read;

@@ -363,6 +363,26 @@ fn the_status_of_a_mirror_tells_which_device_is_missing() {
     cairn().arg("df").arg(&paths[0]).assert().code(0);
 }
 
+#[test]
+fn a_device_that_was_replaced_while_it_was_away_is_left_out_when_it_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b, c, away] = ["a", "b", "c", "sub/a"].map(|name| dir.path().join(name));
+    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "-L", "tank", "--profile", "mirror"];
+    arguments.extend([a.to_str().unwrap(), b.to_str().unwrap()]);
+    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    fs::create_dir(dir.path().join("sub")).unwrap();
+    fs::rename(&a, &away).unwrap();
+    fs::File::create(&c).unwrap().set_len(16 << 20).unwrap();
+    cairn().args(["device", "replace"]).arg(&b).arg("0").arg(&c).assert().success();
+    fs::rename(&away, &a).unwrap();
+    // By itself it leads to the others.
+    for given in [vec![&a], vec![&a, &b, &c]] {
+        let online = contains("state: online").and(contains("missing").not());
+        let warned = contains("was removed from this pool or replaced");
+        cairn().arg("status").args(given).assert().code(0).stdout(online).stderr(warned);
+    }
+}
+
 /// Opens the pool on one of its devices alone, and publishes so many groups. It waits for the
 /// device: a program that another test starts has it open too, until it begins.
 fn write_alone(path: &Path, groups: usize) {

@@ -165,6 +165,11 @@ pub enum Error {
         /// The device's name.
         name: String,
     },
+    /// A device was of the pool, and is not any more.
+    FormerDevice {
+        /// Name of the device.
+        name: String,
+    },
     /// The device is too small to hold a pool.
     TooSmall {
         /// The smallest size that works, in bytes.
@@ -200,7 +205,9 @@ impl Error {
             Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
             Error::MissingDevices { .. } | Error::OnlyBehind { .. } => Errno::NxIo,
             Error::Split { .. } => Errno::Uclean,
-            Error::WrongDevice { .. } | Error::Argument { .. } => Errno::Inval,
+            Error::WrongDevice { .. } | Error::FormerDevice { .. } | Error::Argument { .. } => {
+                Errno::Inval
+            }
         }
     }
 
@@ -314,6 +321,9 @@ impl fmt::Display for Error {
                 )
             }
             Error::WrongDevice { name } => write!(f, "{name} does not belong to this pool"),
+            Error::FormerDevice { name } => {
+                write!(f, "{name} was removed from this pool or replaced, and what it holds is old")
+            }
             Error::TooSmall { minimum } => {
                 write!(f, "the device is too small: at least {minimum} bytes are needed")
             }

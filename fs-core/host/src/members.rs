@@ -3,10 +3,11 @@
 //! Each label names all devices of its pool. So whoever is given one can look for the others: those
 //! of a block device among the block devices, those of an image file beside it.
 
+use crate::report::NoReport;
 use crate::{host_platform, FileDevice, Wait};
 use fs_core::error::Error;
 use fs_core::format::label::{decode_members, label_areas, Label, LabelMember};
-use fs_core::platform::DeviceRef;
+use fs_core::platform::{DeviceRef, Platform};
 use fs_core::pool::{Pool, PoolOptions};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -80,33 +81,52 @@ pub fn distinct(given: &[PathBuf]) -> Vec<PathBuf> {
 /// copies of one device none is taken.
 pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
     let mut all = distinct(given);
-    let found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
-    let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else { return all };
-    let there = newest.members.iter().filter(|member| !member.is_vacant());
-    let mut wanted: BTreeSet<[u8; 16]> = there.map(|member| member.id).collect();
-    found.iter().for_each(|found| {
-        wanted.remove(&found.label.device_id);
-    });
-    if wanted.is_empty() {
+    let mut found: Vec<Found> = given.iter().filter_map(|path| read_label(path)).collect();
+    let Some(newest) = newest(&found) else { return all };
+    if missing(newest, &found).next().is_none() {
         return all;
     }
-    let mut others: BTreeMap<[u8; 16], Vec<PathBuf>> = BTreeMap::new();
+    let pool = newest.label.pool_id;
+    let mut others: BTreeMap<[u8; 16], Vec<(PathBuf, Found)>> = BTreeMap::new();
     for path in candidates(given) {
-        let Some(other) = read_label(&path) else { continue };
-        let id = other.label.device_id;
-        if other.label.pool_id == newest.label.pool_id && wanted.contains(&id) {
-            others.entry(id).or_default().push(path);
+        if let Some(other) = read_label(&path).filter(|other| other.label.pool_id == pool) {
+            others.entry(other.label.device_id).or_default().push((path, other));
         }
     }
-    for mut paths in others.into_values() {
-        let files = paths.iter().filter(|path| path.is_file()).count();
-        // Of block devices the first is taken: others are other ways to it. Of image files one is a
-        // copy of the other, perhaps an old one, and nobody but the user knows which.
-        if files <= 1 {
-            all.push(paths.swap_remove(0));
+    // A device that was left behind names those it knew; one of them knows who came after it.
+    loop {
+        let before = found.len();
+        for id in newest_missing(&found) {
+            let Some(mut paths) = others.remove(&id) else { continue };
+            let files = paths.iter().filter(|(path, _)| path.is_file()).count();
+            // Of block devices the first is taken: others are other ways to it. Of image files one
+            // is a copy of the other, perhaps an old one, and nobody but the user knows which.
+            if files <= 1 {
+                let (path, other) = paths.swap_remove(0);
+                all.push(path);
+                found.push(other);
+            }
+        }
+        if found.len() == before {
+            return all;
         }
     }
-    all
+}
+
+/// Of labels the one that knows most about the pool.
+fn newest(found: &[Found]) -> Option<&Found> {
+    found.iter().max_by_key(|found| found.label.epoch)
+}
+
+/// Devices of the pool, as a label knows it, that were not found.
+fn missing<'a>(newest: &'a Found, found: &'a [Found]) -> impl Iterator<Item = &'a LabelMember> {
+    let is_there = |id| found.iter().any(|found| found.label.device_id == id);
+    newest.members.iter().filter(move |member| !member.is_vacant() && !is_there(member.id))
+}
+
+fn newest_missing(found: &[Found]) -> Vec<[u8; 16]> {
+    let newest = newest(found).into_iter();
+    newest.flat_map(|newest| missing(newest, found)).map(|member| member.id).collect()
 }
 
 /// Why devices cannot be opened together, if that is because they were written in two halves that
@@ -114,7 +134,8 @@ pub fn complete(given: &[PathBuf]) -> Vec<PathBuf> {
 pub fn split(devices: &[Arc<FileDevice>]) -> Option<Error> {
     let devices = devices.iter().map(|device| device.clone() as DeviceRef).collect();
     let options = PoolOptions { read_only: true, degraded: true, ..PoolOptions::default() };
-    let opened = Pool::open(devices, host_platform(), &options);
+    let platform = Platform { report: Arc::new(NoReport), ..host_platform() };
+    let opened = Pool::open(devices, platform, &options);
     opened.err().filter(|error| matches!(error, Error::Split { .. }))
 }
 
@@ -148,9 +169,7 @@ const RETRY_EVERY: Duration = Duration::from_millis(200);
 /// Indices of the devices of the pool that are not among `paths`, and were not left behind.
 fn late(paths: &[PathBuf]) -> Vec<usize> {
     let found: Vec<Found> = paths.iter().filter_map(|path| read_label(path)).collect();
-    let Some(newest) = found.iter().max_by_key(|found| found.label.epoch) else {
-        return Vec::new();
-    };
+    let Some(newest) = newest(&found) else { return Vec::new() };
     let is_there =
         |member: &LabelMember| found.iter().any(|found| found.label.device_id == member.id);
     let members = newest.members.iter().enumerate();

@@ -146,7 +146,8 @@ fn set_aside(
             }
             false if newest.table.is_empty() => return Err(error),
             false => {
-                unusable.push((members.remove(at).name(), error));
+                let name = members.remove(at).name();
+                unusable.push((name.clone(), Error::FormerDevice { name }));
                 rings.remove(at);
             }
         }
