@@ -398,7 +398,7 @@ pub enum Incident {
         tree: TreeId,
         /// The file.
         ino: Ino,
-        /// Its path from the root of the subvolume, as far as it could be found.
+        /// Its path as far as it could be found, with the subvolume or snapshot.
         path: String,
         /// First damaged byte of the file.
         offset: u64,

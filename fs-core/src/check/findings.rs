@@ -83,7 +83,8 @@ mod advice {
         "What the block holds cannot be reached. Mount the pool read-only, copy \
         what can be read to a new pool, and restore the rest from a backup.";
     pub const DATA: &str = "Reading the named bytes gives EIO; everything else is intact. Restore \
-        the file from a backup, or delete it, and see whether the device is failing.";
+        the file from a backup, or delete it, and see whether the device is failing. Nothing in a \
+        snapshot can be mended: what is damaged there stays until the snapshot is deleted.";
     pub const MOVE: &str = "Do not write to the pool: new data could take the place of old. Mount \
         it read-only, copy the files to a new pool, and compare them with a backup.";
     pub const LEAK: &str =
@@ -279,7 +280,7 @@ pub struct Finding {
     pub message: String,
     /// Where.
     pub spot: Spot,
-    /// The file, from the root of its subvolume, if it is about one.
+    /// The file with its subvolume or snapshot, `home/a` or `home@monday: a`, if it is about one.
     pub path: Option<Vec<u8>>,
     /// Where that is on the devices: the damaged copy if it is about one, and else every copy.
     pub places: Vec<Place>,

@@ -221,8 +221,8 @@ fn examine(
         total_bytes: superblock.metadata_used.saturating_add(superblock.data_used),
         done_bytes: 0,
     });
-    checker.run()?;
-    paths::add(&blocks, superblock, checker.findings.kept_mut())?;
+    let family = checker.run()?;
+    paths::add(&blocks, superblock, family.versions(), checker.findings.kept_mut())?;
     places::add(pool, checker.findings.kept_mut())?;
     Ok(checker.finish())
 }
@@ -255,7 +255,7 @@ struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     #[inline(never)]
-    fn run(&mut self) -> Result<()> {
+    fn run(&mut self) -> Result<Box<versions::Family>> {
         let superblock = self.superblock;
         self.each_item(&tree(TreeId::CHUNK, superblock.chunk_root), &mut |_, _, _, _| Ok(()))?;
         let mut family = subvols::check(self)?;
@@ -272,7 +272,7 @@ impl<'a> Checker<'a> {
         }
         space::compare(self, &stored)?;
         self.stats.used_bytes = self.usage.bytes(|_| true);
-        Ok(())
+        Ok(family)
     }
 
     fn finish(self: Box<Self>) -> CheckReport {

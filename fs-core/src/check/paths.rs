@@ -10,6 +10,7 @@ use crate::format::key::{kind, Key};
 use crate::format::pool::{SubvolItem, ROOT_INO};
 use crate::format::superblock::Superblock;
 use crate::platform::Result;
+use crate::subvol::versions::Versions;
 use crate::units::TreeId;
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -27,6 +28,7 @@ const DEPTH_MAX: usize = 1024;
 pub(super) fn add(
     blocks: &Blocks<'_>,
     superblock: &Superblock,
+    versions: &Versions,
     findings: &mut [Finding],
 ) -> Result<()> {
     let mut known: BTreeMap<(TreeId, u64), Vec<u8>> = BTreeMap::new();
@@ -42,6 +44,7 @@ pub(super) fn add(
         let path = subvol_tree(blocks, superblock, id).and_then(|t| path_of(blocks, &t, ino));
         match path {
             Ok(path) => {
+                let path = versions.shown_file(id.0, &path);
                 known.insert((id, ino), path.clone());
                 finding.path = Some(path);
             }

@@ -534,7 +534,7 @@ fn findings_name_the_path_of_the_file() {
     let paths: Vec<_> = report.findings.iter().map(|f| f.path.as_deref().unwrap()).collect();
     assert_eq!(paths, [b"/dir/inner"]);
     let report = report_of(&Before(|forge| forge.edit(9, |inode| inode.rdev = 1)));
-    assert_eq!(report.findings[0].path.as_deref(), Some(&b"#9"[..]));
+    assert_eq!(report.findings[0].path.as_deref(), Some(&b"/#9"[..]));
 }
 
 #[test]

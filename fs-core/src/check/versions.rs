@@ -132,9 +132,14 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// What the pool tree says.
+    /// Nothing was met yet.
     pub fn new(versions: Versions) -> Family {
         Family { versions, ..Family::default() }
+    }
+
+    /// What the pool tree says.
+    pub fn versions(&self) -> &Versions {
+        &self.versions
     }
 
     fn item(&self, id: u64) -> Option<&SubvolItem> {

@@ -101,7 +101,7 @@ pub struct DamagedFile {
     pub tree: TreeId,
     /// The file.
     pub ino: Ino,
-    /// Where it was then, from the root of the subvolume.
+    /// Where it was then, with the subvolume or snapshot: `home/a`, `home@monday: a`.
     pub path: Vec<u8>,
 }
 

@@ -114,6 +114,36 @@ fn damage(id: u64) -> impl Fn(Error) -> Error {
 }
 
 impl Versions {
+    /// A version as people name it: `/` for the root subvolume, `home`, or `home@monday`.
+    pub fn shown(&self, id: u64) -> Vec<u8> {
+        let Some(version) = self.get(id).filter(|version| !version.item.is_deleted()) else {
+            return alloc::format!("(deleted {id})").into_bytes();
+        };
+        let name = &version.name[..];
+        if version.item.is_snapshot() {
+            let of = self.get(version.item.owner).map_or(&[][..], |owner| &owner.name);
+            [of, b"@", name].concat()
+        } else if name.is_empty() {
+            b"/".to_vec()
+        } else {
+            name.to_vec()
+        }
+    }
+
+    /// A file as people name it, by its path from the root of a version: `/docs/a` in the root
+    /// subvolume, `home/docs/a` in another, `home@monday: docs/a` in a snapshot.
+    pub fn shown_file(&self, id: u64, path: &[u8]) -> Vec<u8> {
+        let path = path.strip_prefix(b"/").unwrap_or(path);
+        let name = self.shown(id);
+        let between = match self.get(id) {
+            Some(version) if version.item.is_snapshot() || version.item.is_deleted() => &b": "[..],
+            None => b": ",
+            Some(version) if version.name.is_empty() => b"",
+            Some(_) => b"/",
+        };
+        [&name, between, path].concat()
+    }
+
     /// Takes in an item of the pool tree; those of one object in the order of their keys. Returns
     /// whether it was of a kind kept here.
     ///

@@ -279,10 +279,11 @@ impl Volume {
         }
         let path = self.subvol.path_of(inode);
         let (tree, ino) = (self.subvol.id, inode.ino);
+        let path = self.engine.with_versions(|versions| versions.shown_file(tree.0, &path));
         self.engine.note_damaged(crate::engine::DamagedFile { tree, ino, path: path.clone() });
         self.engine.store.platform.report.incident(&Incident::FileDamaged {
-            tree: self.subvol.id,
-            ino: inode.ino,
+            tree,
+            ino,
             path: String::from_utf8_lossy(&path).into_owned(),
             offset,
             error: error.clone(),

@@ -365,20 +365,26 @@ impl Engine {
             Ok(subvol.path_of(&inode))
         });
         let path = match found {
-            Ok(path) => path,
+            Ok(path) => self.with_versions(|versions| versions.shown_file(tree.0, &path)),
             // It was removed meanwhile, or with the snapshot that it was in.
             Err(Error::Posix(Errno::Stale | Errno::NoEnt)) => return,
-            Err(_) => alloc::format!("/#{ino}").into_bytes(),
+            Err(_) => {
+                let path = alloc::format!("#{ino}");
+                self.with_versions(|versions| versions.shown_file(tree.0, path.as_bytes()))
+            }
         };
         self.name_damage(DamagedFile { tree, ino, path }, offset, error);
     }
 
     fn name_metadata(&self, tree: TreeId, error: &Error) {
         let path = match tree.is_subvol() {
-            true => &b"(metadata)"[..],
-            false => b"(metadata of the pool)",
+            true => {
+                let name = self.with_versions(|versions| versions.shown(tree.0));
+                [&name[..], b" (metadata)"].concat()
+            }
+            false => b"(metadata of the pool)".to_vec(),
         };
-        self.name_damage(DamagedFile { tree, ino: Ino(0), path: path.to_vec() }, 0, error);
+        self.name_damage(DamagedFile { tree, ino: Ino(0), path }, 0, error);
     }
 
     fn name_damage(&self, file: DamagedFile, offset: u64, error: &Error) {

@@ -393,6 +393,32 @@ fn a_crafted_deletion_that_cannot_end_is_left_alone() {
 }
 
 #[test]
+fn files_are_shown_with_the_version_that_they_are_in() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let home = one(&engine, subvolume("home"));
+    let alice = one(&engine, subvolume("home/alice"));
+    let root = TreeId::FIRST_SUBVOL.0;
+    let monday = one(&engine, VersionOp::Snapshot { subvolume: alice, name: b"monday".to_vec() });
+    let now = one(&engine, VersionOp::Snapshot { subvolume: root, name: b"now".to_vec() });
+    let shown = |id| {
+        engine.with_versions(|all| {
+            let texts = [all.shown(id), all.shown_file(id, b"/docs/a"), all.shown_file(id, b"/")];
+            texts.map(|text| String::from_utf8(text).unwrap())
+        })
+    };
+    assert_eq!(shown(root), ["/", "/docs/a", "/"]);
+    assert_eq!(shown(home), ["home", "home/docs/a", "home/"]);
+    assert_eq!(shown(alice)[1], "home/alice/docs/a");
+    assert_eq!(
+        shown(monday),
+        ["home/alice@monday", "home/alice@monday: docs/a", "home/alice@monday: "]
+    );
+    assert_eq!(shown(now)[1], "@now: docs/a");
+    assert_eq!(shown(999)[1], "(deleted 999): docs/a");
+}
+
+#[test]
 fn versions_that_cannot_be_are_refused() {
     let mut item = SubvolItem::zeroed();
     item.next_ino = 2;
