@@ -16,6 +16,7 @@
 //! | 32 | cancelled |
 
 mod arguments;
+mod once;
 mod preen;
 mod progress;
 mod report;
@@ -52,7 +53,7 @@ pub fn main() -> ExitCode {
                 arguments.devices = members::distinct(&devices);
                 ExitCode::from(run(&arguments))
             }
-            Err(sentence) => ExitCode::from(fail(&sentence)),
+            Err(sentence) => ExitCode::from(fail(&arguments, &sentence)),
         },
         Err(error) => {
             // A broken pipe to whoever asked for help is nobody's loss.
@@ -71,10 +72,8 @@ fn run(arguments: &Arguments) -> u8 {
         if arguments.skip_mounted {
             return 0;
         }
-        return fail(&format!(
-            "{device} is mounted on {}; unmount it first",
-            mount_point.display()
-        ));
+        let place = mount_point.display();
+        return fail(arguments, &format!("{device} is mounted on {place}; unmount it first"));
     }
     cancel_on_signals();
     let wait = Wait {
@@ -85,7 +84,7 @@ fn run(arguments: &Arguments) -> u8 {
     match open_devices(&devices, OpenOptions::new(Access::ReadOnly), &wait) {
         Ok(devices) if arguments.is_preen() => preen::preen(&devices, arguments),
         Ok(devices) => full_check(devices, arguments),
-        Err(error) => fail(&error.to_string()),
+        Err(error) => fail(arguments, &error.to_string()),
     }
 }
 
@@ -116,7 +115,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
             report::print_unopenable(&error, arguments, &name);
             ERRORS_LEFT
         }
-        Err(error) => fail(&format!("{name}: {error}")),
+        Err(error) => fail(arguments, &format!("{name}: {error}")),
     }
 }
 
@@ -132,8 +131,12 @@ fn cannot_open(error: &fs_core::error::Error) -> bool {
     )
 }
 
-fn fail(sentence: &str) -> u8 {
+/// Says why there was no check.
+fn fail(arguments: &Arguments, sentence: &str) -> u8 {
     eprintln!("fsck.cairn: {sentence}");
+    if arguments.json {
+        report::print_failed(sentence, arguments);
+    }
     OPERATIONAL
 }
 

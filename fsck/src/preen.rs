@@ -1,26 +1,112 @@
 //! The look at boot: can the pool be opened?
 
+use crate::once::Turn;
 use crate::{Arguments, ERRORS_LEFT, OPERATIONAL};
 use cairn_host::say;
 use cairn_host::{members, probe, stored, FileDevice};
+use fs_core::error::Error;
+use fs_core::format::superblock::Superblock;
 use fs_core::platform::Device;
+use serde_json::json;
+use std::fmt::Write as _;
 use std::sync::Arc;
+
+/// What was seen.
+#[derive(Default)]
+struct Look {
+    code: u8,
+    /// What is to be told, in sentences.
+    notes: Vec<String>,
+    /// Name of the pool.
+    pool: Option<String>,
+    /// Its newest superblock.
+    newest: Option<Superblock>,
+}
+
+impl Look {
+    fn note(&mut self, code: u8, sentence: String) {
+        self.code |= code;
+        self.notes.push(sentence);
+    }
+}
 
 /// Looks at labels and superblocks of each device; the exit code.
 pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
+    let mut turn = turn(devices);
+    if !arguments.json && turn.as_mut().is_some_and(Turn::was_taken) {
+        if arguments.verbose > 0 {
+            say!("{}: was looked at a moment ago", arguments.device_names());
+        }
+        return 0;
+    }
+    let mut look = Look::default();
     if let Some(error) = members::split(devices) {
         // It cannot be mounted before somebody chooses, which the boot had better wait for.
-        eprintln!("fsck.cairn: {}: {error}", arguments.device_names());
-        return ERRORS_LEFT;
+        look.note(ERRORS_LEFT, format!("{}: {error}", arguments.device_names()));
+    } else {
+        tell_missing(devices, &mut look);
+        devices.iter().for_each(|device| preen_one(device, &mut look));
     }
-    tell_missing(devices);
-    devices.iter().fold(0, |code, device| code | preen_one(device, arguments))
+    print(&look, arguments);
+    if let Some(turn) = turn.filter(|_| look.code == 0) {
+        turn.found_well();
+    }
+    look.code
+}
+
+/// The right to look at the pool, if it is one.
+fn turn(devices: &[Arc<FileDevice>]) -> Option<Turn> {
+    let mut pool = None;
+    let mut states: Vec<String> = Vec::new();
+    for device in devices {
+        let areas = stored::read_areas(&**device);
+        let label = stored::best_label(&areas)?;
+        pool = Some(label.pool_id);
+        let superblock = stored::newest_superblock(&areas);
+        let superblock = superblock.map(|superblock| (superblock.txg, superblock.clean));
+        let areas = areas.iter().filter(|area| area.label.is_ok()).count();
+        let mut state = format!("{:?} {} {areas}", label.device_id, label.sequence);
+        let _ = write!(state, " {superblock:?} {}", device.geometry().bytes);
+        states.push(state);
+    }
+    states.sort();
+    Some(Turn::take(&pool?, states.join("\n")))
+}
+
+fn print(look: &Look, arguments: &Arguments) {
+    look.notes.iter().for_each(|note| eprintln!("fsck.cairn: {note}"));
+    let name = look.pool.clone().unwrap_or_else(|| arguments.device_names());
+    let newest = look.newest.as_ref().filter(|_| look.code == 0);
+    if arguments.json {
+        say!(
+            "{:#}",
+            json!({
+                "devices": arguments.device_names(),
+                "pool": look.pool,
+                "clean": look.code == 0,
+                "closed": newest.map(|superblock| superblock.clean),
+                "group": newest.map(|superblock| superblock.txg.0),
+                "notes": look.notes,
+            })
+        );
+        return;
+    }
+    let Some(superblock) = newest else { return };
+    let state = match superblock.clean {
+        true => "clean",
+        false => "was not unmounted; mounting it will bring it up to date",
+    };
+    if arguments.verbose > 0 || !superblock.clean {
+        say!("{name}: {state} (group {})", superblock.txg);
+    } else {
+        say!("{name}: {state}");
+    }
 }
 
 /// Says which devices are missing or lack something. That is no error that a check could correct
 /// or has to leave: mounting mends the one, and says what to do about the other. With an exit code
 /// for it the system would not even try to mount at boot.
-fn tell_missing(devices: &[Arc<FileDevice>]) {
+fn tell_missing(devices: &[Arc<FileDevice>], look: &mut Look) {
     let labels: Vec<_> =
         devices.iter().filter_map(|device| members::read_label(device.path())).collect();
     let Some(newest) = labels.iter().max_by_key(|found| found.label.epoch) else { return };
@@ -38,41 +124,32 @@ fn tell_missing(devices: &[Arc<FileDevice>]) {
         };
         let pool = probe::label_name(&newest.label);
         let pool = pool.unwrap_or_else(|| devices[0].name().to_string());
-        eprintln!("fsck.cairn: {pool}: device {index} {what}");
+        look.note(0, format!("{pool}: device {index} {what}"));
     }
 }
 
-fn preen_one(device: &FileDevice, arguments: &Arguments) -> u8 {
+fn preen_one(device: &FileDevice, look: &mut Look) {
     let name = device.name();
     let areas = stored::read_areas(device);
     let Some(label) = stored::best_label(&areas) else {
         let reasons = areas.iter().filter_map(|area| area.label.as_ref().err());
-        let worth_telling = reasons.into_iter().find(|e| **e != fs_core::error::Error::NotCairn);
-        let reason = worth_telling.unwrap_or(&fs_core::error::Error::NotCairn);
-        eprintln!("fsck.cairn: {name}: {reason}");
-        return OPERATIONAL;
+        let worth_telling = reasons.into_iter().find(|e| **e != Error::NotCairn);
+        let reason = worth_telling.unwrap_or(&Error::NotCairn);
+        return look.note(OPERATIONAL, format!("{name}: {reason}"));
     };
     let (expected, found) = (label.device_bytes, device.geometry().bytes);
     if found < expected {
-        eprintln!("fsck.cairn: {name}: {}", fs_core::error::Error::Truncated { expected, found });
-        return ERRORS_LEFT;
+        let error = Error::Truncated { expected, found };
+        return look.note(ERRORS_LEFT, format!("{name}: {error}"));
     }
     let Some(superblock) = stored::newest_superblock(&areas) else {
-        eprintln!("fsck.cairn: {name}: {}", fs_core::error::Error::NoSuperblock);
-        return ERRORS_LEFT;
+        return look.note(ERRORS_LEFT, format!("{name}: {}", Error::NoSuperblock));
     };
     if areas.iter().any(|area| area.label.is_err()) || areas.len() < 2 {
-        eprintln!("fsck.cairn: {name}: one of the two labels is damaged; the other serves");
+        look.note(0, format!("{name}: one of the two labels is damaged; the other serves"));
     }
-    let pool = probe::label_name(label).unwrap_or_else(|| name.to_string());
-    let state = match superblock.clean {
-        true => "clean",
-        false => "was not unmounted; mounting it will bring it up to date",
-    };
-    if arguments.verbose > 0 || !superblock.clean {
-        say!("{pool}: {state} (group {})", superblock.txg);
-    } else {
-        say!("{pool}: {state}");
+    look.pool = look.pool.take().or_else(|| probe::label_name(label));
+    if look.newest.as_ref().is_none_or(|newest| newest.txg < superblock.txg) {
+        look.newest = Some(superblock.clone());
     }
-    0
 }

@@ -49,6 +49,11 @@ pub(crate) fn print_unopenable(error: &Error, arguments: &Arguments, devices: &s
     }
 }
 
+/// A check that could not be carried out, for programs.
+pub(crate) fn print_failed(sentence: &str, arguments: &Arguments) {
+    say!("{:#}", json!({ "devices": arguments.device_names(), "error": sentence }));
+}
+
 /// How many findings of each rule there were beyond those that are listed.
 fn not_listed(report: &CheckReport) -> impl Iterator<Item = (&'static str, u64)> + '_ {
     report.counts.iter().filter_map(|(id, count)| {

@@ -12,6 +12,7 @@ use predicates::prelude::*;
 use predicates::str::contains;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -104,6 +105,44 @@ fn a_preen_says_whether_the_pool_was_closed_and_tolerates_unknown_letters() {
     assert!(fs::read(clean.path()).unwrap() == before);
     let open = Image::of_pool(false);
     fsck().arg("-p").arg(open.path()).assert().code(0).stdout(contains("was not unmounted"));
+}
+
+#[test]
+fn a_pool_of_two_devices_is_looked_at_once() {
+    let (_dir, paths) = mirror();
+    let both = || fsck().arg("-a").args(&paths).assert().code(0);
+    both().stdout("tank: clean\n");
+    // By one of its devices, as fsck(8) calls it for a line of fstab, as root at least.
+    let is_root = fs::metadata("/proc/self").unwrap().uid() == 0;
+    for path in paths.iter().filter(|_| is_root) {
+        fsck().arg("-a").arg(path).assert().code(0).stdout("");
+    }
+    let output = fsck().args(["-a", "--json"]).arg(&paths[1]).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&json["pool"], &json["clean"], &json["closed"]),
+        (&"tank".into(), &true.into(), &true.into())
+    );
+    // One that is missing is another state.
+    fs::remove_file(&paths[1]).unwrap();
+    let said = contains("device 1 is missing");
+    fsck().arg("-a").arg(&paths[0]).assert().code(0).stdout("tank: clean\n").stderr(said);
+}
+
+#[test]
+fn what_is_asked_for_as_json_is_answered_as_json_in_any_case() {
+    let image = Image::empty();
+    for arguments in [&["--json"][..], &["--json", "-a"]] {
+        for path in [image.path(), image.dir.path().join("none")] {
+            let output = fsck().args(arguments).arg(&path).output().unwrap();
+            assert_eq!(output.status.code(), Some(8));
+            let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            let said = [&json["error"], &json["notes"][0]];
+            let said = said.iter().find_map(|text| text.as_str()).unwrap();
+            assert!(said.contains(path.to_str().unwrap()), "{said}");
+            assert!(String::from_utf8_lossy(&output.stderr).contains(said));
+        }
+    }
 }
 
 #[test]
@@ -262,13 +301,19 @@ fn a_finding_names_device_and_byte_in_text_and_json() {
     fsck().arg(image.path()).assert().code(4).stdout(contains(text).and(contains(place)));
 }
 
-#[test]
-fn the_other_devices_of_a_pool_are_found_or_missed() {
+/// A pool named tank on two devices.
+fn mirror() -> (tempfile::TempDir, [PathBuf; 2]) {
     let dir = tempfile::tempdir().unwrap();
     let paths = ["a", "b"].map(|name| dir.path().join(name));
     let mut arguments = vec!["mkfs", "-q", "-b", "16M", "-L", "tank", "--profile", "mirror"];
     arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
     cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    (dir, paths)
+}
+
+#[test]
+fn the_other_devices_of_a_pool_are_found_or_missed() {
+    let (_dir, paths) = mirror();
     fsck().arg(&paths[1]).assert().code(0);
     fsck().arg("-a").arg(&paths[1]).assert().code(0);
     fs::remove_file(&paths[0]).unwrap();
@@ -293,11 +338,7 @@ fn write_alone(path: &Path, groups: usize) {
 
 #[test]
 fn a_boot_does_not_go_on_with_halves_that_were_both_written() {
-    let dir = tempfile::tempdir().unwrap();
-    let paths = ["a", "b"].map(|name| dir.path().join(name));
-    let mut arguments = vec!["mkfs", "-q", "-b", "16M", "--profile", "mirror"];
-    arguments.extend(paths.iter().map(|path| path.to_str().unwrap()));
-    cairn_mkfs::run(&cairn_mkfs::Arguments::parse_from(arguments)).unwrap();
+    let (_dir, paths) = mirror();
     write_alone(&paths[0], 3);
     fsck().arg("-a").arg(&paths[0]).assert().code(0);
     write_alone(&paths[1], 5);
