@@ -379,7 +379,8 @@ pub(crate) enum Subvolume {
     Rename {
         #[command(flatten)]
         of: Shown,
-        /// The new name, from where the other begins: the mounted subvolume, or the pool's root
+        /// The new name, without the pool: from the mounted subvolume on, or the pool's root. So of
+        /// /mnt/docs/old on a mount at /mnt it is docs/new
         #[arg(value_name = "NEW_NAME")]
         new: String,
     },
@@ -420,7 +421,8 @@ pub(crate) enum Snapshot {
         /// Of each subvolume below it too, all at one moment
         #[arg(short, long)]
         recursive: bool,
-        /// Make a subvolume of that name, too, that begins as the snapshot and can be written to
+        /// Make a subvolume of that name, too, that begins as the snapshot and can be written to;
+        /// the name is one as for clone
         #[arg(short, long, value_name = "SUBVOLUME")]
         writable: Option<String>,
     },
@@ -440,7 +442,7 @@ pub(crate) enum Snapshot {
     Rename {
         #[command(flatten)]
         of: Shown,
-        /// The new name, the part behind @
+        /// The new name: NEW or @NEW, or with all that stands before @ in NAME
         #[arg(value_name = "NEW_NAME")]
         new: String,
     },
@@ -457,8 +459,8 @@ pub(crate) enum Snapshot {
     Clone {
         #[command(flatten)]
         of: Shown,
-        /// Name of the subvolume, from where the other begins: the mounted subvolume, or the pool's
-        /// root
+        /// Name of the subvolume, without the pool: from the mounted subvolume on, or the pool's
+        /// root. So on a mount at /mnt it is work, or docs/work, for /mnt/work or /mnt/docs/work
         #[arg(value_name = "NEW_NAME")]
         new: String,
     },

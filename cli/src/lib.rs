@@ -36,7 +36,7 @@ pub use arguments::Arguments;
 pub use documents::{write_completions, write_manual};
 
 use arguments::Command;
-use clap::{CommandFactory, Parser};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 use std::fmt;
 use std::process::ExitCode;
 
@@ -79,7 +79,12 @@ pub fn main() -> ExitCode {
         eprintln!("cairn: to mount a pool, use mount.cairn, or mount -t cairn SOURCE DIRECTORY");
         return ExitCode::FAILURE;
     }
-    match run(Arguments::parse_from(given).command) {
+    let matches = Arguments::command().get_matches_from(given);
+    let arguments = match Arguments::from_arg_matches(&matches) {
+        Ok(arguments) => arguments,
+        Err(error) => error.exit(),
+    };
+    match run(arguments.command) {
         // What was asked for was to be shown.
         Ok(Done::Whole) if cairn_host::output::failed() => ExitCode::FAILURE,
         Ok(Done::Whole) => ExitCode::SUCCESS,
@@ -87,9 +92,18 @@ pub fn main() -> ExitCode {
         Ok(Done::Partly) => ExitCode::from(4),
         Err(failure) => {
             eprintln!("cairn: {failure}");
+            if wants_json(&matches) {
+                output::json_error(&failure.0);
+            }
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether a command was told to print JSON: then programs read what it prints, also when it fails.
+fn wants_json(matches: &ArgMatches) -> bool {
+    let is_set = |name| matches.try_get_one::<bool>(name).ok().flatten() == Some(&true);
+    is_set("json") || matches.subcommand().is_some_and(|(_, matches)| wants_json(matches))
 }
 
 fn run(command: Command) -> Result<Done, Failure> {

@@ -3,10 +3,22 @@
 use cairn_host::say;
 use serde::Serialize;
 use serde_json::Value;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether a value was printed as JSON.
+static IS_PRINTED: AtomicBool = AtomicBool::new(false);
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) {
+    IS_PRINTED.store(true, Ordering::Relaxed);
     say!("{:#}", serde_json::json!(value));
+}
+
+/// Prints why a command failed as JSON, unless it has printed what there was as JSON before.
+pub(crate) fn json_error(sentence: &str) {
+    if !IS_PRINTED.load(Ordering::Relaxed) {
+        json(&serde_json::json!({ "error": sentence }));
+    }
 }
 
 /// A JSON value on one line as people read it: `a 1, b {c 2}`, text without quotes.

@@ -36,8 +36,11 @@ pub(crate) fn subvolume(command: &Subvolume) -> Result<Done, Failure> {
         Subvolume::Show(of) => show(of),
         Subvolume::Rename { of, new } => {
             let (place, name, base) = find_from(&of.at)?;
-            let new = new_name(&place, base.as_deref(), new)?.to_string();
-            carry_out(&place, &[Change::Rename { name: whole(name.clone())?, new }])?;
+            let changed = Change::Rename {
+                name: whole(name.clone())?,
+                new: new_name(&place, base.as_deref(), new)?.to_string(),
+            };
+            carry_out(&place, &[changed]).map_err(|failure| hint(failure, &of.at, &place, new))?;
             say(of, &name);
             Ok(Done::Whole)
         }
@@ -63,7 +66,8 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
                 let new = new_name(&place, base.as_deref(), new)?;
                 changes.push(Change::Clone { snapshot: name.clone(), name: new });
             }
-            carry_out(&place, &changes)?;
+            let new = writable.as_deref().unwrap_or_default();
+            carry_out(&place, &changes).map_err(|failure| hint(failure, &of.at, &place, new))?;
             say(of, &name);
             Ok(Done::Whole)
         }
@@ -74,7 +78,11 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
             Ok(Change::Delete { name, recursive: *recursive })
         }),
         Snapshot::Rename { of, new } => {
-            change(of, |name| Ok(Change::Rename { name: part(name)?, new: new.clone() }))
+            // With the same words before it, whatever pool they name, it is of the same subvolume.
+            let words = of.at.name.to_str().and_then(|text| text.rsplit_once('@'));
+            let same = words.and_then(|(before, _)| new.strip_prefix(before)?.strip_prefix('@'));
+            let new = same.unwrap_or(new).to_string();
+            change(of, |name| Ok(Change::Rename { name: part(name)?, new }))
         }
         Snapshot::Rollback { of, keep } => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -84,8 +92,9 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
         }
         Snapshot::Clone { of, new } => {
             let (place, name, base) = find_from(&of.at)?;
-            let new = new_name(&place, base.as_deref(), new)?;
-            carry_out(&place, &[Change::Clone { snapshot: part(name.clone())?, name: new }])?;
+            let snapshot = part(name.clone())?;
+            let cloned = Change::Clone { snapshot, name: new_name(&place, base.as_deref(), new)? };
+            carry_out(&place, &[cloned]).map_err(|failure| hint(failure, &of.at, &place, new))?;
             say(of, &name);
             Ok(Done::Whole)
         }
@@ -258,6 +267,30 @@ fn new_name(place: &Place, base: Option<&str>, new: &str) -> Result<VersionName,
     match (place, base) {
         (Place::Mounted(mount), Some(base)) => from_mounted(mount, base, name),
         _ => Ok(name),
+    }
+}
+
+/// Adds what a new name looks like, where the one that did not do begins with the pool, as the name
+/// of something that is there does.
+fn hint(failure: Failure, of: &Named, place: &Place, new: &str) -> Failure {
+    let words = of.name.to_str().unwrap_or_default();
+    let mut paths = cuts(words).map(|(pool, _)| pool);
+    let is_at = |path: &str, place: &Path| Path::new(path).canonicalize().is_ok_and(|p| p == place);
+    let (at, path) = match place {
+        Place::Mounted(Mount { mount_point, .. }) => {
+            (Some(mount_point), paths.find(|path| is_at(path, mount_point)))
+        }
+        Place::Devices(_) => (None, paths.find(|path| Path::new(path).exists())),
+    };
+    // Without a path it is a label.
+    let pool = path.or_else(|| words.split(['/', '@', '#']).next());
+    let by_words = pool.and_then(|pool| new.strip_prefix(pool)?.strip_prefix('/'));
+    let within = by_words.or_else(|| Path::new(new).strip_prefix(at?).ok()?.to_str());
+    match within.filter(|name| !name.is_empty()) {
+        Some(name) => Failure::new(format_args!(
+            "{failure} (a new name is given without the pool: {name}, not {new})"
+        )),
+        None => failure,
     }
 }
 

@@ -3,6 +3,7 @@
 use assert_cmd::Command;
 use cairn_host::{Access, FileDevice, OpenOptions, Wait};
 use clap::Parser;
+use fs_core::check::{check, CheckOptions, Quiet};
 use fs_core::engine;
 use fs_core::format::inode::mode;
 use fs_core::platform::DeviceRef;
@@ -276,6 +277,31 @@ fn looking_changes_nothing() {
 }
 
 #[test]
+fn what_is_asked_for_as_json_is_answered_as_json_in_any_case() {
+    let image = Image { dir: tempfile::tempdir().unwrap() };
+    fs::write(image.path(), [0; 8192]).unwrap();
+    for words in [
+        &["info"][..],
+        &["status"],
+        &["df"],
+        &["id"],
+        &["device", "status"],
+        &["scrub", "status"],
+        &["subvolume", "list"],
+        &["snapshot", "show"],
+        &["inspect", "tree"],
+    ] {
+        let output = cairn().args(words).arg(image.path()).arg("--json").output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words:?}");
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let said = json["error"].as_str().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), format!("cairn: {said}\n"));
+        let output = cairn().args(words).arg(image.path()).output().unwrap();
+        assert!(output.stdout.is_empty(), "{words:?}");
+    }
+}
+
+#[test]
 fn directories_that_are_no_cairn_mounts_are_refused() {
     cairn().args(["df", "/proc"]).assert().code(1).stderr(contains("type proc, not cairn"));
     let dir = tempfile::tempdir().unwrap();
@@ -437,6 +463,53 @@ fn a_scrub_of_a_pool_that_is_not_mounted_repairs_what_it_can_and_names_the_rest(
     let said = contains("cairn scrub --offline");
     cairn().args(["scrub", "start"]).arg(image.path()).assert().code(1).stderr(said);
     cairn().arg("scrub").arg(image.path()).assert().code(2);
+}
+
+#[test]
+fn a_new_name_that_begins_with_the_pool_is_refused_with_the_one_that_is_meant() {
+    let image = Image::of_pool();
+    let pool = image.path().display().to_string();
+    let monday = format!("{pool}@monday");
+    cairn().args(["snapshot", "create", &monday]).assert().success();
+    let (whole, meant) = (format!("{pool}/home"), format!("home, not {pool}/home)"));
+    let refused = contains(format!("(a new name is given without the pool: {meant}"));
+    cairn().args(["snapshot", "clone", &monday, &whole]).assert().code(1).stderr(refused.clone());
+    cairn().args(["snapshot", "clone", &monday, "home"]).assert().success();
+    cairn().args(["subvolume", "rename", &whole, &whole]).assert().code(1).stderr(refused);
+    let no_hint = contains("a new name").not();
+    cairn().args(["snapshot", "clone", &monday, "home"]).assert().code(1).stderr(no_hint);
+    for (old, new) in [("monday", "tuesday"), ("tuesday", "@friday")] {
+        cairn().args(["snapshot", "rename", &format!("{pool}@{old}"), new]).assert().success();
+    }
+    let new = format!("{pool}@sunday");
+    cairn().args(["snapshot", "rename", &format!("{pool}@friday"), &new]).assert().success();
+    let other = format!("{pool}/home@sunday");
+    let refused = contains("stays a snapshot of its subvolume");
+    cairn().args(["snapshot", "rename", &new, &other]).assert().code(1).stderr(refused);
+}
+
+/// What versions share is looked at once, in the oldest.
+#[test]
+fn a_damaged_file_is_named_with_the_subvolume_or_snapshot_that_it_is_in() {
+    let image = Image::of_pool();
+    let pool = image.path().display().to_string();
+    let noise = image.json(&["inspect", "file"], &["/dir/noise"], 0);
+    let place = noise["extents"][0]["places"][0].as_str().unwrap().to_string();
+    let monday = format!("{pool}@monday");
+    cairn().args(["snapshot", "create", &monday]).assert().success();
+    cairn().args(["snapshot", "clone", &monday, "home"]).assert().success();
+    image.damage(place.rsplit_once('@').unwrap().1.parse().unwrap(), 100);
+    let named = "damaged: @monday: dir/noise (subvolume ";
+    cairn().args(["scrub", "--offline"]).arg(image.path()).assert().code(3).stdout(contains(named));
+    let device =
+        FileDevice::open(&image.path(), OpenOptions::new(Access::ReadOnly), &Wait::usual());
+    let devices = vec![Arc::new(device.unwrap()) as DeviceRef];
+    let options = CheckOptions::default();
+    let checked = check(devices, cairn_host::host_platform(), &options, &Quiet).unwrap();
+    let paths: Vec<_> = checked.findings.iter().map(|finding| finding.path.as_deref()).collect();
+    assert_eq!(paths, [Some(&b"@monday: dir/noise"[..])]);
+    let shown = checked.findings[0].to_string();
+    assert!(shown.contains("; file @monday: dir/noise; tree "), "{shown}");
 }
 
 #[test]
