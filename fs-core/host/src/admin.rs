@@ -2,8 +2,9 @@
 //!
 //! The daemon listens on a Unix socket named after the device number that files of its mount show
 //! (`st_dev`), which the mount table tells to everyone: `/run/cairn/MAJOR-MINOR.sock` when the
-//! daemon is root's, `$XDG_RUNTIME_DIR/cairn/...` otherwise. One connection carries any number of
-//! exchanges, each one [`Request`] and one [`Reply`]:
+//! daemon is root's. Otherwise it is in `$XDG_RUNTIME_DIR/cairn`, `/run/user/UID/cairn` or, where
+//! there is neither, `/tmp/cairn-UID`, which nobody else may enter. One connection carries any
+//! number of exchanges, each one [`Request`] and one [`Reply`]:
 //!
 //! ```text
 //! length (u32, little-endian) | protocol version (u16) | message (bincode, standard configuration)
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -246,7 +247,7 @@ pub struct DamagedInfo {
     pub subvol: u64,
     /// Number of the file.
     pub ino: u64,
-    /// Where it was then, from the root of the subvolume.
+    /// Where it was then, with the subvolume or snapshot: `home/a`, `home@monday: a`.
     pub path: String,
 }
 
@@ -571,8 +572,43 @@ const SYSTEM_DIRECTORY: &str = "/run/cairn";
 /// Where daemons may listen, those of the system first: an ordinary user's daemon cannot pass for
 /// root's.
 fn directories() -> Vec<PathBuf> {
-    let own = std::env::var_os("XDG_RUNTIME_DIR").map(|dir| PathBuf::from(dir).join("cairn"));
-    std::iter::once(PathBuf::from(SYSTEM_DIRECTORY)).chain(own).collect()
+    std::iter::once(PathBuf::from(SYSTEM_DIRECTORY)).chain(own_directories()).collect()
+}
+
+/// Where a user's daemons may listen, the best first. Whoever looks for one may have another
+/// environment than who mounted, so all are looked into. None belongs to anyone else.
+fn own_directories() -> Vec<PathBuf> {
+    let user = rustix::process::geteuid().as_raw();
+    let given = std::env::var_os("XDG_RUNTIME_DIR").filter(|dir| !dir.is_empty());
+    let given = given.map(|dir| PathBuf::from(dir).join("cairn"));
+    let usual = [format!("/run/user/{user}/cairn"), format!("/tmp/cairn-{user}")];
+    given.into_iter().chain(usual.map(PathBuf::from)).collect()
+}
+
+/// A directory that only this user may enter, made if it is not there: in /tmp anybody may have
+/// made what has its name, and listen there.
+fn make_private(directory: &Path) -> io::Result<()> {
+    let made = fs::DirBuilder::new().mode(0o700).create(directory);
+    match made {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    match is_private(directory) {
+        true => Ok(()),
+        false => Err(io::Error::other(format!(
+            "{} is there and is not a directory that only this user may enter",
+            directory.display()
+        ))),
+    }
+}
+
+/// Whether only this user may put anything there.
+fn is_private(directory: &Path) -> bool {
+    // Not of what a symlink leads to.
+    fs::symlink_metadata(directory).is_ok_and(|found| {
+        let is_own = found.uid() == rustix::process::geteuid().as_raw();
+        found.is_dir() && is_own && found.mode() & 0o077 == 0
+    })
 }
 
 fn socket_name(device: u64) -> String {
@@ -590,8 +626,10 @@ pub fn ask(device: u64, request: Request) -> Result<Reply, AdminError> {
 
 fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Reply, AdminError> {
     let name = socket_name(device);
+    let is_trusted = |dir: &&PathBuf| **dir == Path::new(SYSTEM_DIRECTORY) || is_private(dir);
     let mut stream = directories
         .iter()
+        .filter(is_trusted)
         .find_map(|directory| UnixStream::connect(directory.join(&name)).ok())
         .ok_or(AdminError::NoDaemon)?;
     stream.set_write_timeout(Some(STALLED))?;
@@ -654,16 +692,22 @@ impl Server {
     /// # Errors
     /// What the system says; a daemon can do its work without a server.
     pub fn start(device: u64, handler: Arc<Handler>) -> io::Result<Server> {
-        let system = rustix::process::geteuid().is_root();
-        let directory = directories()
-            .into_iter()
-            .nth(usize::from(!system))
-            .ok_or_else(|| io::Error::other("XDG_RUNTIME_DIR is not set"))?;
-        Server::start_in(&directory, device, handler)
+        if rustix::process::geteuid().is_root() {
+            fs::create_dir_all(SYSTEM_DIRECTORY)?;
+            return Server::start_in(Path::new(SYSTEM_DIRECTORY), device, handler);
+        }
+        let mut why = None;
+        for directory in own_directories() {
+            // Of a runtime directory that is not there the next serves; the last must.
+            match make_private(&directory) {
+                Ok(()) => return Server::start_in(&directory, device, handler),
+                Err(error) => why = Some(error),
+            }
+        }
+        Err(why.unwrap_or_else(|| io::Error::other("there is no place for a socket")))
     }
 
     fn start_in(directory: &Path, device: u64, handler: Arc<Handler>) -> io::Result<Server> {
-        fs::create_dir_all(directory)?;
         let path = directory.join(socket_name(device));
         // Device numbers are used again; what is there belongs to a mount that is gone.
         match fs::remove_file(&path) {
@@ -778,6 +822,7 @@ mod tests {
 
     fn server() -> (tempfile::TempDir, Server) {
         let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
         let server = Server::start_in(dir.path(), 0x2a, Arc::new(answer)).unwrap();
         (dir, server)
     }
@@ -789,6 +834,36 @@ mod tests {
         assert_eq!(ask(Request::Info).unwrap(), answer(Request::Info));
         assert_eq!(ask(Request::Df).unwrap(), answer(Request::Df));
         assert_eq!(ask(Request::Sync).unwrap_err().to_string(), "the pool is read-only");
+    }
+
+    #[test]
+    fn a_directory_that_others_may_enter_or_made_is_not_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("cairn");
+        make_private(&place).unwrap();
+        make_private(&place).unwrap();
+        assert_eq!(fs::metadata(&place).unwrap().mode() & 0o777, 0o700);
+        let server = Server::start_in(&place, 0x2a, Arc::new(answer)).unwrap();
+        let ask = || ask_in(std::slice::from_ref(&place), 0x2a, Request::Info);
+        ask().unwrap();
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(make_private(&place).is_err());
+        assert!(matches!(ask(), Err(AdminError::NoDaemon)));
+        drop(server);
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(dir.path(), &link).unwrap();
+        assert!(make_private(&link).is_err());
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(make_private(&dir.path().join("file")).is_err());
+        assert!(make_private(&dir.path().join("no/such")).is_err());
+    }
+
+    #[test]
+    fn of_a_users_places_the_one_that_is_given_comes_first_and_that_in_tmp_last() {
+        let places = own_directories();
+        let user = rustix::process::geteuid().as_raw();
+        assert_eq!(places.last().unwrap().file_name().unwrap(), &*format!("cairn-{user}"));
+        assert!(places.len() >= 2 && places.len() <= 3);
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub fn run(_suite: &Suite<'_>) -> Result<Outcome> {
     need::tools(&[("setpriv", "util-linux"), ("fusermount3", "fuse3")])?;
     // The checkout may lie where other users cannot look.
     let (dir, _dir) = guard::temp_dir(&std::env::temp_dir(), "cairn-user")?;
-    for name in ["mkfs.cairn", "mount.cairn", "fsck.cairn"] {
+    for name in ["mkfs.cairn", "mount.cairn", "fsck.cairn", "cairn"] {
         fs::copy(checkout::binary(name), dir.join(name))?;
     }
     // `temp_dir` keeps others out.
@@ -36,12 +36,16 @@ pub fn run(_suite: &Suite<'_>) -> Result<Outcome> {
         ln mnt/file mnt/link
         cp mnt/file copy
         test "$(stat -c %U mnt/file)" = nobody
+        # Nobody has logged in, so there is no directory for sockets.
+        ../cairn snapshot create mnt@before
+        ../cairn info mnt | grep -q '^Mounted with: subvol=/,'
         fusermount3 -u mnt
         trap - EXIT
         ../fsck.cairn -f -n pool.img
         ../mount.cairn pool.img mnt
         trap 'fusermount3 -u mnt || true' EXIT
         cmp mnt/link copy
+        ../cairn info mnt | grep -q '^State: .*in use'
         fusermount3 -u mnt
         chmod a-w pool.img
         ../mount.cairn pool.img mnt 2> said
@@ -54,7 +58,8 @@ pub fn run(_suite: &Suite<'_>) -> Result<Outcome> {
     // Registered while nothing is mounted yet: should the script die, this takes the mount away.
     let mounted = guard::mounted(&home.join("mnt"));
     let shell = Cmd::new("setpriv").args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
-    let shell = shell.args(["bash", "-euo", "pipefail", "-c", script]);
+    let shell =
+        shell.args(["env", "-u", "XDG_RUNTIME_DIR", "bash", "-euo", "pipefail", "-c", script]);
     shell.env("HOME", &home).dir(&home).limit(Duration::from_secs(120)).quiet()?;
     ensure!(!guard::is_mounted(&home.join("mnt")), "the user's unmount did nothing");
     mounted.disarm();
