@@ -188,6 +188,19 @@ fn fill_from_trees(info: &mut PoolInfo, view: &View) -> fs_core::platform::Resul
     Ok(())
 }
 
+/// Options of a mount as people read them: sizes with units.
+fn mount_options(options: &[String]) -> String {
+    let shown = |option: &String| {
+        let size = option.split_once('=').filter(|(name, _)| matches!(*name, "cache" | "dirty"));
+        let bytes = size.and_then(|(name, value)| Some((name, value.parse::<u64>().ok()?)));
+        match bytes.filter(|(_, bytes)| bytes % (1 << 20) == 0) {
+            Some((name, bytes)) => format!("{name}={}M", bytes >> 20),
+            None => option.clone(),
+        }
+    };
+    options.iter().map(shown).collect::<Vec<_>>().join(",")
+}
+
 /// A COMPRESSION property in words; empty when it is none that this build knows.
 fn compression_name(value: &[u8]) -> String {
     match value {
@@ -215,6 +228,7 @@ fn table(info: &PoolInfo) -> String {
         (false, _) => "in use, or not unmounted",
     };
     row("State", state);
+    row("Mounted with", &mount_options(&info.mount_options));
     row("Profiles", &format!("data {}, metadata {}", info.data_profile, info.metadata_profile));
     row("Node size", &format_size(info.node_bytes.into()));
     row("Chunk size", &format_size(info.chunk_bytes));
@@ -256,6 +270,17 @@ mod tests {
         assert_eq!(compression_name(&[2, 0xfb]), "zstd:-5");
         assert_eq!(compression_name(&[9, 0]), "");
         assert_eq!(compression_name(&[]), "");
+    }
+
+    #[test]
+    fn options_of_a_mount_are_shown_as_they_are_given() {
+        let options = ["subvol=/", "cache=134217728", "dirty=16777217", "commit=5"];
+        let options = options.map(String::from);
+        assert_eq!(mount_options(&options), "subvol=/,cache=128M,dirty=16777217,commit=5");
+        let mut info = PoolInfo::default();
+        assert!(!table(&info).contains("Mounted"));
+        info.mount_options = vec!["subvol=home".into()];
+        assert!(table(&info).contains("Mounted with: subvol=home\n"), "{}", table(&info));
     }
 
     #[test]

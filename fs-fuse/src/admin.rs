@@ -27,8 +27,9 @@ const DAMAGED_BYTES_MAX: usize = 512 << 10;
 /// come to it wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Answers requests about what is mounted; `kernel` is told what changes.
-pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
+/// Answers requests about what is mounted, with options of which `options` are in force; `kernel`
+/// is told what changes.
+pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -> Arc<Handler> {
     // One change after another: what one holds off another may let in.
     let changing = Mutex::new(());
     Arc::new(move |request| {
@@ -46,7 +47,11 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>) -> Arc<Handler> {
         match request {
             Request::Info => {
                 let info = pool_info(volume);
-                Reply::Info(PoolInfo { read_only: info.read_only || kernel.is_read_only(), ..info })
+                Reply::Info(PoolInfo {
+                    read_only: info.read_only || kernel.is_read_only(),
+                    mount_options: options.clone(),
+                    ..info
+                })
             }
             Request::Df => Reply::Df(space_info(volume.engine())),
             Request::Sync => match volume.sync() {
@@ -175,6 +180,7 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         written: superblock.written,
         clean: false,
         read_only: engine.store.is_read_only(),
+        mount_options: Vec::new(),
         node_bytes: superblock.node_bytes,
         chunk_bytes: superblock.chunk_bytes,
         data_profile: superblock.data_profile.name().into(),

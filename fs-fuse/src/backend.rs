@@ -110,7 +110,8 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
         }
     };
     let kernel = Arc::new(Kernel::default());
-    let admin = Some(admin::handler(Arc::clone(&volume), Arc::clone(&kernel)));
+    let in_force = in_force(options, &volume);
+    let admin = Some(admin::handler(Arc::clone(&volume), Arc::clone(&kernel), in_force));
     Ok(Opened { volume, release_claim: Box::new(release_claim), read_only, admin, kernel })
 }
 
@@ -134,6 +135,30 @@ fn open_devices(
         }
         error => Err(error),
     })
+}
+
+/// cairn's own options as they are in force, with what is so when they are not given.
+fn in_force(options: &Options, forest: &Forest) -> Vec<String> {
+    let engine = forest.base().engine();
+    let name = engine.with_versions(|all| all.shown(forest.base().version()));
+    let dirty = dirty_bytes(options);
+    let chosen = engine_options(options);
+    let settings = engine.settings();
+    let compression = match (settings.compression, settings.level) {
+        (CompressionKind::None, _) => Compression::None,
+        (CompressionKind::Zstd, level) => Compression::Zstd(level as i8),
+    };
+    Options {
+        subvolume: Some(String::from_utf8_lossy(&name).into_owned()),
+        snapshot: None,
+        compression: Some(compression),
+        commit_seconds: Some(chosen.commit_seconds as u32),
+        cache_bytes: Some(chosen.cache_bytes as u64),
+        dirty_bytes: Some(dirty),
+        threads: Some(Threads::new(options.threads, dirty, options.transport).max),
+        ..options.clone()
+    }
+    .own()
 }
 
 /// The subvolume or snapshot that is to be mounted.

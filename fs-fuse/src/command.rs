@@ -26,7 +26,7 @@ use crate::noop::NoOp;
 use crate::ops::{Server, READAHEAD_BYTES};
 use crate::options::Options;
 use crate::{fusermount, ioctl, log, sys};
-use cairn_host::admin::{Handler, Server as AdminServer};
+use cairn_host::admin::{self, Handler, Reply, Request, Server as AdminServer};
 use cairn_host::{mounts, source, without_codes};
 use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
@@ -457,6 +457,15 @@ fn remount(invocation: &Invocation) -> Result<(), Exit> {
     if invocation.fake {
         return Ok(());
     }
+    let unlike = differing(&options.own(), &in_force(target));
+    if !unlike.is_empty() {
+        return Err(Exit::failed(format!(
+            "cannot remount {}: {} cannot change while it is mounted; unmount it, and mount it \
+             with what is wanted",
+            target.display(),
+            unlike.join(", ")
+        )));
+    }
     // The daemon allows changes before the kernel does, and refuses them after.
     if !options.read_only {
         set_read_only(target, false).map_err(failed)?;
@@ -468,6 +477,22 @@ fn remount(invocation: &Invocation) -> Result<(), Exit> {
         set_read_only(target, true).map_err(failed)?;
     }
     Ok(())
+}
+
+/// cairn's own options of a mount; none when nobody can be asked.
+fn in_force(target: &Path) -> Vec<String> {
+    let asked = mount::device_of(target).ok().map(|device| admin::ask(device, Request::Info));
+    match asked {
+        Some(Ok(Reply::Info(info))) => info.mount_options,
+        _ => Vec::new(),
+    }
+}
+
+/// Those of the options wanted that are not in force, as far as that is known: mount(8) repeats
+/// those of fstab with every remount.
+fn differing(wanted: &[String], in_force: &[String]) -> Vec<String> {
+    let differs = |option: &&String| !in_force.is_empty() && !in_force.contains(option);
+    wanted.iter().filter(differs).cloned().collect()
 }
 
 fn set_read_only(target: &Path, read_only: bool) -> Result<(), rustix::io::Errno> {
@@ -520,6 +545,16 @@ mod tests {
             Err("image: there is no pool".to_string())
         };
         assert_eq!(run(arguments.into_iter(), &open), exit::MOUNT_FAILED);
+    }
+
+    #[test]
+    fn a_remount_repeats_what_is_in_force_and_changes_nothing_of_it() {
+        let list = |text: &str| text.split(',').map(String::from).collect::<Vec<_>>();
+        let in_force = list("subvol=home,compress=zstd,commit=5");
+        assert_eq!(differing(&list("compress=zstd,subvol=home"), &in_force), list("")[1..]);
+        assert_eq!(differing(&list("commit=5,compress=none"), &in_force), ["compress=none"]);
+        assert_eq!(differing(&list("degraded"), &in_force), ["degraded"]);
+        assert!(differing(&list("compress=none"), &[]).is_empty());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! is an error, because a misspelt option must not be mistaken for one that is in force; `-s`
 //! overrides that.
 
+use cairn_host::versions::VersionName;
 use rustix::mount::{MountAttrFlags, MountFlags};
 
 /// How new data is compressed.
@@ -289,6 +290,37 @@ impl Options {
         Ok(true)
     }
 
+    /// cairn's own options that were given, in one way of writing each.
+    pub fn own(&self) -> Vec<String> {
+        let number = |name: &str, value: Option<u64>| value.map(|value| format!("{name}={value}"));
+        let subvolume = (self.subvolume.is_some() || self.snapshot.is_some()).then(|| {
+            let mut name = VersionName::parse(self.subvolume.as_deref().unwrap_or_default());
+            name.snapshot = self.snapshot.clone().or(name.snapshot);
+            format!("subvol={name}")
+        });
+        let compression = self.compression.map(|compression| match compression {
+            Compression::None => "compress=none".to_string(),
+            Compression::Zstd(0) => "compress=zstd".to_string(),
+            Compression::Zstd(level) => format!("compress=zstd:{level}"),
+        });
+        let transport = match self.transport {
+            Transport::Auto => None,
+            Transport::Device => Some("transport=device".to_string()),
+            Transport::Uring => Some("transport=uring".to_string()),
+        };
+        let all = [
+            subvolume,
+            compression,
+            number("commit", self.commit_seconds.map(u64::from)),
+            number("cache", self.cache_bytes),
+            number("dirty", self.dirty_bytes),
+            number("threads", self.threads.map(|threads| threads as u64)),
+            transport,
+            self.degraded.then(|| "degraded".to_string()),
+        ];
+        all.into_iter().flatten().collect()
+    }
+
     /// Attributes of the mount, for the new mount API.
     pub fn mount_attributes(&self) -> MountAttrFlags {
         let flags = &self.flags;
@@ -508,6 +540,18 @@ mod tests {
         assert_eq!(parse_bytes("1GiB"), Some(1 << 30));
         assert_eq!(parse_bytes("99999999T"), None);
         assert_eq!(parse_bytes("G"), None);
+    }
+
+    #[test]
+    fn own_options_are_written_in_one_way() {
+        let own = |list| parse(list).unwrap().own().join(",");
+        assert_eq!(own("ro,noatime,allow_other,device=/dev/x"), "");
+        assert_eq!(own("compress=on,cache=1G,transport=auto"), "compress=zstd,cache=1073741824");
+        let whole = "subvol=home@monday,compress=none,commit=30,dirty=16777216,threads=3,degraded";
+        assert_eq!(own(whole), whole);
+        assert_eq!(own("snapshot=monday,subvol=/a/b/"), "subvol=a/b@monday");
+        assert_eq!(own("subvol="), "subvol=/");
+        assert_eq!(own("transport=uring,compress=zstd:-3"), "compress=zstd:-3,transport=uring");
     }
 
     #[test]

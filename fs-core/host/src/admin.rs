@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -210,6 +210,9 @@ pub struct PoolInfo {
     pub clean: bool,
     /// Whether changes are refused.
     pub read_only: bool,
+    /// cairn's own options of the mount as they are in force, those that were not given included;
+    /// empty while it is not mounted.
+    pub mount_options: Vec<String>,
     /// Bytes of a tree node.
     pub node_bytes: u32,
     /// Bytes of a new chunk.
