@@ -46,6 +46,13 @@ pub(crate) enum Command {
     Set(Set),
     /// Name the content of a subvolume or snapshot: equal where the same is stored, however
     Id(Id),
+    /// Write a snapshot as a stream, all of it or what came after an earlier one
+    Send(Send),
+    /// Receive snapshots from a stream, each as it was sent or not at all
+    Receive(Receive),
+    /// Look at streams
+    #[command(subcommand)]
+    Stream(Stream),
     /// Look at what is stored on a pool that is not mounted
     #[command(subcommand)]
     Inspect(Inspect),
@@ -517,6 +524,68 @@ pub(crate) struct Id {
     /// Number of the subvolume or snapshot, of a pool that is not mounted, in place of a name
     #[arg(short, long, value_name = "ID")]
     pub(crate) subvol: Option<u64>,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Send {
+    #[command(flatten)]
+    pub(crate) at: Named,
+    /// Send what came after this snapshot, which the receiver has: @SNAPSHOT of the same
+    /// subvolume, or a whole name
+    #[arg(short = 'i', long = "from", value_name = "SNAPSHOT", allow_hyphen_values = false)]
+    pub(crate) from: Option<String>,
+    /// Send the snapshots in between as well, one after the other; without -i, all older ones
+    #[arg(short = 'R', long)]
+    pub(crate) replicate: bool,
+    /// Write to a file instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Show no progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Receive {
+    /// POOL/SUBVOLUME: a full stream makes the subvolume, another goes on from a snapshot of it
+    #[arg(value_name = "NAME", required_unless_present = "dry_run")]
+    pub(crate) name: Option<PathBuf>,
+    /// Further devices of a pool that is not mounted
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<PathBuf>,
+    /// Read from a file instead of standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) input: Option<PathBuf>,
+    /// Only verify the stream, as far as that goes without the snapshot that it goes on from
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+impl Receive {
+    /// Where to.
+    pub(crate) fn at(&self) -> Option<Named> {
+        let name = self.name.clone()?;
+        Some(Named { name, device: self.device.clone() })
+    }
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum Stream {
+    /// Read a stream to its end, and show what it holds
+    Show {
+        /// The file that it is in [default: standard input]
+        #[arg(value_name = "FILE")]
+        input: Option<PathBuf>,
+        /// Print JSON
+        #[arg(short, long)]
+        json: bool,
+    },
 }
 
 #[derive(Clone, Debug, Subcommand)]

@@ -1,9 +1,9 @@
 //! `cairn`: looks at pools and administers them.
 //!
 //! A pool is named by its mount point, or by its device or image file. Of a mounted pool the daemon
-//! is asked; of one that is not mounted the device is read, and written only by `clear`, `scrub`
-//! and what changes subvolumes and snapshots. Standard output carries data only, as text for people
-//! or as JSON.
+//! is asked; of one that is not mounted the device is read, and written only by `clear`, `scrub`,
+//! `send`, `receive` and what changes subvolumes and snapshots. Standard output carries data only,
+//! as text for people, as JSON, or as a stream.
 //!
 //! | exit code | meaning |
 //! | --- | --- |
@@ -25,6 +25,7 @@ mod output;
 mod property;
 mod scrub;
 mod status;
+mod streams;
 mod sync;
 mod target;
 mod trim;
@@ -122,6 +123,9 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Snapshot(command) => versions::snapshot(&command),
         Command::Udev { device } => udev::run(&device),
         Command::Id(of) => id::run(&of),
+        Command::Send(arguments) => streams::send(&arguments),
+        Command::Receive(arguments) => streams::receive(&arguments),
+        Command::Stream(command) => streams::stream(&command),
         Command::Inspect(command) => inspect::run(&command),
         Command::Completions { shell } => documents::print_completions(shell),
         Command::Man { directory } => documents::run_manual(&directory),

@@ -112,7 +112,7 @@ pub(crate) fn snapshot(command: &Snapshot) -> Result<Done, Failure> {
 }
 
 /// The name of a subvolume, not of a snapshot.
-fn whole(name: VersionName) -> Result<VersionName, Failure> {
+pub(crate) fn whole(name: VersionName) -> Result<VersionName, Failure> {
     match name.snapshot.is_none() && name.bookmark.is_none() {
         true => Ok(name),
         false => Err(Failure::new(format_args!("{name} is not the name of a subvolume"))),
@@ -120,7 +120,7 @@ fn whole(name: VersionName) -> Result<VersionName, Failure> {
 }
 
 /// The name of a snapshot.
-fn part(name: VersionName) -> Result<VersionName, Failure> {
+pub(crate) fn part(name: VersionName) -> Result<VersionName, Failure> {
     match name.snapshot.is_some() {
         true => Ok(name),
         false => Err(Failure::new(format_args!(
@@ -135,6 +135,17 @@ pub(crate) enum Place {
     Mounted(Mount),
     /// On devices that are not mounted; names begin at the root subvolume.
     Devices(Vec<PathBuf>),
+}
+
+impl Place {
+    /// Whether two places are one.
+    pub(crate) fn is(&self, other: &Place) -> bool {
+        match (self, other) {
+            (Place::Mounted(one), Place::Mounted(other)) => one.device == other.device,
+            (Place::Devices(one), Place::Devices(other)) => one == other,
+            _ => false,
+        }
+    }
 }
 
 /// Where a name may be cut: what is before names the pool, what is behind is in the pool. The
@@ -308,6 +319,14 @@ pub(crate) fn open(paths: &[PathBuf], read_only: bool) -> Result<Arc<Engine>, Fa
     open_with(paths, engine::OpenOptions { read_only, ..engine::OpenOptions::default() })
 }
 
+/// Opens the pool on devices that are not mounted to read of it: for writing where that can be, so
+/// that what was found out about a snapshot is kept.
+pub(crate) fn open_to_read(paths: &[PathBuf]) -> Result<Arc<Engine>, Failure> {
+    let is_writable =
+        |path: &PathBuf| rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok();
+    open(paths, !paths.iter().all(is_writable))
+}
+
 /// Opens a pool for writing, without devices that are missing if `degraded` says so.
 pub(crate) fn open_degraded(paths: &[PathBuf], degraded: bool) -> Result<Arc<Engine>, Failure> {
     open_with(paths, engine::OpenOptions { degraded, ..engine::OpenOptions::default() })
@@ -322,7 +341,7 @@ fn open_with(paths: &[PathBuf], options: engine::OpenOptions) -> Result<Arc<Engi
     engine::open(devices, host_platform(), &options).map_err(|error| named(paths, &error))
 }
 
-fn named(paths: &[PathBuf], error: &dyn std::fmt::Display) -> Failure {
+pub(crate) fn named(paths: &[PathBuf], error: &dyn std::fmt::Display) -> Failure {
     Failure::new(format_args!("{}: {error}", paths[0].display()))
 }
 
@@ -520,6 +539,7 @@ fn show(of: &Shown) -> Result<Done, Failure> {
         ("may have own", size(found.limit_own)),
         ("inodes", (found.inodes != 0).then(|| found.inodes.to_string())),
         ("default", found.is_default.then(|| "yes".to_string())),
+        ("receiving", found.is_receiving.then(|| "yes, nobody can look into it".to_string())),
         ("held by", (!found.holds.is_empty()).then(|| found.holds.join(", "))),
     ];
     for (label, value) in lines.into_iter().filter_map(|(label, v)| Some((label, v?))) {
@@ -546,6 +566,9 @@ fn table(shown: &[&VersionInfo], arguments: &ListVersions) -> String {
         let mut name = output::printable(&version.name.to_string());
         if version.is_default && !exact {
             name.push_str(" (default)");
+        }
+        if version.is_receiving && !exact {
+            name.push_str(" (receiving)");
         }
         if !version.holds.is_empty() && !exact {
             name.push_str(" (held)");

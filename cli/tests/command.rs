@@ -630,3 +630,69 @@ fn what_changed_since_a_snapshot_is_shown_and_its_identity_stays() {
     cairn().args(["id", &name("@third")]).assert().failure();
     cairn().args(["snapshot", "diff", &name("@third")]).assert().failure();
 }
+
+#[test]
+fn what_is_sent_arrives_in_another_pool_or_nothing_does() {
+    let (image, other) = (Image::of_pool(), Image::of_pool());
+    let name = |part: &str| format!("{}{part}", image.path().display());
+    let there = |part: &str| format!("{}{part}", other.path().display());
+    let file = |name: &str| image.dir.path().join(name).display().to_string();
+    let run = |arguments: &[&str]| {
+        let output = cairn().args(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let fails = |arguments: &[&str], why: &str| {
+        cairn().args(arguments).assert().code(1).stderr(contains(why.to_string()));
+    };
+    let identity = |place: String| run(&["id", &place])[..64].to_string();
+    run(&["snapshot", "create", &name("@first")]);
+    let volume = open(&image);
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let dir = volume.lookup(volume.root(), b"dir").unwrap().ino;
+    volume.unlink(dir, b"noise").unwrap();
+    volume.mkdir(volume.root(), b"later", 0o755, &caller).unwrap();
+    volume.close().unwrap();
+    drop(volume);
+    run(&["snapshot", "create", &name("@second")]);
+    let (one, two, all) = (&file("one"), &file("two"), &file("all"));
+    run(&["send", &name("@first"), "-o", one]);
+    run(&["send", "-i", "@first", &name("@second"), "-o", two]);
+    run(&["send", "-R", &name("@second"), "-o", all]);
+    assert!(fs::metadata(two).unwrap().len() < 3000);
+    let streams: Value = serde_json::from_str(&run(&["stream", "show", "-j", all])).unwrap();
+    assert_eq!(streams.as_array().unwrap().len(), 2);
+    assert_eq!(streams[1]["identity"], identity(name("@second")));
+    assert_eq!(streams[1]["base_identity"], identity(name("@first")));
+    assert!(run(&["receive", "-n", "-i", one]).contains("first"));
+
+    fails(&["receive", &there("/in"), "-i", two], "there is no subvolume in");
+    fails(&["receive", &there(""), "-i", two], "there is no snapshot here");
+    fails(&["send", &name("@third"), "-o", two], "there is no snapshot");
+    fails(&["send", "-i", "@first", &name("@first"), "-o", "/dev/null"], "from itself");
+    fails(&["receive", "-n", "-i", &name("")], "not a stream");
+    run(&["send", "-i", "@first", &name("@second"), "-o", two]);
+    let bytes = fs::read(one).unwrap();
+    for spoilt in [&bytes[..bytes.len() - 1], &bytes[..5000], &[&bytes[..], b"x"].concat()] {
+        fs::write(file("spoilt"), spoilt).unwrap();
+        fails(&["receive", "-n", "-i", &file("spoilt")], "the stream");
+    }
+    fs::write(file("spoilt"), &bytes[..5000]).unwrap();
+    fails(&["receive", &there("/in"), "-i", &file("spoilt")], "cut off");
+    assert!(!run(&["subvolume", "list", &there("")]).contains("in\n"));
+
+    run(&["receive", &there("/in"), "-i", one]);
+    fails(&["receive", &there("/in"), "-i", one], "exists");
+    run(&["receive", &there("/in"), "-i", two]);
+    for snapshot in ["@first", "@second"] {
+        let place = there(&format!("/in{snapshot}"));
+        assert_eq!(identity(place), identity(name(snapshot)));
+    }
+    assert_eq!(identity(there("/in")), identity(name("@second")), "it follows");
+    let received = run(&["receive", "-j", &there("/in/all"), "-i", all]);
+    let received: Value = serde_json::from_str(&received).unwrap();
+    assert_eq!(received["snapshots"][1]["name"], "in/all@second");
+    // And what was received is sent on.
+    run(&["send", "-i", "@first", &there("/in@second"), "-o", all]);
+    assert_eq!(fs::metadata(all).unwrap().len(), fs::metadata(two).unwrap().len());
+}

@@ -7,6 +7,7 @@ use cairn_host::admin::{
 };
 use cairn_host::changes;
 use cairn_host::parse::format_uuid;
+use cairn_host::streams;
 use cairn_host::versions::{self, Change};
 use fs_core::engine::versions::VersionOp;
 use fs_core::engine::{DamagedFile, Engine};
@@ -32,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -> Arc<Handler> {
     // One change after another: what one holds off another may let in.
     let changing = Mutex::new(());
-    Arc::new(move |request| {
+    Arc::new(move |request, parts| {
         let volume = forest.base();
         let is_change = match &request {
             Request::Change(_) | Request::ClearErrors | Request::Scrub(_) | Request::Device(_) => {
@@ -40,6 +41,8 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
             }
             Request::Info | Request::Df | Request::Sync | Request::Versions(_) => false,
             Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
+            Request::Receive(_) => true,
+            Request::Send(_) => false,
         };
         if is_change && kernel.is_read_only() {
             return Reply::Failed("the pool is mounted read-only".into());
@@ -108,6 +111,20 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                     Err(sentence) => Reply::Failed(sentence),
                 }
             }
+            Request::Send(what) => {
+                match streams::send(volume.engine(), volume.version(), &what, parts) {
+                    Ok(sent) => Reply::Sent(sent),
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
+            Request::Receive(to) => {
+                let changes = InUse { forest: &forest, kernel: &kernel, changing: &changing };
+                let (engine, base) = (volume.engine(), volume.version());
+                match streams::receive(engine, base, &to, parts, &changes) {
+                    Ok(received) => Reply::Received(received),
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
             Request::Change(change) => {
                 let _one = changing.lock();
                 match carry_out(&forest, &kernel, &change) {
@@ -119,25 +136,52 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
     })
 }
 
+/// A pool whose subvolumes may be in use.
+struct InUse<'a> {
+    forest: &'a Forest,
+    kernel: &'a Kernel,
+    changing: &'a Mutex<()>,
+}
+
+impl streams::Changes for InUse<'_> {
+    fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
+        let _one = self.changing.lock();
+        change_and_tell(self.forest, self.kernel, ops)
+    }
+}
+
 /// Changes versions, and sees to it that the kernel does not remember what is not so any more.
 fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), String> {
     let (engine, base) = (forest.base().engine(), forest.base().version());
     let ops = versions::plan(engine, base, change)?;
-    let touched = versions::touched(engine, &ops);
-    let ends: Vec<u64> = versions::ends(engine, &ops);
-    if ends.contains(&base) {
+    if versions::ends(engine, &ops).contains(&base) {
         return Err("that is what is mounted: unmount it, and name the device instead".into());
     }
+    let made = change_and_tell(forest, kernel, ops);
+    made.map(drop).map_err(|error| versions::sentence(&error, change))
+}
+
+fn change_and_tell(
+    forest: &Forest,
+    kernel: &Kernel,
+    ops: Vec<VersionOp>,
+) -> Result<Vec<u64>, Error> {
+    let engine = forest.base().engine();
+    let touched = versions::touched(engine, &ops);
+    let ends: Vec<u64> = versions::ends(engine, &ops);
+    if ends.contains(&forest.base().version()) {
+        return Err(Errno::Busy.into());
+    }
     let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
-    let made = change_undisturbed(forest, ops, &ends);
-    let made = made.map_err(|error| versions::sentence(&error, change))?;
+    let made = change_undisturbed(forest, ops, &ends)?;
     // Snapshots that are gone; space they held comes free when nobody looks into them.
     versions::gone(engine, &touched).into_iter().for_each(|id| forest.let_go(id));
-    places.extend(touched.into_iter().chain(made).filter_map(|id| forest.appears(id)));
+    let shown = touched.into_iter().chain(made.iter().copied());
+    places.extend(shown.filter_map(|id| forest.appears(id)));
     for (dir, name) in places {
         kernel.name_changed(dir.0, &name);
     }
-    Ok(())
+    Ok(made)
 }
 
 /// Carries operations out while nobody is in the versions that end with them. If nothing comes of

@@ -10,6 +10,9 @@
 //! length (u32, little-endian) | protocol version (u16) | message (bincode, standard configuration)
 //! ```
 //!
+//! A stream goes over the same connection in parts, each its length (u32, little-endian) and as
+//! many bytes; one without bytes is the last. Whoever takes them sets the pace.
+//!
 //! Most requests only look, or ask for what sync(2) lets anyone ask, so the socket is open to all
 //! users. The kernel says who is at the other end: only root and whom the daemon belongs to may
 //! change a pool, and learn what is in files and directories that others may not read.
@@ -17,6 +20,7 @@
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
+use crate::streams::{Received, Sending, Sent};
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
 use fs_core::engine::{DeviceChangeStatus, ScrubEnd, ScrubStatus};
@@ -25,7 +29,7 @@ use fs_core::format::scrub::ScrubState;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -41,6 +45,10 @@ const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 const STALLED: Duration = Duration::from_secs(5);
 /// How long a client waits for most replies.
 const REPLY_PATIENCE: Duration = Duration::from_secs(600);
+/// How long either side waits for the other while all of a subvolume may have to be read.
+const STREAM_PATIENCE: Duration = Duration::from_secs(7 * 86_400);
+/// Bytes of a part of a stream at most.
+const PART_BYTES_MAX: usize = 256 << 10;
 /// Connections of root, and of whom the daemon belongs to, served at once.
 const CONNECTIONS_MAX: usize = 16;
 /// Connections of everybody else; they take none of the others.
@@ -81,6 +89,11 @@ pub enum Request {
     /// Begin a scrub, or end one. Answered by [`Reply::Changed`]; [`Request::Info`] tells how it
     /// stands.
     Scrub(ScrubChange),
+    /// Send snapshots. Parts of the stream come before the reply, which is [`Reply::Sent`].
+    Send(Sending),
+    /// Receive snapshots in a subvolume. Parts of the stream follow the request. Answered by
+    /// [`Reply::Received`].
+    Receive(VersionName),
     /// Change the devices of the pool. Answered by [`Reply::Changed`] when that is done or goes on
     /// in the background; [`Request::Info`] tells how it stands.
     Device(DeviceRequest),
@@ -149,6 +162,7 @@ impl Request {
             Request::Versions(_) => true,
             Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => true,
             Request::Device(_) => true,
+            Request::Send(_) | Request::Receive(_) => true,
             Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
         }
     }
@@ -156,7 +170,7 @@ impl Request {
     /// How long to wait for the reply: a sync may have much to write, an identity all to read.
     fn patience(&self) -> Duration {
         match self {
-            Request::Identity(_) => Duration::from_secs(7 * 86_400),
+            Request::Identity(_) | Request::Send(_) | Request::Receive(_) => STREAM_PATIENCE,
             _ => REPLY_PATIENCE,
         }
     }
@@ -187,6 +201,10 @@ pub enum Reply {
     Differences(Differences),
     /// To [`Request::Identity`].
     Identity(String),
+    /// To [`Request::Send`], after the parts of the stream.
+    Sent(Sent),
+    /// To [`Request::Receive`].
+    Received(Received),
     /// To any request: one sentence that says why not.
     Failed(String),
 }
@@ -628,19 +646,115 @@ pub fn ask(device: u64, request: Request) -> Result<Reply, AdminError> {
 }
 
 fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Reply, AdminError> {
-    let name = socket_name(device);
-    let is_trusted = |dir: &&PathBuf| **dir == Path::new(SYSTEM_DIRECTORY) || is_private(dir);
-    let mut stream = directories
-        .iter()
-        .filter(is_trusted)
-        .find_map(|directory| UnixStream::connect(directory.join(&name)).ok())
-        .ok_or(AdminError::NoDaemon)?;
+    let mut stream = connect(directories, device)?;
     stream.set_write_timeout(Some(STALLED))?;
     stream.set_read_timeout(Some(request.patience()))?;
     send(&mut stream, &request)?;
     match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
         Reply::Failed(why) => Err(AdminError::Refused(why)),
         reply => Ok(reply),
+    }
+}
+
+/// As [`ask`], for a request with a stream: `talk` reads its parts or writes them. When the daemon
+/// hangs up on it, the reply says why.
+///
+/// # Errors
+/// Those of [`ask`]; what `talk` says went wrong at the other end of the stream.
+pub fn converse(
+    device: u64,
+    request: Request,
+    talk: &mut dyn FnMut(&mut Parts<'_>) -> io::Result<()>,
+) -> Result<Reply, AdminError> {
+    let mut stream = connect(&directories(), device)?;
+    stream.set_write_timeout(Some(STREAM_PATIENCE))?;
+    stream.set_read_timeout(Some(STREAM_PATIENCE))?;
+    send(&mut stream, &request)?;
+    let mut parts = Parts::new(&mut stream);
+    match talk(&mut parts) {
+        Err(error) if !parts.is_broken => return Err(error.into()),
+        _ => {}
+    }
+    match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
+        Reply::Failed(why) => Err(AdminError::Refused(why)),
+        reply => Ok(reply),
+    }
+}
+
+fn connect(directories: &[PathBuf], device: u64) -> Result<UnixStream, AdminError> {
+    let name = socket_name(device);
+    let is_trusted = |dir: &&PathBuf| **dir == Path::new(SYSTEM_DIRECTORY) || is_private(dir);
+    let found = directories
+        .iter()
+        .filter(is_trusted)
+        .find_map(|directory| UnixStream::connect(directory.join(&name)).ok());
+    found.ok_or(AdminError::NoDaemon)
+}
+
+/// A stream in parts, read or written.
+pub struct Parts<'a> {
+    stream: &'a mut UnixStream,
+    /// Bytes left of the part that is read.
+    left: usize,
+    has_ended: bool,
+    /// The other side does not talk any more.
+    is_broken: bool,
+}
+
+impl<'a> Parts<'a> {
+    fn new(stream: &'a mut UnixStream) -> Parts<'a> {
+        Parts { stream, left: 0, has_ended: false, is_broken: false }
+    }
+
+    /// Nothing more is written.
+    ///
+    /// # Errors
+    /// Errors of the connection.
+    pub fn end(&mut self) -> io::Result<()> {
+        self.note(|stream| stream.write_all(&[0; 4]))
+    }
+
+    fn note<T>(&mut self, work: impl FnOnce(&mut UnixStream) -> io::Result<T>) -> io::Result<T> {
+        let outcome = work(self.stream);
+        self.is_broken |= outcome.is_err();
+        outcome
+    }
+}
+
+impl Read for Parts<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.left == 0 && !self.has_ended && !buf.is_empty() {
+            let mut head = [0; 4];
+            self.note(|stream| stream.read_exact(&mut head))?;
+            self.left = u32::from_le_bytes(head) as usize;
+            self.has_ended = self.left == 0;
+        }
+        let len = buf.len().min(self.left);
+        if len == 0 {
+            return Ok(0);
+        }
+        let found = self.note(|stream| stream.read(&mut buf[..len]))?;
+        if found == 0 {
+            self.is_broken = true;
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        self.left -= found;
+        Ok(found)
+    }
+}
+
+impl Write for Parts<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let part = &buf[..buf.len().min(PART_BYTES_MAX)];
+        if !part.is_empty() {
+            let head = (part.len() as u32).to_le_bytes();
+            self.note(|stream| stream.write_all(&head).and_then(|()| stream.write_all(part)))?;
+        }
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -680,8 +794,9 @@ fn receive<T: for<'a> Deserialize<'a>>(stream: &mut impl Read) -> Result<Option<
     }
 }
 
-/// Answers requests; called from several threads.
-pub type Handler = dyn Fn(Request) -> Reply + Send + Sync;
+/// Answers requests; called from several threads. Those that come with a stream read or write its
+/// parts.
+pub type Handler = dyn Fn(Request, &mut Parts<'_>) -> Reply + Send + Sync;
 
 /// The daemon's end. Removes the socket when dropped.
 pub struct Server {
@@ -790,11 +905,28 @@ fn serve(mut stream: UnixStream, peer: Peer, handler: &Handler) -> Result<(), Ad
     stream.set_read_timeout(Some(STALLED))?;
     stream.set_write_timeout(Some(STALLED))?;
     while let Some(request) = receive::<Request>(&mut stream)? {
+        let (sends, receives) =
+            (matches!(request, Request::Send(_)), matches!(request, Request::Receive(_)));
+        if sends || receives {
+            stream.set_read_timeout(Some(STREAM_PATIENCE))?;
+            stream.set_write_timeout(Some(STREAM_PATIENCE))?;
+        }
+        let mut parts = Parts::new(&mut stream);
         let reply = match request.is_guarded() && peer == Peer::Guest {
             true => Reply::Failed("only root and whoever mounted the pool may do that".into()),
-            false => handler(request),
+            false => handler(request, &mut parts),
         };
+        if sends {
+            parts.end()?;
+        }
+        // Nobody knows any more where parts end and requests begin.
+        let is_over = receives && !parts.has_ended;
         send(&mut stream, &reply)?;
+        if is_over {
+            return Ok(());
+        }
+        stream.set_read_timeout(Some(STALLED))?;
+        stream.set_write_timeout(Some(STALLED))?;
     }
     Ok(())
 }
@@ -820,13 +952,33 @@ mod tests {
                 Reply::Differences(Differences { all: Vec::new(), next: None })
             }
             Request::Identity(_) => Reply::Identity(String::new()),
+            Request::Send(_) => Reply::Sent(Sent::default()),
+            Request::Receive(_) => Reply::Received(Received::default()),
         }
+    }
+
+    /// Sends something; counts what it receives.
+    fn handle(request: Request, parts: &mut Parts<'_>) -> Reply {
+        match request {
+            Request::Send(_) => parts.write_all(&[7; 600_000]).unwrap(),
+            Request::Receive(_) => {
+                let mut all = Vec::new();
+                parts.take(500_000).read_to_end(&mut all).unwrap();
+                let (name, identity) = (String::new(), all.len().to_string());
+                return Reply::Received(Received {
+                    snapshots: vec![(name, identity)],
+                    stays: false,
+                });
+            }
+            _ => {}
+        }
+        answer(request)
     }
 
     fn server() -> (tempfile::TempDir, Server) {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        let server = Server::start_in(dir.path(), 0x2a, Arc::new(answer)).unwrap();
+        let server = Server::start_in(dir.path(), 0x2a, Arc::new(handle)).unwrap();
         (dir, server)
     }
 
@@ -846,7 +998,7 @@ mod tests {
         make_private(&place).unwrap();
         make_private(&place).unwrap();
         assert_eq!(fs::metadata(&place).unwrap().mode() & 0o777, 0o700);
-        let server = Server::start_in(&place, 0x2a, Arc::new(answer)).unwrap();
+        let server = Server::start_in(&place, 0x2a, Arc::new(handle)).unwrap();
         let ask = || ask_in(std::slice::from_ref(&place), 0x2a, Request::Info);
         ask().unwrap();
         fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).unwrap();
@@ -916,7 +1068,7 @@ mod tests {
     fn a_guest_learns_no_names_and_changes_nothing() {
         let ask = |peer, request: &Request| {
             let (mut here, there) = UnixStream::pair().unwrap();
-            let serving = std::thread::spawn(move || serve(there, peer, &answer));
+            let serving = std::thread::spawn(move || serve(there, peer, &handle));
             send(&mut here, request).unwrap();
             let reply = receive::<Reply>(&mut here).unwrap().unwrap();
             drop(here);
@@ -930,6 +1082,38 @@ mod tests {
             assert_eq!(ask(Peer::Owner, &request), answer(request));
         }
         assert_eq!(ask(Peer::Guest, &Request::Df), answer(Request::Df));
+    }
+
+    #[test]
+    fn streams_go_over_the_same_connection() {
+        let talk = |request: &Request, talk: &dyn Fn(&mut Parts<'_>)| {
+            let (mut here, there) = UnixStream::pair().unwrap();
+            let serving = std::thread::spawn(move || serve(there, Peer::Owner, &handle));
+            send(&mut here, request).unwrap();
+            talk(&mut Parts::new(&mut here));
+            let reply = receive::<Reply>(&mut here).unwrap().unwrap();
+            drop(here);
+            serving.join().unwrap().unwrap();
+            reply
+        };
+        let name = VersionName::default();
+        let sending = Sending { snapshot: name.clone(), from: None, replicate: false };
+        let reply = talk(&Request::Send(sending), &|parts| {
+            let mut all = Vec::new();
+            assert_eq!(parts.read_to_end(&mut all).unwrap(), 600_000);
+        });
+        assert_eq!(reply, Reply::Sent(Sent::default()));
+        let taken = |bytes: usize| {
+            let request = Request::Receive(name.clone());
+            // When it has enough it hangs up, and says so.
+            let reply = talk(&request, &|parts| {
+                let _ = parts.write_all(&vec![1; bytes]).and_then(|()| parts.end());
+            });
+            let Reply::Received(Received { snapshots, .. }) = reply else { panic!("{reply:?}") };
+            snapshots[0].1.clone()
+        };
+        assert_eq!(taken(400_000), "400000");
+        assert_eq!(taken(9_000_000), "500000");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use fs_core::engine::versions::VersionOp;
 use fs_core::engine::Engine;
 use fs_core::error::{Errno, Error};
 use fs_core::format::pool::ROOT_INO;
+use fs_core::receive::{Destination, WORKING_NAME};
 use fs_core::stream::changes::What;
 use fs_core::stream::{Changes, Content, Source};
 use fs_core::subvol::versions::{Versions, CONTROL_NAME};
@@ -174,6 +175,8 @@ pub struct VersionInfo {
     pub inodes: u64,
     /// Whether it is mounted unless another is asked for.
     pub is_default: bool,
+    /// Whether it is being received, or a part of it was: nobody can look into it.
+    pub is_receiving: bool,
     /// Tags that keep it from being deleted.
     pub holds: Vec<String>,
 }
@@ -191,7 +194,7 @@ fn full(base: &str, name: &str) -> String {
     }
 }
 
-fn said(error: &Error, what: &impl std::fmt::Display) -> String {
+pub(crate) fn said(error: &Error, what: &impl std::fmt::Display) -> String {
     match error {
         Error::Posix(Errno::NoEnt) => format!("{what} does not exist"),
         Error::Posix(Errno::Exist) => format!("{what}: that name is taken"),
@@ -261,7 +264,8 @@ impl Names<'_> {
                 let snapshot =
                     snapshot.ok_or_else(|| format!("{name}: a snapshot is SUBVOLUME@NAME"))?;
                 let id = self.subvolume(name)?;
-                let ids = if *recursive { self.with_nested(id) } else { vec![id] };
+                let mut ids = if *recursive { self.with_nested(id) } else { vec![id] };
+                ids.retain(|other| other == &id || !self.versions.is_receiving(*other));
                 let of = |subvolume| VersionOp::Snapshot {
                     subvolume,
                     name: snapshot.clone().into_bytes(),
@@ -399,6 +403,49 @@ impl Names<'_> {
     }
 }
 
+/// The snapshot of a name. Names are as for [`plan`].
+///
+/// # Errors
+/// One sentence.
+pub(crate) fn snapshot(engine: &Engine, base: u64, name: &VersionName) -> Result<u64, String> {
+    let base = name_at(engine, base);
+    engine.with_versions(|versions| Names { versions, base: &base, default: 0 }.snapshot(name))
+}
+
+/// Where a snapshot is to be received that goes on from another, or from nothing.
+///
+/// # Errors
+/// One sentence.
+pub(crate) fn destination(
+    engine: &Engine,
+    base: u64,
+    name: &VersionName,
+    has_base: bool,
+) -> Result<Destination, String> {
+    let at = name_at(engine, base);
+    let found = engine.with_versions(|versions| {
+        let names = Names { versions, base: &at, default: 0 };
+        let there = versions.subvolume(full(&at, &name.subvolume).as_bytes());
+        if name.snapshot.is_some() || name.bookmark.is_some() {
+            return Err(format!("{name}: the stream says the name of the snapshot"));
+        }
+        match there.filter(|id| !versions.is_receiving(*id)) {
+            Some(id) if has_base => Ok(Destination::Existing(id)),
+            Some(_) => Err(format!(
+                "{name} exists, and a full stream makes a subvolume: give another name"
+            )),
+            None if has_base => Err(format!(
+                "there is no subvolume {name}, and the stream goes on from a snapshot of one"
+            )),
+            None => names.new_subvolume(name).map(Destination::New),
+        }
+    })?;
+    if let Destination::New(name) = &found {
+        check_free(engine, name)?;
+    }
+    Ok(found)
+}
+
 /// What a change comes to at a mount of the subvolume with number `base`.
 ///
 /// # Errors
@@ -438,9 +485,17 @@ fn check_place(engine: &Engine, op: &VersionOp) -> Result<(), String> {
         }
         _ => return Ok(()),
     };
+    check_free(engine, name)
+}
+
+/// That the name of a subvolume is not that of something else.
+fn check_free(engine: &Engine, name: &[u8]) -> Result<(), String> {
     let cut = name.iter().rposition(|byte| *byte == b'/');
-    let (above, last) = cut.map_or((&[][..], &name[..]), |at| (&name[..at], &name[at + 1..]));
+    let (above, last) = cut.map_or((&[][..], name), |at| (&name[..at], &name[at + 1..]));
     let shown = text(name);
+    if last == WORKING_NAME {
+        return Err(format!("{shown}: that name is for what is being received"));
+    }
     if last == CONTROL_NAME {
         return Err(format!("{shown}: snapshots are seen under that name"));
     }
@@ -478,6 +533,8 @@ pub fn ends(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
 pub fn touched(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
     let named = ops.iter().filter_map(|op| match op {
         VersionOp::Delete { id } | VersionOp::Rename { id, .. } => Some(*id),
+        // It appears now.
+        VersionOp::Publish(arrival) => Some(arrival.into),
         _ => None,
     });
     named.chain(ends(engine, ops)).collect()
@@ -676,6 +733,7 @@ pub fn list(engine: &Engine) -> Vec<VersionInfo> {
                     limit_own: None,
                     inodes: 0,
                     is_default: false,
+                    is_receiving: false,
                     holds: Vec::new(),
                 })
             }));
@@ -716,6 +774,7 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
         limit_own: limit(item.limit_own),
         inodes: item.inodes,
         is_default: id == default,
+        is_receiving: item.is_receiving(),
         holds: version.holds.iter().map(|tag| text(tag)).collect(),
     })
 }

@@ -1,12 +1,14 @@
 //! What an incremental stream goes on from.
 
 use super::{NAME_BYTES_MAX, WORKING_NAME};
+use crate::btree::Tree;
 use crate::engine::versions::VersionOp;
 use crate::engine::Engine;
 use crate::error::{Errno, Error};
 use crate::platform::Result;
 use crate::stream::content::Progress;
 use crate::stream::{record, Content, Identity, Source};
+use crate::subvol::versions::Versions;
 use crate::subvol::Subvol;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -55,6 +57,35 @@ pub fn content_of(
     let snapshot = engine.open_version(id)?;
     let source = Source::of(&engine.store);
     let content = Content::of(source, &snapshot.view().tree, progress)?;
+    keep(engine, id, &content);
+    Ok(content)
+}
+
+/// As [`content_of`], of what goes on from a state whose content is known.
+///
+/// # Errors
+/// As [`content_of`].
+pub fn content_after(
+    engine: &Engine,
+    (old, known): (&Tree, &Content),
+    id: u64,
+    progress: &mut dyn FnMut(&Progress) -> Result<()>,
+) -> Result<Content> {
+    let is_kept = |versions: &Versions| {
+        versions.get(id).is_some_and(|version| version.item.content != [0; 32])
+    };
+    let snapshot = engine.open_version(id)?;
+    if engine.with_versions(is_kept) || snapshot.view().tree.id != old.id {
+        return content_of(engine, id, progress);
+    }
+    let mut content = known.clone();
+    content.update(Source::of(&engine.store), old, &snapshot.view().tree, progress)?;
+    keep(engine, id, &content);
+    Ok(content)
+}
+
+/// Notes the content of a snapshot, to be faster the next time, if there is room.
+fn keep(engine: &Engine, id: u64, content: &Content) {
     let is_snapshot =
         engine.with_versions(|versions| versions.get(id).is_some_and(|v| v.item.is_snapshot()));
     if is_snapshot && engine.store.writable().is_ok() {
@@ -63,7 +94,6 @@ pub fn content_of(
         // To be faster the next time, if there is room.
         let _ = engine.change_versions(alloc::vec![op]);
     }
-    Ok(content)
 }
 
 /// The snapshot of a subvolume that has the content which a stream goes on from.

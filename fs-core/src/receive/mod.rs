@@ -56,8 +56,8 @@ use crate::vfs::{check_attribute, Caller, Fallocate, Filesystem, SetAttr, Volume
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-pub use base::content_of;
 use base::Base;
+pub use base::{content_after, content_of};
 
 /// What the last part of a working subvolume's name is while an incremental stream is received.
 pub const WORKING_NAME: &[u8] = b"%receiving";

@@ -32,6 +32,7 @@ mod pjdfstest;
 mod programs;
 mod python;
 mod scrub;
+mod send;
 mod user;
 
 pub use programs::copy_sources;
@@ -95,6 +96,7 @@ const OWN: &[(&str, Run)] = &[
     ("kill", kill::run),
     ("sigterm", kill::terminate),
     ("scrub", scrub::run),
+    ("send", send::run),
     ("devices", devices::run),
     ("limits", full::limits),
     ("memory", memory::run),

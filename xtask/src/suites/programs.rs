@@ -231,7 +231,7 @@ pub fn tar(suite: &Suite<'_>) -> Result<Outcome> {
 }
 
 /// A tree with one of everything that copies tend to lose.
-fn make_odd_tree(dir: &Path) -> Result<()> {
+pub(super) fn make_odd_tree(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)?;
     let script = r#"
         mkdir -p a/b/c many
@@ -264,7 +264,7 @@ newline'
 }
 
 /// Names, types, modes, owners, times, links, content, attributes and ACLs of a tree.
-fn describe(dir: &Path) -> Result<String> {
+pub(super) fn describe(dir: &Path) -> Result<String> {
     let script = r#"
         export LC_ALL=C
         find . ! -type d -printf '%P|%y|%m|%U|%G|%n|%s|%T@|%l\0' | sort -z | tr '\0' '\n'

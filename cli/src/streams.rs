@@ -1,0 +1,277 @@
+//! `cairn send`, `cairn receive` and `cairn stream`.
+//!
+//! The daemon of a mounted pool sends and receives itself; what goes through here are the bytes of
+//! the stream.
+
+use crate::arguments::{Receive, Send, Stream};
+use crate::target::ask_failed;
+use crate::versions::{self, named, Place};
+use crate::{output, Done, Failure};
+use cairn_host::admin::{self, Parts, Reply, Request};
+use cairn_host::mounts::Mount;
+use cairn_host::parse::format_size;
+use cairn_host::streams::{self, Received, Sending, Sent, StreamInfo};
+use cairn_host::versions::VersionName;
+use cairn_host::{say, HostCodecs};
+use fs_core::units::TreeId;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::fs::File;
+use std::io::{self, IsTerminal, Read, Write};
+use std::path::Path;
+
+/// Bytes that are copied at once.
+const COPY_BYTES: usize = 256 << 10;
+
+pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
+    let (place, name) = versions::find(&arguments.at)?;
+    let snapshot = versions::part(name)?;
+    let from = arguments.from.as_deref().map(|from| earlier(&place, &snapshot, from, arguments));
+    let what = Sending { snapshot, from: from.transpose()?, replicate: arguments.replicate };
+    let mut out: Box<dyn Write> = match &arguments.output {
+        Some(path) => Box::new(File::create(path).map_err(|error| of_file(path, &error))?),
+        None if io::stdout().is_terminal() => {
+            let what = "a stream is not for a terminal: send it into a file (-o) or a command";
+            return Err(Failure::new(what));
+        }
+        None => Box::new(io::stdout().lock()),
+    };
+    let bar = bar(arguments.quiet);
+    let mut out = bar.wrap_write(&mut *out);
+    let sent = match &place {
+        Place::Mounted(mount) => send_mounted(mount, what, &mut out),
+        Place::Devices(paths) => {
+            let engine = versions::open_to_read(paths)?;
+            let sent = streams::send(&engine, TreeId::FIRST_SUBVOL.0, &what, &mut out);
+            engine.close().map_err(|error| named(paths, &error))?;
+            sent.map_err(|error| named(paths, &error))
+        }
+    };
+    bar.finish_and_clear();
+    sent.map(|_| Done::Whole)
+}
+
+/// The snapshot that the receiver has: `@NAME` or `NAME` of the same subvolume, or a whole name.
+fn earlier(
+    place: &Place,
+    snapshot: &VersionName,
+    from: &str,
+    arguments: &Send,
+) -> Result<VersionName, Failure> {
+    let (of, name) = from.rsplit_once('@').unwrap_or(("", from));
+    if name.contains('#') {
+        let what = "what is gone since a bookmark is not known: send from a snapshot";
+        return Err(Failure::new(what));
+    }
+    if of.is_empty() {
+        return Ok(VersionName { snapshot: Some(name.to_string()), ..snapshot.clone() });
+    }
+    let mut at = arguments.at.clone();
+    at.name = from.into();
+    match versions::find(&at)? {
+        (other, found) if other.is(place) => versions::part(found),
+        _ => Err(Failure::new(format_args!("{from} is in another pool"))),
+    }
+}
+
+fn send_mounted(mount: &Mount, what: Sending, out: &mut dyn Write) -> Result<Sent, Failure> {
+    let mut failed = None;
+    let mut copy = |parts: &mut Parts<'_>| pass_on(parts, &mut Noted { out, failed: &mut failed });
+    let reply = admin::converse(mount.device, Request::Send(what), &mut copy);
+    if let Some(error) = failed {
+        return Err(Failure::new(format_args!("the stream could not be written: {error}")));
+    }
+    match reply {
+        Ok(Reply::Sent(sent)) => Ok(sent),
+        Ok(_) => Err(Failure::new("the daemon answered another question")),
+        Err(error) => Err(ask_failed(mount, &error)),
+    }
+}
+
+/// Notes what goes wrong with what is written to: the connection is not to blame.
+struct Noted<'a> {
+    out: &'a mut dyn Write,
+    failed: &'a mut Option<String>,
+}
+
+impl Noted<'_> {
+    fn note<T>(&mut self, outcome: io::Result<T>) -> io::Result<T> {
+        if let Err(error) = &outcome {
+            *self.failed = Some(error.to_string());
+        }
+        outcome
+    }
+}
+
+impl Write for Noted<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let outcome = self.out.write(buf);
+        self.note(outcome)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let outcome = self.out.flush();
+        self.note(outcome)
+    }
+}
+
+fn pass_on(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
+    let mut buf = vec![0; COPY_BYTES];
+    loop {
+        match from.read(&mut buf) {
+            Ok(0) => return to.flush(),
+            Ok(found) => to.write_all(&buf[..found])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+pub(crate) fn receive(arguments: &Receive) -> Result<Done, Failure> {
+    let mut input = input(arguments.input.as_deref())?;
+    let bar = bar(arguments.quiet);
+    let mut input = bar.wrap_read(&mut *input);
+    if arguments.dry_run {
+        let found = streams::look(&HostCodecs::new(), &mut input);
+        bar.finish_and_clear();
+        let found = found.map_err(Failure::new)?;
+        if arguments.json {
+            output::json(&found);
+        } else {
+            found.iter().for_each(|stream| say!("{}  {}", stream.identity, name_of(stream)));
+        }
+        return Ok(Done::Whole);
+    }
+    let Some(at) = arguments.at() else {
+        return Err(Failure::new("where to receive is missing: POOL/SUBVOLUME"));
+    };
+    let (place, name) = versions::find(&at)?;
+    let to = versions::whole(name)?;
+    let received = match &place {
+        Place::Mounted(mount) => receive_mounted(mount, to.clone(), &mut input),
+        Place::Devices(paths) => {
+            let engine = versions::open(paths, false)?;
+            let base = TreeId::FIRST_SUBVOL.0;
+            let received = streams::receive(&engine, base, &to, &mut input, &*engine);
+            // What is left of what was deleted is taken apart when the pool is mounted.
+            let _ = engine.destroy_all();
+            let closed = engine.close().map_err(|error| named(paths, &error));
+            received.map_err(|error| named(paths, &error)).and_then(|all| closed.map(|()| all))
+        }
+    };
+    bar.finish_and_clear();
+    told(&to, &received?, arguments.json)
+}
+
+fn receive_mounted(
+    mount: &Mount,
+    to: VersionName,
+    input: &mut dyn Read,
+) -> Result<Received, Failure> {
+    let mut copy = |parts: &mut Parts<'_>| {
+        pass_on(input, parts)?;
+        parts.end()
+    };
+    match admin::converse(mount.device, Request::Receive(to), &mut copy) {
+        Ok(Reply::Received(received)) => Ok(received),
+        Ok(_) => Err(Failure::new("the daemon answered another question")),
+        Err(error) => Err(ask_failed(mount, &error)),
+    }
+}
+
+fn told(to: &VersionName, received: &Received, is_json: bool) -> Result<Done, Failure> {
+    if is_json {
+        output::json(&serde_json::json!({
+            "snapshots": received.snapshots.iter().map(|(name, identity)| {
+                serde_json::json!({ "name": format!("{to}@{name}"), "identity": identity })
+            }).collect::<Vec<_>>(),
+            "stays": received.stays,
+        }));
+    } else {
+        for (name, identity) in &received.snapshots {
+            let name = VersionName { snapshot: Some(name.clone()), ..to.clone() };
+            say!("{identity}  {}", output::printable(&name.to_string()));
+        }
+    }
+    if received.stays {
+        eprintln!(
+            "cairn: {to} is in use, or was changed since its newest snapshot: it stays as it is, \
+             and what was received is in its snapshots"
+        );
+        return Ok(Done::Attention);
+    }
+    Ok(Done::Whole)
+}
+
+pub(crate) fn stream(command: &Stream) -> Result<Done, Failure> {
+    let Stream::Show { input: path, json } = command;
+    let mut input = input(path.as_deref())?;
+    let found = streams::look(&HostCodecs::new(), &mut *input).map_err(Failure::new)?;
+    if *json {
+        output::json(&found);
+        return Ok(Done::Whole);
+    }
+    for (index, stream) in found.iter().enumerate() {
+        if index > 0 {
+            say!("");
+        }
+        show(stream);
+    }
+    Ok(Done::Whole)
+}
+
+fn show(stream: &StreamInfo) {
+    let row = |what: &str, value: &str| say!("{what:<14} {value}");
+    row("snapshot", &name_of(stream));
+    row("id", &stream.id);
+    row("made", &format!("{} UTC", versions::utc(stream.created)));
+    match (&stream.base, &stream.base_identity) {
+        (Some(base), Some(identity)) => {
+            row("goes on from", base);
+            row("which holds", identity);
+        }
+        _ => row("goes on from", "nothing: all is there"),
+    }
+    row("identity", &stream.identity);
+    row("inodes", &format!("{} new or changed, {} gone", stream.inodes, stream.gone));
+    row("names", &format!("{} new, {} gone", stream.names, stream.unnamed));
+    row("attributes", &stream.attributes.to_string());
+    row("data", &format_size(stream.data_bytes));
+    if stream.base.is_some() {
+        row("holes", &format_size(stream.hole_bytes));
+    }
+    row("stream", &format!("{}, {} records", format_size(stream.bytes), stream.records));
+}
+
+fn name_of(stream: &StreamInfo) -> String {
+    output::printable(&stream.snapshot)
+}
+
+fn input(path: Option<&Path>) -> Result<Box<dyn Read>, Failure> {
+    match path {
+        Some(path) => {
+            let file = File::open(path).map_err(|error| of_file(path, &error))?;
+            Ok(Box::new(io::BufReader::with_capacity(COPY_BYTES, file)))
+        }
+        None if io::stdin().is_terminal() => {
+            Err(Failure::new("the stream comes from standard input, or a file that is named"))
+        }
+        None => Ok(Box::new(io::stdin().lock())),
+    }
+}
+
+fn of_file(path: &Path, error: &io::Error) -> Failure {
+    Failure::new(format_args!("{}: {error}", path.display()))
+}
+
+/// Hidden unless standard error is a terminal. How long a stream will be is not known before.
+fn bar(quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let template = "{spinner} {bytes} in {elapsed}, {bytes_per_sec}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}

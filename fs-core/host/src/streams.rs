@@ -1,0 +1,471 @@
+//! Streams: sending snapshots, receiving them, and looking at what a stream holds. Done by an
+//! engine, be it the daemon's or one that a command has opened; what a stream is made of is told in
+//! `docs/stream.md`.
+//!
+//! Several streams may follow each other in one: a subvolume with all its snapshots, each going on
+//! from the one before.
+
+use crate::parse::format_uuid;
+use crate::versions::{self, VersionName};
+use fs_core::engine::versions::VersionOp;
+use fs_core::engine::Engine;
+use fs_core::error::Error;
+use fs_core::format::pool::SubvolItem;
+use fs_core::platform::{Codecs, Timestamp};
+use fs_core::receive::{content_after, content_of, Destination, Receiver};
+use fs_core::stream::record::{Begin, Decoder, Encoder, Record};
+use fs_core::stream::send::{Parent, Sender, Shipment};
+use fs_core::stream::verify::Verifier;
+use fs_core::stream::{Content, Source};
+use fs_core::subvol::versions::Versions;
+use fs_core::subvol::Subvol;
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufWriter, ErrorKind, Read, Write};
+use std::sync::Arc;
+
+/// Bytes of a stream that are written at once.
+const WRITE_BYTES: usize = 256 << 10;
+
+/// What to send.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sending {
+    /// The snapshot.
+    pub snapshot: VersionName,
+    /// The snapshot that the receiver has.
+    pub from: Option<VersionName>,
+    /// Send all snapshots of the subvolume in between as well, or all that are older.
+    pub replicate: bool,
+}
+
+/// What was sent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sent {
+    /// The snapshots, with the identities of their contents.
+    pub snapshots: Vec<(String, String)>,
+    /// Bytes of the stream.
+    pub bytes: u64,
+}
+
+/// What was received.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Received {
+    /// The snapshots, with the identities of their contents.
+    pub snapshots: Vec<(String, String)>,
+    /// The subvolume is in use, or was changed since its newest snapshot, and so stays as it is.
+    pub stays: bool,
+}
+
+/// What one stream holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamInfo {
+    /// Name of the snapshot.
+    pub snapshot: String,
+    /// Its id, as `blkid` writes ids.
+    pub id: String,
+    /// When it was made, seconds since 1970.
+    pub created: i64,
+    /// Id of the snapshot that the stream goes on from.
+    pub base: Option<String>,
+    /// Identity of the content of that.
+    pub base_identity: Option<String>,
+    /// Identity of the content.
+    pub identity: String,
+    /// How many elements the content has.
+    pub elements: u64,
+    /// Inodes that are new or differ.
+    pub inodes: u64,
+    /// Inodes that went.
+    pub gone: u64,
+    /// Names that came.
+    pub names: u64,
+    /// Names that went, but for those in directories that went.
+    pub unnamed: u64,
+    /// Attributes that came or have another value.
+    pub attributes: u64,
+    /// Bytes of data.
+    pub data_bytes: u64,
+    /// Bytes that became holes.
+    pub hole_bytes: u64,
+    /// Records.
+    pub records: u64,
+    /// Bytes of the stream.
+    pub bytes: u64,
+}
+
+/// How changes of versions are carried out where a pool may be in use.
+pub trait Changes {
+    /// Carries operations out while nobody is in what ends with them.
+    ///
+    /// # Errors
+    /// Those of [`Engine::change_versions`].
+    fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error>;
+}
+
+impl Changes for Engine {
+    fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
+        self.change_versions(ops)
+    }
+}
+
+/// Counts what goes through.
+struct Counted<'a> {
+    out: BufWriter<&'a mut dyn Write>,
+    bytes: u64,
+}
+
+impl Counted<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<(), String> {
+        self.bytes += bytes.len() as u64;
+        self.out.write_all(bytes).map_err(written)
+    }
+}
+
+fn written(error: io::Error) -> String {
+    format!("the stream could not be written: {error}")
+}
+
+/// A snapshot that is sent, or that the receiver has.
+struct Known {
+    id: u64,
+    item: SubvolItem,
+    subvol: Arc<Subvol>,
+    content: Content,
+}
+
+impl Known {
+    fn open(engine: &Engine, id: u64, after: Option<&Known>) -> Result<Known, Error> {
+        let subvol = engine.open_version(id)?;
+        let content = match after {
+            Some(old) => {
+                let old = (&old.subvol.view().tree, &old.content);
+                content_after(engine, old, id, &mut |_| Ok(()))?
+            }
+            None => content_of(engine, id, &mut |_| Ok(()))?,
+        };
+        Ok(Known { id, item: subvol.item(), subvol, content })
+    }
+}
+
+/// Writes a stream of a snapshot, or several. Names are as for [`versions::plan`].
+///
+/// # Errors
+/// One sentence.
+pub fn send(
+    engine: &Engine,
+    base: u64,
+    what: &Sending,
+    out: &mut dyn Write,
+) -> Result<Sent, String> {
+    let said = |error: Error| versions::said(&error, &what.snapshot);
+    let last = versions::snapshot(engine, base, &what.snapshot)?;
+    let from = what.from.as_ref();
+    let from = from.map(|from| versions::snapshot(engine, base, from)).transpose()?;
+    let mut old = from.map(|id| Known::open(engine, id, None)).transpose().map_err(said)?;
+    let mut out = Counted { out: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0 };
+    let mut sent = Sent::default();
+    for id in steps(engine, (from, last), what)? {
+        let new = Known::open(engine, id, old.as_ref()).map_err(said)?;
+        if old.as_ref().is_some_and(|old| old.subvol.view().tree.id != new.subvol.view().tree.id) {
+            let from = what.from.as_ref().map_or(String::new(), ToString::to_string);
+            return Err(format!("{from} and {} do not go back to one subvolume", what.snapshot));
+        }
+        let name = send_one(engine, old.as_ref(), &new, &mut out, &said)?;
+        sent.snapshots.push((name, new.content.identity().to_string()));
+        old = Some(new);
+    }
+    out.out.flush().map_err(written)?;
+    sent.bytes = out.bytes;
+    Ok(sent)
+}
+
+/// The snapshots to send, the oldest first.
+fn steps(
+    engine: &Engine,
+    (from, last): (Option<u64>, u64),
+    what: &Sending,
+) -> Result<Vec<u64>, String> {
+    if from == Some(last) {
+        return Err(format!("{} cannot go on from itself", what.snapshot));
+    }
+    if !what.replicate {
+        return Ok(vec![last]);
+    }
+    engine.with_versions(|all| {
+        let owner = all.get(last).map_or(0, |version| version.item.owner);
+        let mut ids = all.snapshots(owner);
+        let place = |id: u64| ids.iter().position(|other| *other == id);
+        let begin = match from {
+            None => 0,
+            Some(from) => match place(from) {
+                Some(at) => at + 1,
+                None => return Err("with -R both are snapshots of one subvolume".to_string()),
+            },
+        };
+        let end = place(last).filter(|end| *end >= begin);
+        let end = end.ok_or_else(|| format!("{} is the older of the two", what.snapshot))?;
+        ids.truncate(end + 1);
+        Ok(ids.split_off(begin))
+    })
+}
+
+fn send_one(
+    engine: &Engine,
+    old: Option<&Known>,
+    new: &Known,
+    out: &mut Counted<'_>,
+    said: &dyn Fn(Error) -> String,
+) -> Result<String, String> {
+    let name = engine.with_versions(|all| all.get(new.id).map(|version| version.name.clone()));
+    let name = name.filter(|name| !name.is_empty()).ok_or("the snapshot was deleted")?;
+    let base = old.map(|old| Parent {
+        id: old.item.id,
+        identity: old.content.identity(),
+        tree: old.subvol.view().tree,
+    });
+    let shipment = Shipment {
+        id: new.item.id,
+        created: Timestamp { secs: new.item.created, nanos: 0 },
+        name: &name,
+        tree: new.subvol.view().tree,
+        content: &new.content,
+        base,
+    };
+    let mut sender = Sender::new(Source::of(&engine.store), &shipment);
+    let mut encoder = Encoder::default();
+    let codecs = &*engine.store.platform.codecs;
+    while let Some(record) = sender.next_record().map_err(said)? {
+        out.put(&encoder.put(codecs, &record))?;
+    }
+    Ok(String::from_utf8_lossy(&name).into_owned())
+}
+
+/// Reads the records of streams that follow each other.
+struct Records<'a> {
+    codecs: &'a dyn Codecs,
+    input: &'a mut dyn Read,
+    decoder: Decoder,
+    buf: Vec<u8>,
+    /// Bytes of the streams before.
+    before: u64,
+}
+
+impl<'a> Records<'a> {
+    fn new(codecs: &'a dyn Codecs, input: &'a mut dyn Read) -> Records<'a> {
+        Records { codecs, input, decoder: Decoder::default(), buf: Vec::new(), before: 0 }
+    }
+
+    /// The next record and where it begins; `None` at the end of a stream.
+    fn next(&mut self) -> Result<Option<(Record, u64)>, String> {
+        loop {
+            let need = self.decoder.need();
+            if need == 0 {
+                return Ok(None);
+            }
+            let at = self.decoder.position().bytes;
+            self.buf.resize(need, 0);
+            self.input.read_exact(&mut self.buf).map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof if self.before + at == 0 => "there is no stream".into(),
+                ErrorKind::UnexpectedEof => {
+                    format!("the stream is cut off: it ends within the record at byte {at}")
+                }
+                _ => format!("the stream could not be read: {error}"),
+            })?;
+            let taken = self.decoder.take(self.codecs, &self.buf);
+            if let Some(record) = taken.map_err(|error| error.to_string())? {
+                return Ok(Some((record, at)));
+            }
+        }
+    }
+
+    /// Goes on to the stream behind one that has ended; false when nothing is behind it.
+    fn go_on(&mut self) -> Result<bool, String> {
+        self.before += self.decoder.position().bytes;
+        self.decoder = Decoder::default();
+        let mut first = [0];
+        let found = loop {
+            match self.input.read(&mut first) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                other => break other.map_err(|e| format!("the stream could not be read: {e}"))?,
+            }
+        };
+        if found == 0 {
+            return Ok(false);
+        }
+        // The first byte of its header.
+        let need = self.decoder.need();
+        self.buf.resize(need, 0);
+        self.buf[0] = first[0];
+        self.input.read_exact(&mut self.buf[1..]).map_err(|_| "something follows the stream")?;
+        let taken = self.decoder.take(self.codecs, &self.buf);
+        taken.map(|_| true).map_err(|error| format!("something follows the stream: {error}"))
+    }
+
+    fn begin(&mut self) -> Result<Box<Begin>, String> {
+        match self.next()? {
+            Some((Record::Begin(begin), _)) => Ok(begin),
+            _ => Err("the stream has no beginning".into()),
+        }
+    }
+}
+
+/// Reads streams to their end, and tells what they hold. What can be known of them without
+/// receiving them is verified.
+///
+/// # Errors
+/// One sentence.
+pub fn look(codecs: &dyn Codecs, input: &mut dyn Read) -> Result<Vec<StreamInfo>, String> {
+    let mut records = Records::new(codecs, input);
+    let mut all = Vec::new();
+    loop {
+        let mut verifier = Verifier::default();
+        let (mut identity, mut elements) = (String::new(), 0);
+        while let Some((record, at)) = records.next()? {
+            if let Record::End { identity: of, elements: count } = &record {
+                (identity, elements) = (of.to_string(), *count);
+            }
+            verifier.take(codecs, &record, at).map_err(|error| error.to_string())?;
+        }
+        let (summary, position) = (verifier.summary(), records.decoder.position());
+        let begin = verifier.begin().ok_or("the stream has no beginning")?;
+        all.push(StreamInfo {
+            snapshot: String::from_utf8_lossy(&begin.name).into_owned(),
+            id: format_uuid(&begin.id),
+            created: begin.created.secs,
+            base: begin.base.as_ref().map(|base| format_uuid(&base.id)),
+            base_identity: begin.base.as_ref().map(|base| base.identity.to_string()),
+            identity,
+            elements,
+            inodes: summary.inodes,
+            gone: summary.gone,
+            names: summary.names,
+            unnamed: summary.unnamed,
+            attributes: summary.attributes,
+            data_bytes: summary.data_bytes,
+            hole_bytes: summary.hole_bytes,
+            records: position.records,
+            bytes: position.bytes,
+        });
+        if !records.go_on()? {
+            return Ok(all);
+        }
+    }
+}
+
+/// Receives streams in a subvolume, which the first makes if it is a full one.
+///
+/// # Errors
+/// One sentence. Snapshots of streams before the one that failed stay.
+pub fn receive(
+    engine: &Arc<Engine>,
+    base: u64,
+    to: &VersionName,
+    input: &mut dyn Read,
+    changes: &dyn Changes,
+) -> Result<Received, String> {
+    let codecs = engine.store.platform.codecs.clone();
+    let mut records = Records::new(&*codecs, input);
+    let mut received = Received::default();
+    loop {
+        let begin = records.begin()?;
+        let destination = versions::destination(engine, base, to, begin.base.is_some())?;
+        let name = String::from_utf8_lossy(&begin.name).into_owned();
+        let shown = VersionName { snapshot: Some(name.clone()), ..to.clone() };
+        let said = |error: Error| versions::said(&error, &shown);
+        let receiver = Receiver::begin(engine, &destination, &begin, &mut |_| Ok(()));
+        let receiver = take_all(receiver.map_err(said)?, &mut records, &said)?;
+        let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
+        let identity = fs_core::stream::Identity(arrival.identity).to_string();
+        let working = arrival.working;
+        let published = changes.change(vec![VersionOp::Publish(*arrival)]);
+        let id = match published {
+            Ok(ids) => ids.first().copied().unwrap_or(0),
+            Err(error) => {
+                // What was received is of no use; why is what has to be told.
+                let _ = changes.change(vec![VersionOp::Delete { id: working }]);
+                return Err(said(error));
+            }
+        };
+        received.stays = match destination {
+            Destination::Existing(into) => !go_on(engine, into, id, &name, changes),
+            Destination::New(_) => false,
+        };
+        received.snapshots.push((name, identity));
+        if !records.go_on()? {
+            return Ok(received);
+        }
+    }
+}
+
+fn take_all(
+    mut receiver: Receiver,
+    records: &mut Records<'_>,
+    said: &dyn Fn(Error) -> String,
+) -> Result<Receiver, String> {
+    let mut take = || -> Result<(), String> {
+        while let Some((record, at)) = records.next()? {
+            receiver.take(record, at).map_err(said)?;
+        }
+        Ok(())
+    };
+    match take() {
+        Ok(()) => Ok(receiver),
+        Err(sentence) => {
+            // If that fails it stays hidden until somebody deletes it or tries again.
+            let _ = receiver.abort();
+            Err(sentence)
+        }
+    }
+}
+
+/// Lets a subvolume go on from a snapshot of it that was received, if it is what an older one is.
+/// False when it was changed or is in use: it stays as it is then, and nothing is lost.
+fn go_on(engine: &Engine, into: u64, snapshot: u64, name: &str, changes: &dyn Changes) -> bool {
+    let try_to = || -> Result<bool, Error> {
+        if !engine.store.is_read_only() {
+            engine.commit()?;
+        }
+        let parent = engine.with_versions(|all| {
+            let parent = all.get(into).map_or(0, |version| version.item.parent);
+            is_above(all, parent, snapshot).then_some(parent)
+        });
+        let Some(parent) = parent else { return Ok(false) };
+        if parent == snapshot {
+            return Ok(true);
+        }
+        let was = engine.open_version(parent)?;
+        let Some(head) = engine.subvol(fs_core::units::TreeId(into)) else { return Ok(false) };
+        if !is_same(engine, &was, &head)? {
+            return Ok(false);
+        }
+        drop(head);
+        let keep = format!("before-{name}").into_bytes();
+        let made = changes.change(vec![VersionOp::Rollback { snapshot, keep }])?;
+        let kept = made.first().copied().unwrap_or(0);
+        // Somebody may have been faster; then what it was stays under that name.
+        let before = engine.open_version(kept)?;
+        if is_same(engine, &was, &before)? {
+            drop(before);
+            changes.change(vec![VersionOp::Delete { id: kept }])?;
+        }
+        Ok(true)
+    };
+    // It was received; the rest is a convenience.
+    try_to().unwrap_or(false)
+}
+
+/// Whether a version goes on from another, however many come between.
+fn is_above(all: &Versions, above: u64, mut id: u64) -> bool {
+    // Parents of snapshots descend.
+    while id != 0 && id != above {
+        id = all.get(id).map_or(0, |version| version.item.parent);
+    }
+    above != 0 && id == above
+}
+
+/// Whether two versions hold the same, but for times of last access.
+fn is_same(engine: &Engine, one: &Subvol, other: &Subvol) -> Result<bool, Error> {
+    let (one, other) = (one.view(), other.view());
+    let mut content = Content::empty();
+    content.update(Source::of(&engine.store), &one.tree, &other.tree, &mut |_| Ok(()))?;
+    Ok(content.encode() == Content::empty().encode())
+}

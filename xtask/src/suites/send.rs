@@ -1,0 +1,134 @@
+//! A tree with one of everything is sent from one mounted pool to another, and on.
+//!
+//! Full, then from snapshot to snapshot, through pipes between two daemons. What the receiver shows
+//! must be what was sent, by name, owner, time, attribute, content and identity; a receive that is
+//! cut off, or spoilt, leaves nothing; and it goes on after a remount.
+
+use super::programs::{describe, make_odd_tree};
+use super::Suite;
+use crate::run::Cmd;
+use crate::steps::Outcome;
+use crate::{checkout, need};
+use anyhow::{ensure, Result};
+use std::fs;
+use std::path::Path;
+
+/// Runs it.
+///
+/// # Errors
+/// When something arrives that was not sent, or does not arrive.
+pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
+    need::release_build()?;
+    need::tools(&[("setfacl", "acl"), ("setfattr", "attr")])?;
+    let (mut from, mut to) = (suite.volume()?, suite.volume()?);
+    let source = from.dir().join("source");
+    make_odd_tree(&source)?;
+    snapshot(from.dir(), "first")?;
+    pass(&format!("{}@first", from.dir().display()), "", to.dir(), "copy")?;
+    compare(from.dir(), to.dir(), "first")?;
+    for round in 0..4 {
+        change(&source, round)?;
+        let (old, new) = (name_of(round), name_of(round + 1));
+        snapshot(from.dir(), &new)?;
+        if round == 2 {
+            from.remount()?;
+            to.remount()?;
+        }
+        let snapshot = format!("{}@{new}", from.dir().display());
+        refused(&snapshot, &old, to.dir())?;
+        pass(&snapshot, &format!("-i @{old}"), to.dir(), "copy")?;
+        compare(from.dir(), to.dir(), &new)?;
+    }
+    // And from there on, all at once.
+    let last = format!("{}/copy@{}", to.dir().display(), name_of(4));
+    pass(&last, "-R", from.dir(), "back")?;
+    let (one, other) = (from.dir().join("source"), from.dir().join("back/source"));
+    ensure!(describe(&one)? == describe(&other)?, "what came back is something else");
+    from.finish()?;
+    to.finish()?;
+    Ok(Outcome::Passed("full, four increments, -R back".into()))
+}
+
+fn name_of(round: u32) -> String {
+    match round {
+        0 => "first".into(),
+        round => format!("round-{round}"),
+    }
+}
+
+fn cairn() -> String {
+    checkout::binary("cairn").display().to_string()
+}
+
+fn snapshot(dir: &Path, name: &str) -> Result<()> {
+    let name = format!("{}@{name}", dir.display());
+    Cmd::new(cairn()).args(["snapshot", "create", &name]).quiet()
+}
+
+/// Sends through a pipe.
+fn pass(snapshot: &str, options: &str, to: &Path, name: &str) -> Result<()> {
+    let (cairn, to) = (cairn(), to.display());
+    let script =
+        format!("set -o pipefail; {cairn} send {options} {snapshot} | {cairn} receive {to}/{name}");
+    Cmd::new("bash").args(["-c", &script]).quiet()
+}
+
+/// What is cut off or spoilt is refused, and leaves nothing.
+fn refused(snapshot: &str, old: &str, to: &Path) -> Result<()> {
+    let (cairn, to) = (cairn(), to.display());
+    let list = format!("{cairn} subvolume list -p {to}; {cairn} snapshot list -p {to}");
+    let names = |text: &str| -> Vec<String> {
+        let last = |line: &str| line.split_whitespace().last().map(String::from);
+        text.lines().filter_map(last).collect()
+    };
+    let before = names(&Cmd::shell(&list).text()?);
+    for spoil in ["head -c -40", "head -c 5000", "sed s/cairn/Cairn/", "tr '\\000' '\\001'"] {
+        let script =
+            format!("{cairn} send -i @{old} {snapshot} | {spoil} | {cairn} receive -q {to}/copy");
+        let out = Cmd::new("bash").args(["-c", &script]).output()?;
+        ensure!(out.code == Some(1), "{spoil}: {}", out.both());
+        ensure!(out.stderr.contains("the stream"), "{spoil}: {}", out.both());
+    }
+    let after = names(&Cmd::shell(&list).text()?);
+    ensure!(before == after, "something is left: {before:?}, {after:?}");
+    Ok(())
+}
+
+fn compare(from: &Path, to: &Path, name: &str) -> Result<()> {
+    let id = |place: String| -> Result<String> {
+        let text = Cmd::new(cairn()).args(["id", &place]).text()?;
+        Ok(text.split_whitespace().next().unwrap_or("").to_string())
+    };
+    let sent = id(format!("{}@{name}", from.display()))?;
+    let received = id(format!("{}/copy@{name}", to.display()))?;
+    ensure!(sent == received, "{name}: {received} instead of {sent}");
+    let (one, other) = (describe(&from.join("source"))?, describe(&to.join("copy/source"))?);
+    let differs = one.lines().zip(other.lines()).find(|(one, other)| one != other);
+    ensure!(differs.is_none() && one.len() == other.len(), "{name}: {differs:?}");
+    let hidden = fs::read_dir(to)?.count();
+    ensure!(hidden == 1, "the receiver shows {hidden} names instead of one");
+    Ok(())
+}
+
+/// Renames, replaces, cuts, punches, links and removes.
+fn change(dir: &Path, round: u32) -> Result<()> {
+    let script = format!(
+        r#"
+        mkdir -p new-{round}/deep
+        mv many new-{round}/deep/many
+        mkdir many; for n in $(seq 50); do echo {round} cairn > many/file-$n; done
+        mv a/b new-{round}/b; mkdir a/b; mv new-{round}/b/* a/b/; rmdir new-{round}/b
+        printf changed | dd of=a/random bs=1 seek=$((700000 + {round})) conv=notrunc status=none
+        truncate -s $((2500000 + {round} * 77777)) a/text
+        fallocate -p -o 0 -l $((100000 * ({round} + 1))) a/random
+        rm -f 'a/b/c/a name with spaces and a
+newline'
+        ln a/random a/b/name-{round}
+        ln -sfn round-{round} a/b/dangling
+        setfattr -n user.round -v {round} a/text
+        setfacl -m u:{round}:r a/text
+        rm -rf new-$(({round} - 1))
+        "#
+    );
+    Cmd::shell(&script).dir(dir).quiet()
+}
