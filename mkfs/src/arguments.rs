@@ -27,7 +27,7 @@ pub struct Arguments {
 
     /// Name of the pool, up to 63 bytes: no '/', '@', '#' or control characters, and no '-' first
     #[arg(short = 'L', long, value_name = "NAME", default_value = "", hide_default_value = true,
-          value_parser = label)]
+          allow_hyphen_values = true, value_parser = label)]
     pub label: String,
 
     /// Id of the pool [default: random]

@@ -13,7 +13,9 @@ mod targets;
 pub use arguments::Arguments;
 
 use cairn_host::say;
-use cairn_host::{host_platform, parse, FixedClock, LogReport, LogTarget, SeededEntropy};
+use cairn_host::{
+    host_platform, parse, without_codes, FixedClock, LogReport, LogTarget, SeededEntropy,
+};
 use clap::{CommandFactory, Parser};
 use fs_core::engine::{format, FormatOptions};
 use fs_core::format::FORMAT_VERSION;
@@ -45,6 +47,9 @@ pub fn main() -> ExitCode {
         }
         Err(failure) => {
             eprintln!("mkfs.cairn: {failure}");
+            if arguments.json {
+                say!("{:#}", serde_json::json!({ "error": failure.0 }));
+            }
             ExitCode::FAILURE
         }
     }
@@ -62,7 +67,7 @@ impl fmt::Display for Failure {
 
 impl Failure {
     fn new(sentence: impl fmt::Display) -> Failure {
-        Failure(sentence.to_string())
+        Failure(without_codes(&sentence.to_string()))
     }
 }
 

@@ -7,6 +7,7 @@ use cairn_host::{
 use fs_core::platform::{Device, DeviceError, DeviceRef};
 use fs_core::units::{align_down, Physical, SECTOR_BYTES};
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,12 +54,16 @@ pub(crate) fn examine(arguments: &Arguments) -> Result<Plan, Failure> {
 
 fn examine_one(path: &Path, arguments: &Arguments) -> Result<Target, Failure> {
     let name = path.display();
-    let Ok(kind) = fs::metadata(path) else {
-        let bytes = arguments.size.ok_or_else(|| {
-            let hint = "give --size to make an image file";
-            Failure::new(format_args!("{name} does not exist; {hint}"))
-        })?;
-        return Ok(Target { path: path.into(), bytes, origin: Origin::Create });
+    let kind = match fs::metadata(path) {
+        Ok(kind) => kind,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let bytes = arguments.size.ok_or_else(|| {
+                let hint = "give --size to make an image file";
+                Failure::new(format_args!("{name} does not exist; {hint}"))
+            })?;
+            return Ok(Target { path: path.into(), bytes, origin: Origin::Create });
+        }
+        Err(error) => return Err(Failure::new(format_args!("{name}: {error}"))),
     };
     if kind.file_type().is_block_device() && arguments.size.is_some() {
         let hint = "--size is for image files";

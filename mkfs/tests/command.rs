@@ -45,7 +45,7 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
         (&["--profile", "parity1", "x"], "single, dup, stripe, mirror"),
         (&["-L", &"n".repeat(64), "x"], "at most 63 bytes"),
         (&["-L", "a/b", "x"], "no '/', '@' or '#'"),
-        (&["--label=-a", "x"], "does not begin with '-'"),
+        (&["-L", "-a", "x"], "does not begin with '-'"),
         (&["-q", "-v", "x"], "cannot be used with"),
         (&["-O", "checksums", "x"], "-O list"),
     ] {
@@ -54,10 +54,26 @@ fn wrong_arguments_exit_with_2_and_say_what_is_wanted() {
 }
 
 #[test]
+fn what_is_asked_for_as_json_is_answered_as_json_in_any_case() {
+    let image = Image::of(4096);
+    let output = mkfs().arg("--json").arg(image.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let said = json["error"].as_str().unwrap();
+    assert!(said.contains("is too small"), "{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), format!("mkfs.cairn: {said}\n"));
+}
+
+#[test]
 fn a_target_that_is_missing_needs_a_size() {
     let image = Image::none();
     mkfs().arg(image.path()).assert().code(1).stderr(contains("does not exist; give --size"));
     assert!(!image.path().exists());
+    // Not so of what cannot be looked at.
+    let file = Image::of(4096);
+    let below = file.path().join("x");
+    mkfs().arg(&below).assert().code(1).stderr(contains("x: Not a directory\n"));
+    mkfs().args(["-b", "64M"]).arg(&below).assert().code(1).stderr(contains("Not a directory\n"));
 }
 
 #[test]
