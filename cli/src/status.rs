@@ -97,9 +97,10 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
              that the log names, or connect the device that has them",
         ),
         "resilvering" => Some("a device that was away is brought up to date while mounted"),
-        _ if info.damaged_count > 0 => {
-            Some("files are damaged; restore them from a backup, and clear this with cairn clear")
-        }
+        _ if info.damaged_count > 0 => Some(
+            "files are damaged; restore them from a backup, delete snapshots that have the \
+                 damage, and clear this with cairn clear",
+        ),
         _ if info.scrub.as_ref().is_some_and(|scrub| scrub.lost_count > 0) => Some(
             "the scrub came upon damage without a good copy, and named the files in the log; \
              restore them from a backup, and begin another with cairn scrub start",
