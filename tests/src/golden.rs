@@ -11,13 +11,17 @@ use crate::platform::{Spawn, TestPlatform};
 use crate::subject::Pool;
 use crate::tree::{show, File, Tree};
 use crate::versions::{Plan, World};
-use fs_core::engine::OpenOptions;
+use fs_core::engine::versions::VersionOp;
+use fs_core::engine::{Engine, OpenOptions};
 use fs_core::format::chunk::Profile;
 use fs_core::format::inode::mode;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
+use fs_core::receive::{Destination, Receiver};
+use fs_core::stream::record::{Decoder, Record};
 use fs_core::vfs::{AccessTime, Caller, Volume};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A golden image: what it is called and how it was made.
 pub struct Golden {
@@ -36,6 +40,7 @@ pub const ALL: &[Golden] = &[
     Golden { name: "v1-versions", make: || with_versions(5) },
     Golden { name: "v1-limits", make: || with_limits(6) },
     Golden { name: "v1-scrub", make: || with_scrub(7) },
+    Golden { name: "v1-received", make: || with_received(8) },
 ];
 
 fn plain() -> Pool {
@@ -113,6 +118,60 @@ fn with_scrub(seed: u64) -> Result<(Image, Tree), String> {
         volume.close().map_err(|e| e.to_string())?;
     }
     Ok((ram.image(), tree))
+}
+
+/// A subvolume that was received and went on, and one of which a part was received.
+fn with_received(seed: u64) -> Result<(Image, Tree), String> {
+    let (image, tree) = closed(&Pool::default(), seed)?;
+    let ram = RamDevice::of("ram", image);
+    let platform = TestPlatform::new(seed, Spawn::AtOnce);
+    let devices = refs(std::slice::from_ref(&ram));
+    let options = OpenOptions::default();
+    let volume = Volume::open(devices, platform.platform(), &options, AccessTime::Relative)
+        .map_err(|e| e.to_string())?;
+    let full = include_bytes!("../../images/streams/full-1.stream");
+    let incremental = include_bytes!("../../images/streams/incremental-1.stream");
+    let engine = volume.engine();
+    receive(engine, &Destination::New(b"in".to_vec()), full)?;
+    let (id, first) = engine.with_versions(|versions| {
+        let id = versions.subvolume(b"in").ok_or("it is not there")?;
+        Ok::<_, String>((id, versions.snapshots(id)[0]))
+    })?;
+    // Both streams give their snapshot the same name.
+    let rename = VersionOp::Rename { id: first, name: b"first".to_vec() };
+    engine.change_versions(vec![rename]).map_err(|e| e.to_string())?;
+    receive(engine, &Destination::Existing(id), incremental)?;
+    // It is cut off, and nobody tidies up.
+    let half = &full[..full.len() / 2];
+    receive(engine, &Destination::New(b"half".to_vec()), half).expect_err("cut off");
+    volume.close().map_err(|e| e.to_string())?;
+    Ok((ram.image(), tree))
+}
+
+/// Receives a stream, as far as it goes.
+fn receive(engine: &Arc<Engine>, to: &Destination, mut bytes: &[u8]) -> Result<(), String> {
+    let codecs = engine.store.platform.codecs.clone();
+    let (mut decoder, mut receiver) = (Decoder::default(), None);
+    while decoder.need() > 0 {
+        let at = decoder.position().bytes;
+        let (head, tail) = bytes.split_at_checked(decoder.need()).ok_or("cut off")?;
+        bytes = tail;
+        match decoder.take(&*codecs, head).map_err(|e| e.to_string())? {
+            None => {}
+            Some(Record::Begin(begin)) => {
+                let begun = Receiver::begin(engine, to, &begin, &mut |_| Ok(()));
+                receiver = Some(begun.map_err(|e| e.to_string())?);
+            }
+            Some(record) => {
+                let receiver: &mut Receiver = receiver.as_mut().ok_or("no beginning")?;
+                receiver.take(record, at).map_err(|e| e.to_string())?;
+            }
+        }
+    }
+    let receiver = receiver.ok_or("no beginning")?;
+    let arrival = receiver.finish(&mut |_| Ok(())).map_err(|e| e.to_string())?;
+    let publish = VersionOp::Publish(*arrival);
+    engine.change_versions(vec![publish]).map(drop).map_err(|e| e.to_string())
 }
 
 /// A story of that many steps on a small pool.
