@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Sync(Sync),
     /// Discard free space: tell the devices of mounted pools what they need not keep
     Trim(Trim),
+    /// Make a file that shares the data of another one
+    Clone(CloneFile),
     /// Make, show and delete subvolumes
     #[command(subcommand, visible_alias = "subvol")]
     Subvolume(Subvolume),
@@ -336,6 +338,36 @@ pub(crate) struct Trim {
     /// Leave alone what is free in shorter runs
     #[arg(short, long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
     pub(crate) min_len: u64,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+/// Both files are on one mount and in one subvolume. Nothing is copied: where data cannot be shared
+/// the command fails. What is written later to one of the files does not show in the other.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct CloneFile {
+    /// The file whose data is shared
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: PathBuf,
+    /// The new file, or a directory to make it in
+    #[arg(value_name = "TARGET")]
+    pub(crate) target: PathBuf,
+    /// Replace what TARGET holds, if it exists
+    #[arg(short, long)]
+    pub(crate) force: bool,
+    /// Share what begins here; TARGET may exist, and keeps what is around it
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) offset: Option<u64>,
+    /// Share so much [default: up to the end of SOURCE]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) length: Option<u64>,
+    /// Where in TARGET it begins [default: as in SOURCE]
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) to: Option<u64>,
+    /// Say what was done
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,

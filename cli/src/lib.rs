@@ -15,6 +15,7 @@
 
 mod arguments;
 mod clear;
+mod clone;
 mod device;
 mod df;
 mod documents;
@@ -119,6 +120,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
+        Command::Clone(arguments) => clone::run(&arguments),
         Command::Subvolume(command) => versions::subvolume(&command),
         Command::Snapshot(command) => versions::snapshot(&command),
         Command::Udev { device } => udev::run(&device),

@@ -20,6 +20,7 @@
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
+mod clone;
 mod cycles;
 mod devices;
 mod direct;
@@ -99,6 +100,7 @@ const OWN: &[(&str, Run)] = &[
     ("send", send::run),
     ("devices", devices::run),
     ("limits", full::limits),
+    ("clone", clone::run),
     ("memory", memory::run),
     ("user", user::run),
 ];
