@@ -8,14 +8,16 @@ use cairn_tests::rng::Rng;
 use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
 use cairn_tests::world::World;
+use fs_core::engine::versions::VersionOp;
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::devices::DeviceChangeState;
 use fs_core::format::label::LABEL_AREA_BYTES;
 use fs_core::platform::DeviceRef;
-use fs_core::vfs::Filesystem;
+use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume};
 
 const DEVICE_BYTES: u64 = 24 << 20;
+const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
 /// Pools, each with one device more than its profile needs.
 fn pools() -> Vec<Pool> {
@@ -279,6 +281,68 @@ fn a_change_that_is_cancelled_leaves_the_pool_as_it_is_then() {
         }
         assert_eq!(world.state(), DeviceChangeState::Finished);
         world.rams.remove(0);
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn what_was_refused_leaves_the_last_change_as_it_was() {
+    let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+    pool.format.chunk_bytes = Some(2 << 20);
+    let mut world = world(&pool, 1);
+    let added = world.new_ram(DEVICE_BYTES);
+    world.engine().add_device(added).unwrap();
+    world.engine().remove_device(2).unwrap();
+    world.finish();
+    world.rams.remove(2);
+    let before = world.engine().device_change();
+    assert!(world.engine().remove_device(1).is_err());
+    assert_eq!(world.engine().device_change(), before);
+    world.remount();
+    assert_eq!(world.engine().device_change(), before);
+    assert!(world.engine().store.pool.has_device(1));
+    world.judge("refused");
+}
+
+#[test]
+fn what_is_taken_apart_meanwhile_is_not_lost() {
+    for seed in seeds(12, 200) {
+        let pools = pools();
+        let mut pool = pools[seed as usize % pools.len()].clone();
+        pool.open.deletion_refs = 1;
+        let mut world = world(&pool, seed);
+        let engine = world.engine().clone();
+        let ids = [b"first", b"other"].map(|name| {
+            let (name, mode) = (name.to_vec(), 0o755);
+            let made = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
+            let id = engine.change_versions(vec![made]).unwrap()[0];
+            let filled = Volume::of_version(engine.clone(), id, AccessTime::Relative).unwrap();
+            for n in 0..300 {
+                let name = format!("a name that takes some room in a leaf, number {n}");
+                filled.mknod(filled.root(), name.as_bytes(), 0o100644, 0, &ROOT).unwrap();
+            }
+            id
+        });
+        world.volume().sync().unwrap();
+        // One is half gone when the change begins, and another goes in the middle of it.
+        engine.change_versions(vec![VersionOp::Delete { id: ids[0] }]).unwrap();
+        (0..seed * 3).for_each(|_| world.let_time_pass());
+        engine.remove_device(0).unwrap();
+        world.let_time_pass();
+        engine.change_versions(vec![VersionOp::Delete { id: ids[1] }]).unwrap();
+        for _ in 0..5000 {
+            world.let_time_pass();
+            if world.state() == DeviceChangeState::Finished {
+                break;
+            }
+        }
+        assert_eq!(world.state(), DeviceChangeState::Finished, "seed {seed}");
+        drop(engine);
+        world.rams.remove(0);
+        // From here on everything is read.
+        world.remount();
+        world.engine().destroy_all().unwrap();
+        assert_eq!(world.engine().stopped_deletions(), [0; 0], "seed {seed}");
         world.judge(&format!("seed {seed}"));
     }
 }

@@ -148,13 +148,27 @@ fn better_reason(first: Error, second: Error) -> Error {
 }
 
 /// Where the second label must be: the first knows how large the device was; without it, the
-/// device's size is all there is to go by.
+/// device's size is what there is to go by.
 fn second_area(first: &Result<Identity>, device_bytes: u64) -> Result<Physical> {
     let bytes = match first {
         Ok(label) => fits(label, device_bytes)?.bytes,
         Err(_) => device_bytes,
     };
     label_areas(bytes).map(|areas| areas[1]).ok_or(Error::NotCairn)
+}
+
+/// The second label of a device that is larger than the pool takes it for, when the first is torn:
+/// what is left of that may say where the second is, which then vouches for itself.
+#[inline(never)]
+fn second_by_hint(device: &dyn Device, position: u16) -> Option<(Identity, Physical)> {
+    let buf = Buf::zeroed(SECTOR_BYTES as usize).ok()?;
+    let mut batch = [ReadOp { at: Physical(LABEL_AREA_0), buf, result: Ok(()) }];
+    device.read(&mut batch);
+    batch[0].result.ok()?;
+    let hint = Label::device_bytes_of(&batch[0].buf)?;
+    let at = label_areas(hint).filter(|_| hint < device.geometry().bytes)?[1];
+    let label = read_label(device, position, at).ok().filter(|label| label.bytes == hint)?;
+    Some((label, at))
 }
 
 fn fits(label: &Identity, device_bytes: u64) -> Result<&Identity> {
@@ -181,6 +195,13 @@ pub fn probe(device: &dyn Device, position: u16) -> Result<Probe> {
         // Found at the end of a device of another size: a copy of a part of some other device.
         (own == Some(second_at)).then_some(label).ok_or(Error::NotCairn)
     });
+    let (second, second_at) = match (&first, second) {
+        (Err(_), Err(error)) => match second_by_hint(device, position) {
+            Some((label, at)) => (Ok(label), at),
+            None => (Err(error), second_at),
+        },
+        (_, second) => (second, second_at),
+    };
     // A label of another version is no damage, even if the other end is of ours: half an upgrade.
     for label in [&first, &second] {
         if let Err(Error::Version { found }) = label {

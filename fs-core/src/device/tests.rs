@@ -171,6 +171,25 @@ fn a_device_that_grew_still_has_both_labels() {
 }
 
 #[test]
+fn a_torn_label_leads_to_the_other_on_a_device_that_is_larger_than_its_pool() {
+    let (ram, member) = labelled();
+    let smaller = BYTES - (2 << 20);
+    member.resize(smaller, 5, |_| {}).unwrap();
+    // As a torn write leaves it: the beginning is whole.
+    ram.flip(LABEL_AREA_0 + 600);
+    let found = probe(&*ram, 0).unwrap();
+    assert_eq!(found.identity.bytes, smaller);
+    assert!(found.damaged[0].is_some() && found.damaged[1].is_none());
+    assert_eq!(found.areas, label_areas(smaller).unwrap());
+    // What says nothing of use leads nowhere.
+    for at in [LABEL_AREA_0, LABEL_AREA_0 + 0x39, LABEL_AREA_0 + 0x3f] {
+        ram.flip(at);
+        assert_eq!(probe(&*ram, 0).unwrap_err(), Error::NotCairn);
+        ram.flip(at);
+    }
+}
+
+#[test]
 fn an_unreadable_label_is_like_a_damaged_one() {
     let (ram, _) = labelled();
     ram.faults(|faults| faults.fail_reads.push(LABEL_AREA_0..LABEL_AREA_0 + 1));

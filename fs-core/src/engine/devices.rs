@@ -38,7 +38,7 @@ use crate::format::DiskField;
 use crate::platform::DeviceRef;
 use crate::pool::{Content, DataSource, Eviction, Lost, Pool, ADDED_BYTES_MIN};
 use crate::subvol::store::Result;
-use crate::sync::{Mutex, Rank};
+use crate::sync::{Mutex, Rank, Signal};
 use crate::units::{align_down, TreeId, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -62,6 +62,7 @@ pub(super) struct DeviceChanges {
     state: Mutex<State>,
     /// Somebody goes on with it.
     is_busy: AtomicBool,
+    idle: Signal,
 }
 
 #[derive(Default)]
@@ -146,7 +147,13 @@ impl DeviceChanges {
         DeviceChanges {
             state: Mutex::ranked(Rank::Short, State::default()),
             is_busy: AtomicBool::new(false),
+            idle: Signal::new(),
         }
+    }
+
+    /// Waits until nobody is at it; nobody begins, because the pool is closed.
+    pub(super) fn wait_idle(&self) {
+        self.idle.wait_until(|| !self.is_busy.load(Ordering::SeqCst));
     }
 }
 
@@ -255,8 +262,9 @@ impl Engine {
         let target = self.add_device(device)?;
         let begun = self.begin_change(DeviceChangeKind::Replace, index, 0, Some(target));
         if begun.is_err() {
-            // It is empty.
-            let _ = self.let_device_go(target);
+            // Unless something was written to it already: it stays then, like any that was added.
+            let _ = self.let_device_go(target, None);
+            self.store.pool.limit_device(target, None);
         }
         begun.map(|()| target)
     }
@@ -293,20 +301,28 @@ impl Engine {
         // First what is promised is brought down to what there is.
         self.commit()?;
         self.release();
-        {
+        let former = {
             let mut state = self.device_changes.state.lock();
             if state.is_running() {
                 return Err(Error::Argument { what: "another change of the devices is under way" });
             }
+            let former = (state.item, state.is_unsaved);
             state.begin(item);
-        }
+            // No commit is to store what may be refused.
+            state.is_unsaved = false;
+            former
+        };
         pool.limit_device(device, Some(eviction.from));
         let possible = pool.check_eviction(&eviction, self.store.space.owed_bytes());
+        {
+            let mut state = self.device_changes.state.lock();
+            match possible {
+                Ok(()) => state.is_unsaved = true,
+                Err(_) => (state.item, state.is_unsaved) = former,
+            }
+        }
         if let Err(error) = possible {
             pool.limit_device(device, None);
-            let mut state = self.device_changes.state.lock();
-            state.item = None;
-            state.is_unsaved = false;
             return Err(error);
         }
         self.keep_changing();
@@ -416,6 +432,7 @@ impl Engine {
             }
         }
         self.device_changes.is_busy.store(false, Ordering::SeqCst);
+        self.device_changes.idle.notify_all();
     }
 
     /// Takes the next step. False when there is nothing to do now.
@@ -495,9 +512,13 @@ impl Engine {
         match item.kind() {
             DeviceChangeKind::Shrink => {
                 let _no_commit = self.committer();
+                if !self.is_change(generation) {
+                    return Ok(());
+                }
                 self.store.pool.resize_device(item.device, item.bytes)?;
             }
-            _ => self.let_device_go(item.device)?,
+            _ if !self.let_device_go(item.device, Some(generation))? => return Ok(()),
+            _ => {}
         }
         {
             let ended = self.store.now().secs;
@@ -527,15 +548,24 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes a device that has no chunk no part of the pool.
-    fn let_device_go(&self, index: u16) -> Result<()> {
+    /// Whether a change is still the one that is under way. Who ends it has the committer.
+    fn is_change(&self, generation: u64) -> bool {
+        self.device_changes.state.lock().generation == generation
+    }
+
+    /// Makes a device that has no chunk no part of the pool. False when the change that this is
+    /// for has ended meanwhile.
+    fn let_device_go(&self, index: u16, generation: Option<u64>) -> Result<bool> {
         self.announce(features::VACANCIES)?;
         {
             let _no_commit = self.committer();
+            if generation.is_some_and(|generation| !self.is_change(generation)) {
+                return Ok(false);
+            }
             self.store.pool.drop_device(index)?;
         }
         self.want_commit();
-        self.commit()
+        self.commit().map(|()| true)
     }
 
     /// Waits until whatever is written is written in both places, and begins to carry over the
@@ -543,6 +573,17 @@ impl Engine {
     fn settle_moves(&self) -> Result<(Work, bool)> {
         if !self.store.pool.moves_begun() {
             return Ok((Work::Settle, false));
+        }
+        // What is half taken apart is not carried over, and must not be lost: it goes on to its
+        // end, and no other begins as long as chunks are in two places.
+        if self.tree_is_taken_apart() {
+            return match self.stopped_deletions().is_empty() {
+                true => Ok((Work::Settle, false)),
+                false => Err(Error::Argument {
+                    what: "something that was deleted is damaged, and its space cannot be freed: \
+                           check the pool with fsck.cairn",
+                }),
+            };
         }
         // What the group that is open now has, may have been written before.
         self.want_commit();

@@ -520,6 +520,7 @@ impl Engine {
             return Ok(());
         }
         self.scrub.wait_idle();
+        self.device_changes.wait_idle();
         if self.scrub.is_unsaved() {
             self.want_commit();
         }

@@ -178,6 +178,13 @@ pub fn decode_members(label: &Label, bytes: &[u8]) -> Result<Vec<LabelMember>, B
 }
 
 impl Label {
+    /// What a label that cannot be used, torn perhaps, says about the size of its device. Only a
+    /// hint where the other label may be.
+    pub fn device_bytes_of(bytes: &[u8]) -> Option<u64> {
+        let has_magic = bytes.len() == Label::BYTES && bytes[..8] == LABEL_MAGIC;
+        has_magic.then(|| <Label as DiskField>::get(bytes).device_bytes)
+    }
+
     /// Reads a label, checking magic, checksum and version in this order.
     ///
     /// # Errors

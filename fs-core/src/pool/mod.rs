@@ -829,13 +829,17 @@ fn probe_all(devices: Vec<DeviceRef>, read_only: bool) -> Result<Probed> {
         note_damage(&mut probed.damaged, &probe);
         probed.add(device, &probe)?;
     }
-    let Some(first) = probed.members.first() else {
+    let newest = probed.members.iter().max_by_key(|member| member.identity().epoch);
+    let Some(newest) = newest.map(Member::identity) else {
         let nothing = Error::Argument { what: "a pool needs a device" };
         return Err(probed.unusable.into_iter().next().map_or(nothing, |(_, error)| error));
     };
     // With all devices there, it can only be one too many.
-    let there = first.identity().table.iter().filter(|entry| !entry.is_vacant()).count();
-    let is_all = probed.members.len() == there.max(1);
+    let there = newest.table.iter().filter(|entry| !entry.is_vacant());
+    let is_met = |entry: &&TableEntry| {
+        probed.members.iter().any(|member| member.identity().device_id == entry.id)
+    };
+    let is_all = newest.table.is_empty() || there.clone().filter(is_met).count() == there.count();
     match probed.unusable.first() {
         Some((name, _)) if is_all => Err(Error::WrongDevice { name: name.clone() }),
         _ => Ok(probed),

@@ -185,8 +185,15 @@ impl Pool {
     pub fn drop_device(&self, index: u16) -> Result<()> {
         self.check_writable()?;
         let member = self.place_of(index);
-        if self.ledger.lock().rooms[usize::from(index)].taken_bytes() > 0 {
-            return Err(Error::Argument { what: "the device has chunks" });
+        {
+            // No chunk comes to be on it from here on: nobody else looks at its room in between.
+            let mut ledger = self.ledger.lock();
+            let room = &mut ledger.rooms[usize::from(index)];
+            if room.taken_bytes() > 0 {
+                return Err(Error::Argument { what: "the device has chunks" });
+            }
+            room.set_limit(0);
+            self.closed.fetch_or(1 << index, Ordering::AcqRel);
         }
         let is_there = member.is_there();
         self.change_after(|_| {
