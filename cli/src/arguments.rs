@@ -569,7 +569,7 @@ pub(crate) struct Send {
     /// Send the snapshots in between as well, one after the other; without -i, all older ones
     #[arg(short = 'R', long)]
     pub(crate) replicate: bool,
-    /// Write to a file instead of standard output
+    /// Write to a file instead of standard output; it gets its name when all is in it
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Show no progress
@@ -611,7 +611,7 @@ impl Receive {
 pub(crate) enum Stream {
     /// Read a stream to its end, and show what it holds
     Show {
-        /// The file that it is in [default: standard input]
+        /// The file that it is in, or - [default: standard input]
         #[arg(value_name = "FILE")]
         input: Option<PathBuf>,
         /// Print JSON

@@ -11,6 +11,7 @@ use cairn_host::mounts;
 use cairn_host::parse::format_size;
 use cairn_host::say;
 use fs_core::format::pool::INO_MAX;
+use rustix::fs::OFlags;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -23,7 +24,10 @@ const PIECE_BYTES: u64 = 1 << 30;
 
 pub(crate) fn run(arguments: &Arguments) -> Result<Done, Failure> {
     let source = &arguments.source;
-    let file = File::open(source).map_err(|error| of(source, &error))?;
+    // Of a pipe nobody is to wait for the other end.
+    let nonblock = OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(nonblock).open(source);
+    let file = file.map_err(|error| of(source, &error))?;
     let data = file.metadata().map_err(|error| of(source, &error))?;
     if !data.is_file() {
         return Err(Failure::new(format_args!("{}: not a regular file", source.display())));
@@ -72,7 +76,7 @@ impl Range {
         let to = arguments.to.unwrap_or(from);
         let there = source.len().saturating_sub(from);
         let bytes = arguments.length.unwrap_or(there);
-        if bytes > there {
+        if bytes > there || from > source.len() {
             let end = from.saturating_add(bytes);
             let what = format_args!("the file ends at {}, before {end}", source.len());
             return Err(Failure::new(what));

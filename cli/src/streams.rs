@@ -17,7 +17,7 @@ use fs_core::units::TreeId;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Bytes that are copied at once.
 const COPY_BYTES: usize = 256 << 10;
@@ -27,8 +27,20 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
     let snapshot = versions::part(name)?;
     let from = arguments.from.as_deref().map(|from| earlier(&place, &snapshot, from, arguments));
     let what = Sending { snapshot, from: from.transpose()?, replicate: arguments.replicate };
-    let mut out: Box<dyn Write> = match &arguments.output {
-        Some(path) => Box::new(File::create(path).map_err(|error| of_file(path, &error))?),
+    let output = arguments.output.as_deref().filter(|path| *path != Path::new("-"));
+    let mut unfinished = None;
+    let mut out: Box<dyn Write> = match output {
+        Some(path) if !path.exists() || path.is_file() => {
+            let file = Unfinished::new(path)?;
+            let out = file.file.try_clone().map_err(|error| of_file(path, &error))?;
+            unfinished = Some(file);
+            Box::new(out)
+        }
+        // A pipe or a device.
+        Some(path) => {
+            let file = File::options().write(true).open(path);
+            Box::new(file.map_err(|error| of_file(path, &error))?)
+        }
         None if io::stdout().is_terminal() => {
             let what = "a stream is not for a terminal: send it into a file (-o) or a command";
             return Err(Failure::new(what));
@@ -47,7 +59,45 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
         }
     };
     bar.finish_and_clear();
-    sent.map(|_| Done::Whole)
+    sent?;
+    unfinished.map_or(Ok(()), Unfinished::keep)?;
+    Ok(Done::Whole)
+}
+
+/// A file that gets its name when all is in it: until then there is what was there before.
+struct Unfinished {
+    file: File,
+    /// Under which name it is until then.
+    at: PathBuf,
+    name: PathBuf,
+    is_kept: bool,
+}
+
+impl Unfinished {
+    fn new(name: &Path) -> Result<Unfinished, Failure> {
+        // What a symbolic link leads to, and not the link.
+        let name = name.canonicalize().unwrap_or_else(|_| name.into());
+        let mut at = name.as_os_str().to_owned();
+        at.push(".partial");
+        let at = PathBuf::from(at);
+        let file = File::create(&at).map_err(|error| of_file(&at, &error))?;
+        Ok(Unfinished { file, at, name, is_kept: false })
+    }
+
+    fn keep(mut self) -> Result<(), Failure> {
+        let kept = self.file.sync_all().and_then(|()| std::fs::rename(&self.at, &self.name));
+        kept.map_err(|error| of_file(&self.name, &error))?;
+        self.is_kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            let _ = std::fs::remove_file(&self.at);
+        }
+    }
 }
 
 /// The snapshot that the receiver has: `@NAME` or `NAME` of the same subvolume, or a whole name.
@@ -247,7 +297,10 @@ fn name_of(stream: &StreamInfo) -> String {
 }
 
 fn input(path: Option<&Path>) -> Result<Box<dyn Read>, Failure> {
-    match path {
+    match path.filter(|path| *path != Path::new("-")) {
+        Some(path) if path.is_dir() => {
+            Err(Failure::new(format_args!("{}: is a directory", path.display())))
+        }
         Some(path) => {
             let file = File::open(path).map_err(|error| of_file(path, &error))?;
             Ok(Box::new(io::BufReader::with_capacity(COPY_BYTES, file)))

@@ -64,6 +64,8 @@ fn refusals(dir: &Path, source: &Path, target: &Path) -> Result<()> {
     let below = dir.join("below");
     Cmd::new(checkout::binary("cairn")).args(["subvolume", "create"]).arg(&below).quiet()?;
     let elsewhere = std::env::temp_dir();
+    let pipe = dir.join("pipe");
+    Cmd::new("mkfifo").arg(&pipe).quiet()?;
     let new = dir.join("new");
     for (options, from, to, said) in [
         (&[][..], source, target, "exists"),
@@ -74,6 +76,8 @@ fn refusals(dir: &Path, source: &Path, target: &Path) -> Result<()> {
         (&["--length", "8K", "--to", "4K"], source, source, "with itself"),
         (&["--offset", "1000"], source, &*new, "sectors"),
         (&["--length", "1G"], source, &*new, "the file ends"),
+        (&["--offset", "1G"], source, &*new, "the file ends"),
+        (&[], &*pipe, &*new, "not a regular file"),
     ] {
         let out = clone(options, from, to)?;
         ensure!(out.code == Some(1) && out.stderr.contains(said), "{said}: {}", out.both());

@@ -39,6 +39,7 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
         pass(&snapshot, &format!("-i @{old}"), to.dir(), "copy")?;
         compare(from.dir(), to.dir(), &new)?;
     }
+    into_a_file(from.dir())?;
     // And from there on, all at once.
     let last = format!("{}/copy@{}", to.dir().display(), name_of(4));
     pass(&last, "-R", from.dir(), "back")?;
@@ -92,6 +93,22 @@ fn refused(snapshot: &str, old: &str, to: &Path) -> Result<()> {
     let after = names(&Cmd::shell(&list).text()?);
     ensure!(before == after, "something is left: {before:?}, {after:?}");
     Ok(())
+}
+
+/// A file is as it was until the whole stream is in it.
+fn into_a_file(dir: &Path) -> Result<()> {
+    let file = dir.join("stream");
+    fs::write(&file, "an older backup")?;
+    let send = |name: &str| {
+        let name = format!("{}@{name}", dir.display());
+        Cmd::new(cairn()).args(["send", "-q", &name, "-o"]).arg(&file).output()
+    };
+    ensure!(send("nothing")?.code == Some(1), "what is not there was sent");
+    ensure!(fs::read(&file)? == b"an older backup", "the older backup is gone");
+    ensure!(send("first")?.code == Some(0), "it cannot be sent into a file");
+    ensure!(!dir.join("stream.partial").exists(), "something is left");
+    Cmd::new(cairn()).args(["receive", "-n", "-i"]).arg(&file).quiet()?;
+    fs::remove_file(&file).map_err(Into::into)
 }
 
 fn compare(from: &Path, to: &Path, name: &str) -> Result<()> {
