@@ -12,11 +12,12 @@
 //! | `cycles` | may the next command follow an unmount at once? |
 //! | `kill` | is everything that was synced still there when the server is killed? |
 //! | `devices` | does a pool in use survive that devices come and go? |
+//! | `versions` | does a snapshot stay what it was, whatever goes on around it? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last six also run on other
+//! Each ends with the image unmounted and checked. All but the last seven also run on other
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
@@ -35,6 +36,7 @@ mod python;
 mod scrub;
 mod send;
 mod user;
+mod versions;
 
 pub use programs::copy_sources;
 
@@ -97,6 +99,7 @@ const OWN: &[(&str, Run)] = &[
     ("kill", kill::run),
     ("sigterm", kill::terminate),
     ("scrub", scrub::run),
+    ("versions", versions::run),
     ("send", send::run),
     ("devices", devices::run),
     ("limits", full::limits),
