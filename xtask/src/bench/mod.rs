@@ -19,6 +19,7 @@ mod mirror;
 mod plot;
 mod report;
 mod scrub;
+mod versions;
 mod workloads;
 
 use crate::guard;
@@ -99,12 +100,12 @@ pub fn run(options: &Options) -> Result<()> {
     for round in 1..=rounds {
         if let Some(pair) = &pair {
             for row in &rows {
-                one_on_a_pair(row.name, &contenders, round, &mut results, &|name, contender| {
+                one_row(row.name, &contenders, round, &mut results, &|name, contender| {
                     mirror::measure(row, (name, contender), &scale, pair)
                 });
             }
             if scrubs {
-                one_on_a_pair(scrub::NAME, &contenders, round, &mut results, &|name, contender| {
+                one_row(scrub::NAME, &contenders, round, &mut results, &|name, contender| {
                     scrub::measure(name, contender, &scale, pair)
                 });
             }
@@ -113,6 +114,11 @@ pub fn run(options: &Options) -> Result<()> {
             if is_wanted(workload.name) {
                 one_workload(workload, (&scale, &disk), &contenders, round, &mut results);
             }
+        }
+        for row in versions::ROWS.iter().filter(|row| is_wanted(row.name)) {
+            one_row(row.name, &contenders, round, &mut results, &|name, contender| {
+                versions::measure(row, (name, contender), &scale, &disk)
+            });
         }
     }
     println!("\n{rounds} rounds in {:.0} s\n", start.elapsed().as_secs_f64());
@@ -201,18 +207,19 @@ fn one_workload(
     }
 }
 
-/// A row of mirrors, by every contender that makes them.
-fn one_on_a_pair(
+/// A row that only some contenders can do, or that comes with several metrics.
+fn one_row<M: IntoIterator<Item = Metric>>(
     row: &str,
     contenders: &[(String, Contender)],
     round: usize,
     results: &mut Results,
-    measure: &dyn Fn(&str, &Contender) -> Result<Option<Metric>>,
+    measure: &dyn Fn(&str, &Contender) -> Result<M>,
 ) {
     for (name, contender) in contenders {
         match measure(name, contender) {
-            Ok(Some(metric)) => note(name, metric, round, results),
-            Ok(None) => {}
+            Ok(metrics) => {
+                metrics.into_iter().for_each(|metric| note(name, metric, round, results));
+            }
             Err(why) => note_failure(row, name, &why, round, results),
         }
     }

@@ -30,6 +30,7 @@ pub struct Scale {
     small_files: u32,
     archive_files: u32,
     directory_entries: u32,
+    snapshots: u32,
 }
 
 impl Scale {
@@ -43,6 +44,16 @@ impl Scale {
         self.random_calls
     }
 
+    /// How many small files.
+    pub fn small_files(&self) -> u32 {
+        self.small_files
+    }
+
+    /// How many snapshots at most.
+    pub fn snapshots(&self) -> u32 {
+        self.snapshots
+    }
+
     /// For numbers to be quoted.
     pub const FULL: Scale = Scale {
         image_bytes: 8 << 30,
@@ -54,6 +65,7 @@ impl Scale {
         small_files: 20_000,
         archive_files: 20_000,
         directory_entries: 1_000_000,
+        snapshots: 10_000,
     };
     /// To see that everything runs.
     pub const QUICK: Scale = Scale {
@@ -66,6 +78,7 @@ impl Scale {
         small_files: 4000,
         archive_files: 3000,
         directory_entries: 100_000,
+        snapshots: 1000,
     };
 }
 
@@ -204,6 +217,14 @@ fn content(kind: Kind) -> Result<Aligned> {
         }
     }
     Ok(memory)
+}
+
+/// Content for small files.
+///
+/// # Errors
+/// When there is no memory.
+pub fn text() -> Result<Aligned> {
+    content(Kind::Text)
 }
 
 /// Writes `bytes` in calls of one MiB and syncs.
@@ -405,7 +426,7 @@ fn in_threads(
 }
 
 /// Content of a small file: its size varies from a few bytes to two blocks.
-fn small_content(memory: &[u8], n: u32) -> &[u8] {
+pub fn small_content(memory: &[u8], n: u32) -> &[u8] {
     let bytes = [120, 900, 2500, 4096, 7800][n as usize % 5];
     &memory[n as usize % 4096..][..bytes]
 }
