@@ -15,8 +15,11 @@ use cairn_host::versions::VersionName;
 use cairn_host::{say, HostCodecs};
 use fs_core::units::TreeId;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use rustix::fs::{AtFlags, Mode, OFlags, CWD};
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes that are copied at once.
@@ -67,35 +70,88 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
 /// A file that gets its name when all is in it: until then there is what was there before.
 struct Unfinished {
     file: File,
-    /// Under which name it is until then.
-    at: PathBuf,
+    /// Under which name it is until then; none where the filesystem allows it, so that nothing is
+    /// left if the command is killed.
+    at: Option<PathBuf>,
+    directory: PathBuf,
     name: PathBuf,
-    is_kept: bool,
 }
 
 impl Unfinished {
     fn new(name: &Path) -> Result<Unfinished, Failure> {
         // What a symbolic link leads to, and not the link.
         let name = name.canonicalize().unwrap_or_else(|_| name.into());
-        let mut at = name.as_os_str().to_owned();
-        at.push(".partial");
-        let at = PathBuf::from(at);
-        let file = File::create(&at).map_err(|error| of_file(&at, &error))?;
-        Ok(Unfinished { file, at, name, is_kept: false })
+        let directory = match name.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        };
+        // A snapshot holds what some may not read, so by itself only its owner may read a stream.
+        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+        let (file, at) = match rustix::fs::open(&directory, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => (File::from(file), None),
+            Err(_) => {
+                let mut options = File::options();
+                options.write(true).create_new(true).mode(0o600);
+                let (file, at) = under_free_name(&name, |at| options.open(at))?;
+                (file, Some(at))
+            }
+        };
+        let unfinished = Unfinished { file, at, directory, name };
+        // Who replaces a file goes on with its permissions.
+        if let Ok(old) = unfinished.name.metadata() {
+            let same = unfinished.file.set_permissions(old.permissions());
+            same.map_err(|error| of_file(&unfinished.name, &error))?;
+        }
+        Ok(unfinished)
     }
 
     fn keep(mut self) -> Result<(), Failure> {
-        let kept = self.file.sync_all().and_then(|()| std::fs::rename(&self.at, &self.name));
-        kept.map_err(|error| of_file(&self.name, &error))?;
-        self.is_kept = true;
-        Ok(())
+        let failed = |error: io::Error| of_file(&self.name, &error);
+        self.file.sync_all().map_err(failed)?;
+        let at = match self.at.take() {
+            Some(at) => at,
+            None => {
+                let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+                let link = |at: &Path| -> io::Result<()> {
+                    rustix::fs::linkat(CWD, &file, CWD, at, AtFlags::SYMLINK_FOLLOW)?;
+                    Ok(())
+                };
+                under_free_name(&self.name, link)?.1
+            }
+        };
+        let renamed = std::fs::rename(&at, &self.name);
+        if renamed.is_err() {
+            self.at = Some(at);
+        }
+        renamed.map_err(|error| of_file(&self.name, &error))?;
+        let synced = File::open(&self.directory).and_then(|directory| directory.sync_all());
+        synced.map_err(|error| of_file(&self.directory, &error))
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if !self.is_kept {
-            let _ = std::fs::remove_file(&self.at);
+        if let Some(at) = &self.at {
+            let _ = std::fs::remove_file(at);
+        }
+    }
+}
+
+/// Makes something beside a file, under a name that nothing has.
+fn under_free_name<T>(
+    name: &Path,
+    make: impl Fn(&Path) -> io::Result<T>,
+) -> Result<(T, PathBuf), Failure> {
+    let mut tried = 0;
+    loop {
+        let mut at = name.as_os_str().to_owned();
+        at.push(format!(".partial-{}-{tried}", std::process::id()));
+        let at = PathBuf::from(at);
+        match make(&at) {
+            Ok(made) => return Ok((made, at)),
+            // Left by somebody that had the same number.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tried < 100 => tried += 1,
+            Err(error) => return Err(of_file(&at, &error)),
         }
     }
 }
@@ -125,7 +181,8 @@ fn earlier(
 
 fn send_mounted(mount: &Mount, what: Sending, out: &mut dyn Write) -> Result<Sent, Failure> {
     let mut failed = None;
-    let mut copy = |parts: &mut Parts<'_>| pass_on(parts, &mut Noted { out, failed: &mut failed });
+    let mut copy =
+        |parts: &mut Parts<'_>| pass_on(parts, &mut Noted { inner: out, failed: &mut failed });
     let reply = admin::converse(mount.device, Request::Send(what), &mut copy);
     if let Some(error) = failed {
         return Err(Failure::new(format_args!("the stream could not be written: {error}")));
@@ -137,29 +194,39 @@ fn send_mounted(mount: &Mount, what: Sending, out: &mut dyn Write) -> Result<Sen
     }
 }
 
-/// Notes what goes wrong with what is written to: the connection is not to blame.
-struct Noted<'a> {
-    out: &'a mut dyn Write,
+/// Notes what goes wrong with what is written to, or read: the connection is not to blame.
+struct Noted<'a, T: ?Sized> {
+    inner: &'a mut T,
     failed: &'a mut Option<String>,
 }
 
-impl Noted<'_> {
+impl<S: ?Sized> Noted<'_, S> {
     fn note<T>(&mut self, outcome: io::Result<T>) -> io::Result<T> {
-        if let Err(error) = &outcome {
-            *self.failed = Some(error.to_string());
+        match &outcome {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => {
+                *self.failed = Some(error.to_string());
+            }
+            _ => {}
         }
         outcome
     }
 }
 
-impl Write for Noted<'_> {
+impl Write for Noted<'_, dyn Write + '_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let outcome = self.out.write(buf);
+        let outcome = self.inner.write(buf);
         self.note(outcome)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let outcome = self.out.flush();
+        let outcome = self.inner.flush();
+        self.note(outcome)
+    }
+}
+
+impl Read for Noted<'_, dyn Read + '_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let outcome = self.inner.read(buf);
         self.note(outcome)
     }
 }
@@ -217,11 +284,16 @@ fn receive_mounted(
     to: VersionName,
     input: &mut dyn Read,
 ) -> Result<Received, Failure> {
+    let mut failed = None;
     let mut copy = |parts: &mut Parts<'_>| {
-        pass_on(input, parts)?;
+        pass_on(&mut Noted { inner: &mut *input, failed: &mut failed }, parts)?;
         parts.end()
     };
-    match admin::converse(mount.device, Request::Receive(to), &mut copy) {
+    let reply = admin::converse(mount.device, Request::Receive(to), &mut copy);
+    if let Some(error) = failed {
+        return Err(Failure::new(format_args!("the stream could not be read: {error}")));
+    }
+    match reply {
         Ok(Reply::Received(received)) => Ok(received),
         Ok(_) => Err(Failure::new("the daemon answered another question")),
         Err(error) => Err(ask_failed(mount, &error)),
@@ -234,9 +306,13 @@ fn told(to: &VersionName, received: &Received, is_json: bool) -> Result<Done, Fa
             "snapshots": received.snapshots.iter().map(|(name, identity)| {
                 serde_json::json!({ "name": format!("{to}@{name}"), "identity": identity })
             }).collect::<Vec<_>>(),
+            "earlier": received.earlier,
             "stays": received.stays,
         }));
     } else {
+        if received.earlier > 0 {
+            say!("({} snapshots before these)", received.earlier);
+        }
         for (name, identity) in &received.snapshots {
             let name = VersionName { snapshot: Some(name.clone()), ..to.clone() };
             say!("{identity}  {}", output::printable(&name.to_string()));

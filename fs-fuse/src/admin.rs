@@ -18,6 +18,9 @@ use fs_core::space::KindUsage;
 use fs_core::subvol::store::DataSettings;
 use fs_core::vfs::{Filesystem, Forest, Volume};
 use parking_lot::Mutex;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,6 +30,9 @@ const DAMAGED_BYTES_MAX: usize = 512 << 10;
 /// How long a change waits for operations under way in what it deletes or rolls back. Others that
 /// come to it wait meanwhile.
 const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a subvolume that is to follow a snapshot waits for the kernel to forget it.
+const FORGETTING: Duration = Duration::from_millis(500);
 
 /// Answers requests about what is mounted, with options of which `options` are in force; `kernel`
 /// is told what changes.
@@ -145,9 +151,53 @@ struct InUse<'a> {
 
 impl streams::Changes for InUse<'_> {
     fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
+        self.writable()?;
         let _one = self.changing.lock();
         change_and_tell(self.forest, self.kernel, ops)
     }
+
+    fn follow(&self, subvolume: u64, snapshot: u64, root: [u8; 64]) -> Result<(), Error> {
+        self.writable()?;
+        let _one = self.changing.lock();
+        forgotten(self.forest, self.kernel, subvolume)?;
+        change_and_tell(self.forest, self.kernel, vec![VersionOp::Follow { snapshot, root }])?;
+        Ok(())
+    }
+
+    fn writable(&self) -> Result<(), Error> {
+        if self.kernel.is_read_only() {
+            return Err(Errno::RoFs.into());
+        }
+        self.forest.base().engine().store.writable()
+    }
+}
+
+/// Has the kernel forget a subvolume. It does not if somebody uses it, has a file of it open, or
+/// wrote to it what has not come here yet.
+fn forgotten(forest: &Forest, kernel: &Kernel, subvolume: u64) -> Result<(), Error> {
+    if !forest.is_remembered(subvolume) {
+        return Ok(());
+    }
+    let Some((dir, name)) = forest.appears(subvolume) else { return Err(Errno::Busy.into()) };
+    let base = forest.base().version();
+    let path = forest.base().engine().with_versions(|versions| {
+        let name = |id| versions.get(id).map_or(&[][..], |version| &version.name);
+        name(subvolume).strip_prefix(name(base)).unwrap_or_default().to_vec()
+    });
+    // To be forgotten would unmount what is mounted on a directory of it.
+    if kernel.has_mounts_in(Path::new(OsStr::from_bytes(&path))) {
+        return Err(Errno::Busy.into());
+    }
+    kernel.name_changed(dir.0, &name);
+    // It tells of each inode when it gets round to that.
+    let begun = Instant::now();
+    while forest.is_remembered(subvolume) {
+        if begun.elapsed() >= FORGETTING {
+            return Err(Errno::Busy.into());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Changes versions, and sees to it that the kernel does not remember what is not so any more.
@@ -194,8 +244,13 @@ fn change_undisturbed(
     let engine = forest.base().engine();
     engine.store.writable()?;
     let begun = Instant::now();
+    let follows = ops.iter().any(|op| matches!(op, VersionOp::Follow { .. }));
     let made = loop {
         if forest.hold_off(ends) {
+            // Somebody may have come back since it was forgotten.
+            if follows && ends.iter().any(|id| forest.is_remembered(*id)) {
+                break Err(Errno::Busy.into());
+            }
             break engine.change_versions(ops);
         }
         if begun.elapsed() >= PATIENCE {

@@ -11,6 +11,7 @@ use rustix::fs::Dev;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io::IoSlice;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 /// Inodes that may wait to be told of. Of the rest the kernel learns when it asks.
@@ -73,6 +74,20 @@ impl Kernel {
         let Some(device) = self.mount.get() else { return false };
         let Ok(mounts) = cairn_host::mounts::mounts() else { return false };
         mounts.iter().find(|m| m.device == *device).is_some_and(|m| m.read_only_everywhere)
+    }
+
+    /// Whether anything is mounted on a directory of this filesystem, or on one below it. `dir` is
+    /// its path from the root directory. True when that cannot be found out.
+    pub fn has_mounts_in(&self, dir: &Path) -> bool {
+        let Some(device) = self.mount.get() else { return false };
+        let Ok(mounts) = cairn_host::mounts::mounts() else { return true };
+        let dir = Path::new("/").join(dir.strip_prefix("/").unwrap_or(dir));
+        let own = mounts.iter().filter(|mount| mount.device == *device);
+        let mut places = own.filter_map(|own| {
+            let below = dir.strip_prefix(&own.root).ok()?;
+            Some(own.mount_point.join(below))
+        });
+        places.any(|place| mounts.iter().any(|mount| mount.mount_point.starts_with(&place)))
     }
 
     /// A name in a directory came, went, or leads elsewhere.

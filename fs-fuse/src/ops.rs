@@ -299,8 +299,11 @@ impl Server {
                 let len = body.len().min(size as usize);
                 Ok(Reply::Body(fs.read(ino, offset, &mut body[..len])?))
             }
-            Op::Write { offset, data, kill_priv, .. } => {
-                fs.write(ino, offset, data, WriteFlags { append: false, kill_priv })?;
+            Op::Write { offset, data, kill_priv, write_back } => {
+                // What is written back comes after the times of it, or before: both are sent at
+                // once. The kernel has the right ones.
+                let flags = WriteFlags { append: false, kill_priv, keeps_times: write_back };
+                fs.write(ino, offset, data, flags)?;
                 Ok(Reply::Size(data.len() as u32))
             }
             Op::Fallocate { mode, offset, len } => done(fs.fallocate(ino, mode, offset, len)),

@@ -280,7 +280,8 @@ impl Runner {
                 Ok(Value::Bytes(out))
             }
             Op::Write { target, offset, data, append, kill_priv } => {
-                let flags = WriteFlags { append: *append, kill_priv: *kill_priv };
+                let flags =
+                    WriteFlags { append: *append, kill_priv: *kill_priv, ..WriteFlags::default() };
                 let ino = self.find(held, target)?;
                 fs.write(ino, *offset, &data.bytes(), flags).map(Value::Number)
             }

@@ -229,7 +229,7 @@ fn a_pool_without_redundancy_does_not_open_without_a_device() {
         let file = fs.mknod(fs.root(), &[b'a' + name], 0o100_644, 0, &caller).unwrap();
         let mut content = vec![0; 1 << 20];
         cairn_tests::rng::Rng::new(u64::from(name)).fill(&mut content);
-        let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+        let flags = fs_core::vfs::WriteFlags::default();
         fs.write(file.ino, 0, &content, flags).unwrap();
     }
     drop(fs);
@@ -556,7 +556,7 @@ fn what_only_a_device_has_that_failed_a_write_is_still_read() {
     let file = fs.mknod(fs.root(), b"file", 0o100_644, 0, &caller).unwrap();
     let mut content = vec![0; 256 << 10];
     Rng::new(1).fill(&mut content);
-    let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+    let flags = fs_core::vfs::WriteFlags::default();
     fs.write(file.ino, 0, &content, flags).unwrap();
     fs.sync().unwrap();
     rams[1].arm(Fault::nth(FaultKind::Failed, Access::Write, 0));
@@ -602,7 +602,7 @@ fn a_device_that_was_away_when_others_forgot_to_tell_is_not_believed() {
             let Ok(mounted) = pool.open(&refs(&one), &core()) else { continue };
             let fs = mounted.fs();
             let file = fs.mknod(fs.root(), b"new", 0o100_644, 0, &caller).unwrap();
-            let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+            let flags = fs_core::vfs::WriteFlags::default();
             fs.write(file.ino, 0, &content, flags).unwrap();
             fs.sync().unwrap();
             drop(fs);
@@ -722,7 +722,7 @@ fn what_was_taken_in_is_kept_when_a_device_is_lost_before_it_is_written() {
         // More than two devices have room for, all of it in memory.
         let mut content = vec![0; 26 << 20];
         Rng::new(lost).fill(&mut content);
-        let flags = fs_core::vfs::WriteFlags { append: false, kill_priv: false };
+        let flags = fs_core::vfs::WriteFlags::default();
         for (part, at) in content.chunks(1 << 20).zip((0..).step_by(1 << 20)) {
             fs.write(file.ino, at, part, flags).unwrap();
         }

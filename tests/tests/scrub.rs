@@ -149,7 +149,7 @@ fn write_file(volume: &Volume, name: &[u8], bytes: usize, seed: u64) -> Vec<u8> 
     let file = volume.mknod(volume.root(), name, 0o100_644, 0, &caller).unwrap();
     let mut content = vec![0; bytes];
     Rng::new(seed).fill(&mut content);
-    let flags = WriteFlags { append: false, kill_priv: false };
+    let flags = WriteFlags::default();
     volume.write(file.ino, 0, &content, flags).unwrap();
     content
 }

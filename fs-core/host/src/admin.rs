@@ -872,6 +872,15 @@ impl Peer {
     }
 }
 
+/// One of the connections that are counted, however it ends.
+struct OneOf(Arc<AtomicUsize>);
+
+impl Drop for OneOf {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
     let (owners, guests) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     for stream in listener.incoming() {
@@ -889,15 +898,13 @@ fn accept(listener: &UnixListener, handler: &Arc<Handler>) {
             continue;
         }
         open.fetch_add(1, Ordering::Relaxed);
-        let (handler, count) = (handler.clone(), open.clone());
-        let thread = std::thread::Builder::new().name("cairn-admin".into()).spawn(move || {
+        let (handler, one) = (handler.clone(), OneOf(open.clone()));
+        // Without a thread, one goes at once.
+        let _ = std::thread::Builder::new().name("cairn-admin".into()).spawn(move || {
+            let _one = one;
             // Whoever breaks the protocol is hung up on.
             let _ = serve(stream, peer, &*handler);
-            count.fetch_sub(1, Ordering::Relaxed);
         });
-        if thread.is_err() {
-            open.fetch_sub(1, Ordering::Relaxed);
-        }
     }
 }
 
@@ -967,7 +974,7 @@ mod tests {
                 let (name, identity) = (String::new(), all.len().to_string());
                 return Reply::Received(Received {
                     snapshots: vec![(name, identity)],
-                    stays: false,
+                    ..Received::default()
                 });
             }
             _ => {}

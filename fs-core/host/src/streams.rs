@@ -12,16 +12,18 @@ use fs_core::engine::Engine;
 use fs_core::error::Error;
 use fs_core::format::pool::SubvolItem;
 use fs_core::platform::{Codecs, Timestamp};
-use fs_core::receive::{content_after, content_of, Destination, Receiver};
-use fs_core::stream::record::{Begin, Decoder, Encoder, Record};
+use fs_core::receive::{content_after, content_of, is_untouched, Destination, Receiver};
+use fs_core::stream::record::{Begin, Decoder, Encoder, Record, FOLLOWED};
 use fs_core::stream::send::{Parent, Sender, Shipment};
 use fs_core::stream::verify::Verifier;
 use fs_core::stream::{Content, Source};
 use fs_core::subvol::versions::Versions;
 use fs_core::subvol::Subvol;
+use fs_core::units::{TreeId, Txg};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Bytes of a stream that are written at once.
 const WRITE_BYTES: usize = 256 << 10;
@@ -40,8 +42,8 @@ pub struct Sending {
 /// What was sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sent {
-    /// The snapshots, with the identities of their contents.
-    pub snapshots: Vec<(String, String)>,
+    /// How many snapshots.
+    pub snapshots: u64,
     /// Bytes of the stream.
     pub bytes: u64,
 }
@@ -49,8 +51,10 @@ pub struct Sent {
 /// What was received.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Received {
-    /// The snapshots, with the identities of their contents.
+    /// The snapshots, with the identities of their contents: the last of them if they are many.
     pub snapshots: Vec<(String, String)>,
+    /// How many came before those.
+    pub earlier: u64,
     /// The subvolume is in use, or was changed since its newest snapshot, and so stays as it is.
     pub stays: bool,
 }
@@ -99,11 +103,47 @@ pub trait Changes {
     /// # Errors
     /// Those of [`Engine::change_versions`].
     fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error>;
+
+    /// Lets a subvolume follow a snapshot of it if nobody is using it and its tree still has that
+    /// root.
+    ///
+    /// # Errors
+    /// EBUSY when somebody is, or it has not; those of [`Engine::change_versions`].
+    fn follow(&self, subvolume: u64, snapshot: u64, root: [u8; 64]) -> Result<(), Error>;
+
+    /// Whether changes are allowed at all, any more.
+    ///
+    /// # Errors
+    /// EROFS.
+    fn writable(&self) -> Result<(), Error>;
+}
+
+/// How often is asked whether the pool still takes changes: the kernel does not tell.
+const ASK_EVERY: Duration = Duration::from_millis(200);
+/// Snapshots that are told of one by one: an answer has a bound.
+const TOLD_MAX: usize = 1000;
+
+impl Received {
+    fn add(&mut self, name: String, identity: String) {
+        if self.snapshots.len() >= 2 * TOLD_MAX {
+            self.snapshots.drain(..TOLD_MAX);
+            self.earlier += TOLD_MAX as u64;
+        }
+        self.snapshots.push((name, identity));
+    }
 }
 
 impl Changes for Engine {
     fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
         self.change_versions(ops)
+    }
+
+    fn follow(&self, _: u64, snapshot: u64, root: [u8; 64]) -> Result<(), Error> {
+        self.change_versions(vec![VersionOp::Follow { snapshot, root }]).map(drop)
+    }
+
+    fn writable(&self) -> Result<(), Error> {
+        self.store.writable()
     }
 }
 
@@ -164,13 +204,14 @@ pub fn send(
     let mut out = Counted { out: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0 };
     let mut sent = Sent::default();
     for id in steps(engine, (from, last), what)? {
+        let is_followed = id != last;
         let new = Known::open(engine, id, old.as_ref()).map_err(said)?;
         if old.as_ref().is_some_and(|old| old.subvol.view().tree.id != new.subvol.view().tree.id) {
             let from = what.from.as_ref().map_or(String::new(), ToString::to_string);
             return Err(format!("{from} and {} do not go back to one subvolume", what.snapshot));
         }
-        let name = send_one(engine, old.as_ref(), &new, &mut out, &said)?;
-        sent.snapshots.push((name, new.content.identity().to_string()));
+        send_one(engine, old.as_ref(), (&new, is_followed), &mut out, &said)?;
+        sent.snapshots += 1;
         old = Some(new);
     }
     out.out.flush().map_err(written)?;
@@ -211,10 +252,10 @@ fn steps(
 fn send_one(
     engine: &Engine,
     old: Option<&Known>,
-    new: &Known,
+    (new, is_followed): (&Known, bool),
     out: &mut Counted<'_>,
     said: &dyn Fn(Error) -> String,
-) -> Result<String, String> {
+) -> Result<(), String> {
     let name = engine.with_versions(|all| all.get(new.id).map(|version| version.name.clone()));
     let name = name.filter(|name| !name.is_empty()).ok_or("the snapshot was deleted")?;
     let base = old.map(|old| Parent {
@@ -229,6 +270,7 @@ fn send_one(
         tree: new.subvol.view().tree,
         content: &new.content,
         base,
+        is_followed,
     };
     let mut sender = Sender::new(Source::of(&engine.store), &shipment);
     let mut encoder = Encoder::default();
@@ -236,7 +278,7 @@ fn send_one(
     while let Some(record) = sender.next_record().map_err(said)? {
         out.put(&encoder.put(codecs, &record))?;
     }
-    Ok(String::from_utf8_lossy(&name).into_owned())
+    Ok(())
 }
 
 /// Reads the records of streams that follow each other.
@@ -247,11 +289,20 @@ struct Records<'a> {
     buf: Vec<u8>,
     /// Bytes of the streams before.
     before: u64,
+    /// The stream says that another follows it.
+    is_followed: bool,
 }
 
 impl<'a> Records<'a> {
     fn new(codecs: &'a dyn Codecs, input: &'a mut dyn Read) -> Records<'a> {
-        Records { codecs, input, decoder: Decoder::default(), buf: Vec::new(), before: 0 }
+        Records {
+            codecs,
+            input,
+            decoder: Decoder::default(),
+            buf: Vec::new(),
+            before: 0,
+            is_followed: false,
+        }
     }
 
     /// The next record and where it begins; `None` at the end of a stream.
@@ -271,6 +322,9 @@ impl<'a> Records<'a> {
                 _ => format!("the stream could not be read: {error}"),
             })?;
             let taken = self.decoder.take(self.codecs, &self.buf);
+            if let Ok(Some(Record::Begin(begin))) = &taken {
+                self.is_followed = begin.compat & FOLLOWED != 0;
+            }
             if let Some(record) = taken.map_err(|error| error.to_string())? {
                 return Ok(Some((record, at)));
             }
@@ -289,7 +343,10 @@ impl<'a> Records<'a> {
             }
         };
         if found == 0 {
-            return Ok(false);
+            return match self.is_followed {
+                true => Err("the stream is cut off: newer snapshots should follow".into()),
+                false => Ok(false),
+            };
         }
         // The first byte of its header.
         let need = self.decoder.need();
@@ -372,26 +429,39 @@ pub fn receive(
         let shown = VersionName { snapshot: Some(name.clone()), ..to.clone() };
         let said = |error: Error| versions::said(&error, &shown);
         let receiver = Receiver::begin(engine, &destination, &begin, &mut |_| Ok(()));
-        let receiver = take_all(receiver.map_err(said)?, &mut records, &said)?;
+        let receiver = receiver.map_err(said)?;
+        let mut attempt = Attempt { engine, working: Some(receiver.working()) };
+        let receiver = take_all(receiver, &mut records, changes, &said)?;
         let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
         let identity = fs_core::stream::Identity(arrival.identity).to_string();
-        let working = arrival.working;
-        let published = changes.change(vec![VersionOp::Publish(*arrival)]);
-        let id = match published {
-            Ok(ids) => ids.first().copied().unwrap_or(0),
-            Err(error) => {
-                // What was received is of no use; why is what has to be told.
-                let _ = changes.change(vec![VersionOp::Delete { id: working }]);
-                return Err(said(error));
-            }
-        };
+        let published = changes.change(vec![VersionOp::Publish(*arrival)]).map_err(said)?;
+        attempt.working = None;
+        let id = published.first().copied().unwrap_or(0);
         received.stays = match destination {
-            Destination::Existing(into) => !go_on(engine, into, id, &name, changes),
+            Destination::Existing(into) => !go_on(engine, into, id, changes),
             Destination::New(_) => false,
         };
-        received.snapshots.push((name, identity));
+        received.add(name, identity);
         if !records.go_on()? {
             return Ok(received);
+        }
+    }
+}
+
+/// Deletes what has been received of a snapshot unless it became one, whatever happens.
+struct Attempt<'a> {
+    engine: &'a Engine,
+    working: Option<u64>,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        let Some(id) = self.working else { return };
+        let is_left = self.engine.with_versions(|versions| versions.is_receiving(id));
+        if is_left {
+            // If that fails it stays hidden until somebody deletes it or tries again. Why it could
+            // not be received is what has to be told.
+            let _ = self.engine.change_versions(vec![VersionOp::Delete { id }]);
         }
     }
 }
@@ -399,27 +469,23 @@ pub fn receive(
 fn take_all(
     mut receiver: Receiver,
     records: &mut Records<'_>,
+    changes: &dyn Changes,
     said: &dyn Fn(Error) -> String,
 ) -> Result<Receiver, String> {
-    let mut take = || -> Result<(), String> {
-        while let Some((record, at)) = records.next()? {
-            receiver.take(record, at).map_err(said)?;
+    let mut asked = Instant::now();
+    while let Some((record, at)) = records.next()? {
+        if asked.elapsed() >= ASK_EVERY {
+            changes.writable().map_err(said)?;
+            asked = Instant::now();
         }
-        Ok(())
-    };
-    match take() {
-        Ok(()) => Ok(receiver),
-        Err(sentence) => {
-            // If that fails it stays hidden until somebody deletes it or tries again.
-            let _ = receiver.abort();
-            Err(sentence)
-        }
+        receiver.take(record, at).map_err(said)?;
     }
+    Ok(receiver)
 }
 
 /// Lets a subvolume go on from a snapshot of it that was received, if it is what an older one is.
 /// False when it was changed or is in use: it stays as it is then, and nothing is lost.
-fn go_on(engine: &Engine, into: u64, snapshot: u64, name: &str, changes: &dyn Changes) -> bool {
+fn go_on(engine: &Engine, into: u64, snapshot: u64, changes: &dyn Changes) -> bool {
     let try_to = || -> Result<bool, Error> {
         if !engine.store.is_read_only() {
             engine.commit()?;
@@ -432,22 +498,18 @@ fn go_on(engine: &Engine, into: u64, snapshot: u64, name: &str, changes: &dyn Ch
         if parent == snapshot {
             return Ok(true);
         }
-        let was = engine.open_version(parent)?;
-        let Some(head) = engine.subvol(fs_core::units::TreeId(into)) else { return Ok(false) };
-        if !is_same(engine, &was, &head)? {
-            return Ok(false);
-        }
-        drop(head);
-        let keep = format!("before-{name}").into_bytes();
-        let made = changes.change(vec![VersionOp::Rollback { snapshot, keep }])?;
-        let kept = made.first().copied().unwrap_or(0);
-        // Somebody may have been faster; then what it was stays under that name.
-        let before = engine.open_version(kept)?;
-        if is_same(engine, &was, &before)? {
-            drop(before);
-            changes.change(vec![VersionOp::Delete { id: kept }])?;
-        }
-        Ok(true)
+        let root = {
+            let was = engine.open_version(parent)?;
+            let Some(head) = engine.subvol(TreeId(into)) else { return Ok(false) };
+            let (was, view, item) = (was.view(), head.view(), head.item());
+            let root = item.root(Txg(u64::MAX)).map_err(|bad| bad.in_item(TreeId::POOL, into))?;
+            // A group may have come between the two.
+            if root != view.tree.root || !is_untouched(engine, &was.tree, &view.tree)? {
+                return Ok(false);
+            }
+            item.root
+        };
+        changes.follow(into, snapshot, root).map(|()| true)
     };
     // It was received; the rest is a convenience.
     try_to().unwrap_or(false)
@@ -460,12 +522,4 @@ fn is_above(all: &Versions, above: u64, mut id: u64) -> bool {
         id = all.get(id).map_or(0, |version| version.item.parent);
     }
     above != 0 && id == above
-}
-
-/// Whether two versions hold the same, but for times of last access.
-fn is_same(engine: &Engine, one: &Subvol, other: &Subvol) -> Result<bool, Error> {
-    let (one, other) = (one.view(), other.view());
-    let mut content = Content::empty();
-    content.update(Source::of(&engine.store), &one.tree, &other.tree, &mut |_| Ok(()))?;
-    Ok(content.encode() == Content::empty().encode())
 }

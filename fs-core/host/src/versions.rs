@@ -521,7 +521,7 @@ pub fn carry_out(engine: &Engine, ops: Vec<VersionOp>, change: &Change) -> Resul
 pub fn ends(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
     let ends = |op: &VersionOp| match op {
         VersionOp::Delete { id } => engine.subvol(TreeId(*id)).map(|_| *id),
-        VersionOp::Rollback { snapshot, .. } => {
+        VersionOp::Rollback { snapshot, .. } | VersionOp::Follow { snapshot, .. } => {
             engine.with_versions(|all| all.get(*snapshot).map(|version| version.item.owner))
         }
         _ => None,
@@ -534,7 +534,7 @@ pub fn touched(engine: &Engine, ops: &[VersionOp]) -> Vec<u64> {
     let named = ops.iter().filter_map(|op| match op {
         VersionOp::Delete { id } | VersionOp::Rename { id, .. } => Some(*id),
         // It appears now.
-        VersionOp::Publish(arrival) => Some(arrival.into),
+        VersionOp::Publish(arrival) if arrival.into == arrival.working => Some(arrival.into),
         _ => None,
     });
     named.chain(ends(engine, ops)).collect()

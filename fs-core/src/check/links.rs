@@ -155,8 +155,8 @@ impl Merge<'_> {
         }
         let is_listed = self.orphans.binary_search(&inode.ino).is_ok();
         let is_dir = inode.file_type == mode::DIRECTORY;
-        // It keeps what it holds, and so its links, until it gets another name or goes.
-        let is_between = self.is_receiving && is_dir && is_listed;
+        // It keeps a link, or all that it holds, until it gets another name or goes.
+        let is_between = self.is_receiving && is_listed && (is_dir || inode.nlink <= 1);
         let wanted = match (inode.file_type, inode.nlink) {
             _ if is_between => 0,
             (mode::DIRECTORY, 0) => 0,

@@ -71,6 +71,21 @@ impl Engine {
         }
     }
 
+    /// Removes a file without names at once, committing in between, unless somebody holds it. It is
+    /// gone with the next group.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`]; errors of devices and trees.
+    pub fn reclaim_now(&self, subvol: &Arc<Subvol>, ino: Ino) -> Result<()> {
+        loop {
+            match self.reclaim_step(subvol, ino)? {
+                Progress::More => self.commit_upto(self.store.groups.open())?,
+                Progress::Full => return Err(Error::NoSpace),
+                Progress::Done => return Ok(()),
+            }
+        }
+    }
+
     fn reclaim_one(&self, tree: TreeId, ino: Ino) -> Progress {
         let Some(subvol) = self.subvol(tree) else { return Progress::Done };
         let progress = match self.reclaim_step(&subvol, ino) {

@@ -106,6 +106,14 @@ pub enum VersionOp {
         /// Name of the snapshot that keeps what the subvolume was.
         keep: Vec<u8>,
     },
+    /// Makes a subvolume what a snapshot of it is, which came from elsewhere, unless its tree has
+    /// another root by now. What it was goes.
+    Follow {
+        /// The snapshot.
+        snapshot: u64,
+        /// The root of the tree that the snapshot is to replace.
+        root: [u8; 64],
+    },
     /// Gives a subvolume or snapshot another name; subvolumes below it are renamed with it.
     Rename {
         /// Which.
@@ -229,6 +237,8 @@ pub(super) struct Asked {
     done: Arc<Mutex<Option<Result<Vec<u64>>>>>,
 }
 
+/// What a subvolume was before it followed a snapshot has this name until the group is complete.
+const FOLLOWED_NAME: &[u8] = b"%followed";
 /// Holds of one snapshot at most.
 const HOLDS_MAX: usize = 16;
 /// Nodes that an operation may write beyond those of the group anyway.
@@ -383,7 +393,7 @@ impl Engine {
         let more = |op: &VersionOp| match op {
             VersionOp::Clone { snapshot, .. } => promised(*snapshot),
             VersionOp::Receive { base: Some(base), .. } => promised(*base),
-            VersionOp::Rollback { snapshot, .. } => {
+            VersionOp::Rollback { snapshot, .. } | VersionOp::Follow { snapshot, .. } => {
                 let owner = versions.get(*snapshot).map_or(0, |version| version.item.owner);
                 promised(*snapshot).saturating_sub(promised(owner))
             }
@@ -398,7 +408,7 @@ impl Engine {
         for op in ops {
             let id = match op {
                 VersionOp::Delete { id } => Some(*id),
-                VersionOp::Rollback { snapshot, .. } => {
+                VersionOp::Rollback { snapshot, .. } | VersionOp::Follow { snapshot, .. } => {
                     self.versions.read().get(*snapshot).map(|version| version.item.owner)
                 }
                 VersionOp::Publish(arrival) => arrival.ends(),
@@ -598,7 +608,7 @@ impl Engine {
         let versions = &mut *versions;
         match op {
             VersionOp::CreateSubvolume { name, mode, uid, gid } => {
-                check_subvolume_name(name)?;
+                check_new_name(versions, name)?;
                 let id = draft.new_id()?;
                 let item = draft.first_item(identity);
                 add(versions, id, item, name)?;
@@ -611,12 +621,21 @@ impl Engine {
                 draft.snapshot(versions, (*id, *id), name, identity)
             }
             VersionOp::Clone { snapshot, name } => {
-                check_subvolume_name(name)?;
+                check_new_name(versions, name)?;
                 draft.clone(versions, *snapshot, name, identity)
             }
             VersionOp::Rollback { snapshot, keep } => {
                 let owner = draft.snapshot_of(versions, *snapshot)?.item.owner;
                 draft.roll_back(versions, (*snapshot, owner), keep, identity)
+            }
+            VersionOp::Follow { snapshot, root } => {
+                let owner = draft.snapshot_of(versions, *snapshot)?.item.owner;
+                if versions.need(owner)?.item.root != *root {
+                    return Err(Errno::Busy.into());
+                }
+                let followed = (*snapshot, owner);
+                let kept = draft.roll_back(versions, followed, FOLLOWED_NAME, identity)?;
+                versions.mark_deleted(kept).map(|()| 0)
             }
             VersionOp::Rename { id, name } => draft.rename(versions, *id, name).map(|()| 0),
             VersionOp::Delete { id } => draft.delete(versions, *id).map(|()| 0),
@@ -668,7 +687,7 @@ impl Engine {
                 versions.change(*id, limit).map(|()| 0)
             }
             VersionOp::Receive { name, base, origin } => {
-                check_subvolume_name(name)?;
+                check_new_name(versions, name)?;
                 draft.has_streams = true;
                 let id = match base {
                     Some(base) => draft.clone(versions, *base, name, identity)?,
@@ -704,7 +723,7 @@ impl Engine {
     fn check_shut(&self, draft: &Draft<'_>, op: &VersionOp) -> Result<()> {
         let id = match op {
             VersionOp::Delete { id } => *id,
-            VersionOp::Rollback { snapshot, .. } => {
+            VersionOp::Rollback { snapshot, .. } | VersionOp::Follow { snapshot, .. } => {
                 let versions = self.versions.read();
                 versions.get(*snapshot).map_or(0, |version| version.item.owner)
             }
@@ -980,7 +999,7 @@ impl Draft<'_> {
         if version.name.is_empty() {
             return Err(Error::Argument { what: "the root subvolume cannot be renamed" });
         }
-        check_subvolume_name(name)?;
+        check_new_name(versions, name)?;
         let old = version.name.clone();
         let below = name.strip_prefix(old.as_slice());
         if below.is_some_and(|rest| rest.first() == Some(&b'/')) {
@@ -1052,6 +1071,19 @@ fn check_subvolume_name(name: &[u8]) -> Result<()> {
         return Err(Errno::NameTooLong.into());
     }
     check_name(name).map_err(|bad| Error::Argument { what: bad.0 })
+}
+
+/// The name of a subvolume that comes there. It is below none that is being received, which could
+/// not be deleted then.
+fn check_new_name(versions: &Versions, name: &[u8]) -> Result<()> {
+    check_subvolume_name(name)?;
+    let cuts = name.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+    let is_receiving =
+        |above: &[u8]| versions.subvolume(above).is_some_and(|id| versions.is_receiving(id));
+    match cuts.into_iter().any(|at| is_receiving(&name[..at])) {
+        true => Err(being_received()),
+        false => Ok(()),
+    }
 }
 
 /// Names of snapshots and bookmarks, and tags, have one part.

@@ -1,15 +1,18 @@
 //! What an incremental stream goes on from.
 
 use super::{NAME_BYTES_MAX, WORKING_NAME};
-use crate::btree::Tree;
+use crate::btree::{Difference, Tree, Value};
 use crate::engine::versions::VersionOp;
 use crate::engine::Engine;
 use crate::error::{Errno, Error};
-use crate::platform::Result;
+use crate::format::inode::InodeItem;
+use crate::format::key::{kind, Key};
+use crate::platform::{Result, Timestamp};
 use crate::stream::content::Progress;
 use crate::stream::{record, Content, Identity, Source};
 use crate::subvol::versions::Versions;
 use crate::subvol::Subvol;
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -82,6 +85,28 @@ pub fn content_after(
     content.update(Source::of(&engine.store), old, &snapshot.view().tree, progress)?;
     keep(engine, id, &content);
     Ok(content)
+}
+
+/// Whether all that is stored of a tree is as in an older one, but for times of last access.
+///
+/// # Errors
+/// Errors of devices and trees.
+pub fn is_untouched(engine: &Engine, old: &Tree, new: &Tree) -> Result<bool> {
+    let inode = |key: &Key, value: &Value| -> Result<Box<InodeItem>> {
+        let item = InodeItem::decode(value).map_err(|bad| bad.in_item(new.id, key.object))?;
+        let mut item = Box::new(item);
+        item.set_atime(Timestamp::default());
+        item.version = 0;
+        Ok(item)
+    };
+    let mut differences = old.differences(new, Key::MIN);
+    while let Some(Difference { key, old, new }) = differences.next(&*engine.store)? {
+        let (Some(old), Some(new), kind::INODE) = (old, new, key.kind) else { return Ok(false) };
+        if inode(&key, &old)? != inode(&key, &new)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Notes the content of a snapshot, to be faster the next time, if there is room.

@@ -57,7 +57,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use base::Base;
-pub use base::{content_after, content_of};
+pub use base::{content_after, content_of, is_untouched};
 
 /// What the last part of a working subvolume's name is while an incremental stream is received.
 pub const WORKING_NAME: &[u8] = b"%receiving";
@@ -194,6 +194,11 @@ impl Receiver {
         }
     }
 
+    /// The subvolume in which it is received.
+    pub fn working(&self) -> u64 {
+        self.volume.version()
+    }
+
     /// What was received so far.
     pub fn summary(&self) -> &Summary {
         self.order.summary()
@@ -300,7 +305,7 @@ impl Receiver {
     fn inode(&mut self, ino: Ino, fields: Box<InodeItem>) -> Result<()> {
         self.finish_inode()?;
         let there = self.there(ino, fields.file_type())?;
-        let is_new = there.is_none();
+        let mut is_new = there.is_none();
         let reservation = self.reserve(6)?;
         let subvol = self.subvol().clone();
         match there {
@@ -321,6 +326,7 @@ impl Receiver {
                 let mut change = Change::begin(&subvol);
                 let mut item = Box::new(state.item);
                 if item.generation == 0 {
+                    is_new = true;
                     item.generation = change.txg().0;
                     self.undescribed = self.undescribed.saturating_sub(1);
                 }

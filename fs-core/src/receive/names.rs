@@ -6,6 +6,7 @@ use crate::format::dir::Entry;
 use crate::format::inode::NLINK_MAX;
 use crate::format::key::{kind, Key};
 use crate::format::pool::ROOT_INO;
+use crate::format::BadBytes;
 use crate::platform::Result;
 use crate::subvol::change::Change;
 use crate::subvol::inode::{Inode, State};
@@ -124,9 +125,19 @@ impl Receiver {
             return Ok(());
         }
         let mut above = dir;
-        // Ends, because there was no circle before.
+        // A damaged pool may have a circle already: who goes round meets where it was when it had
+        // come half as far (R. P. Brent, An improved Monte Carlo factorization algorithm, 1980).
+        let (mut met, mut steps) = (Ino(0), 0u64);
         while above.0 != 0 {
             self.holds(above != child.ino, "a directory below itself")?;
+            if above == met {
+                let what = "directories that are in each other";
+                return Err(BadBytes(what).in_item(self.subvol().id, above.0));
+            }
+            steps += 1;
+            if steps.is_power_of_two() {
+                met = above;
+            }
             above = Ino(self.subvol().inode(above)?.state.read().item.parent);
         }
         Ok(())
@@ -212,14 +223,13 @@ impl Receiver {
         for ino in inodes {
             self.let_go(*ino)?;
         }
-        // Large files go a part a group.
-        for _ in 0..2 {
-            self.engine.reclaim_all();
-            self.engine.commit()?;
+        for ino in inodes {
+            self.engine.reclaim_now(self.subvol(), *ino)?;
         }
+        self.engine.commit()?;
         for ino in inodes {
             if self.find(*ino)?.is_some() {
-                return Err(Error::NoSpace);
+                return Err(Errno::Busy.into());
             }
         }
         Ok(())
@@ -243,7 +253,6 @@ impl Receiver {
         change.log_inode(&inode, &mut state, *item);
         self.engine.keep(change.txg(), reservation);
         change.finish();
-        self.engine.queue_reclaim(&subvol, ino);
         Ok(())
     }
 }

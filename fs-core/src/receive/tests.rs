@@ -8,7 +8,7 @@ use crate::error::Error;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::platform::{Result, Timestamp};
-use crate::receive::content_of;
+use crate::receive::{content_of, is_untouched};
 use crate::stream::record::{Begin, Decoder, Encoder, Record};
 use crate::stream::send::{Parent, Sender, Shipment};
 use crate::stream::tests::{act, look, pattern, Seen, Step};
@@ -87,6 +87,7 @@ impl Host {
             tree: snapshot.view().tree,
             content: &content,
             base: parent,
+            is_followed: false,
         };
         let mut sender = Sender::new(Source::of(&engine.store), &what);
         let codecs = &*self.test.platform.codecs;
@@ -98,9 +99,17 @@ impl Host {
     }
 
     fn take_all(&self, to: &Destination, bytes: &[u8]) -> Result<u64> {
+        self.take_and_check(to, bytes, u64::MAX)
+    }
+
+    /// As [`Host::take_all`]; what is stored when record `stop` was taken is checked.
+    fn take_and_check(&self, to: &Destination, bytes: &[u8], stop: u64) -> Result<u64> {
         let codecs = &*self.test.platform.codecs;
         let (mut decoder, mut rest, mut receiver) = (Decoder::default(), bytes, None);
         let outcome = loop {
+            if decoder.position().records == stop && receiver.is_some() {
+                self.check();
+            }
             let at = decoder.position().bytes;
             if decoder.need() == 0 {
                 break Ok(());
@@ -206,6 +215,7 @@ proptest! {
         rounds in proptest::collection::vec(
             proptest::collection::vec(any::<Step>(), 1..24), 1..5),
         keeps in any::<[bool; 5]>(),
+        stops in any::<[u16; 5]>(),
     ) {
         let (from, to) = (Host::new(&options(which)), Host::new(&options(which + 1)));
         let mut held = BTreeSet::new();
@@ -222,10 +232,12 @@ proptest! {
                 false => sent.get(round / 2).copied(),
             };
             let stream = from.send(base, id);
-            let there = match base {
-                None => to.receive(&new("in"), &stream),
-                Some(_) => to.receive(&Destination::Existing(into), &stream),
+            let destination = match base {
+                None => new("in"),
+                Some(_) => Destination::Existing(into),
             };
+            let stop = u64::from(stops[round]) % decode(&from, &stream).len() as u64;
+            let there = to.take_and_check(&destination, &stream, stop).unwrap();
             let owner = |v: &crate::subvol::versions::Versions| v.get(there).unwrap().item.owner;
             into = to.fs.engine().with_versions(owner);
             prop_assert_eq!(pathless(to.look(there)), pathless(from.look(id)));
@@ -418,6 +430,20 @@ fn what_is_being_received_can_be_deleted_and_nothing_else() {
     for op in refused {
         assert!(to.change(op.clone()).is_err(), "{op:?}");
     }
+    // Nothing comes below it: it could not be deleted then.
+    let (name, base) = (b"in/x".to_vec(), to.snapshot("other"));
+    let elsewhere = VersionOp::CreateSubvolume { name: b"y".to_vec(), mode: 0, uid: 0, gid: 0 };
+    let other = to.change(elsewhere).unwrap();
+    for op in [
+        VersionOp::CreateSubvolume { name: name.clone(), mode: 0o755, uid: 0, gid: 0 },
+        VersionOp::Clone { snapshot: base, name: name.clone() },
+        VersionOp::Rename { id: other, name: name.clone() },
+        VersionOp::Receive { name, base: None, origin: [1; 16] },
+    ] {
+        assert!(to.change(op.clone()).is_err(), "{op:?}");
+    }
+    to.change(VersionOp::Delete { id: other }).unwrap();
+    to.change(VersionOp::Delete { id: base }).unwrap();
     // Two at once do not disturb each other.
     assert!(Receiver::begin(engine, &new("in"), &begin, &mut |_| Ok(())).is_err());
     to.check();
@@ -486,6 +512,11 @@ fn trees_that_cannot_be_are_refused_by_rule() {
         fields.mode = bits;
         Record::Inode { ino: Ino(ino), fields }
     };
+    let numbered = |ino: u64, bits: u32, rdev: u64| {
+        let mut fields = Box::new(InodeItem::zeroed());
+        (fields.mode, fields.rdev) = (bits, rdev);
+        Record::Inode { ino: Ino(ino), fields }
+    };
     let name = |ino: u64, file_type: u32, name: &[u8]| Record::Name {
         ino: Ino(ino),
         file_type,
@@ -517,6 +548,10 @@ fn trees_that_cannot_be_are_refused_by_rule() {
             "a name that is taken",
             vec![root(), name(2, mode::FIFO, b"a"), name(3, mode::FIFO, b"a")],
         ),
+        (
+            "device number of something that is not a device",
+            vec![root(), name(2, mode::FIFO, b"a"), numbered(2, mode::FIFO, 7)],
+        ),
         ("what was received is not what was sent", vec![root()]),
     ];
     for (wanted, records) in cases {
@@ -547,6 +582,57 @@ fn a_stream_comes_where_its_base_is() {
     assert!(to.take_all(&new("in"), &full).is_err(), "there is one of that name");
     to.receive(&Destination::Existing(into), &stream);
     assert!(to.take_all(&Destination::Existing(into), &stream).is_err(), "twice");
+    to.settle();
+    to.check();
+}
+
+#[test]
+fn a_subvolume_follows_unless_it_changed_meanwhile() {
+    let (from, to) = (Host::new(&options(0)), Host::new(&options(1)));
+    let root = from.fs.root();
+    let file = from.fs.mknod(root, b"f", 0o100644, 0, &ROOT).unwrap().ino;
+    from.fs.write(file, 0, &pattern(50_000, 1), WriteFlags::default()).unwrap();
+    let first = from.snapshot("first");
+    let base = to.receive(&new("in"), &from.send(None, first));
+    let engine = to.fs.engine();
+    let into = engine.with_versions(|v| v.get(base).unwrap().item.owner);
+    let enter = |id| Volume::of_version(engine.clone(), id, AccessTime::Never).unwrap();
+    // Named before it was described: the times are those of the one that was sent.
+    let seen = enter(base).lookup(root, b"f").unwrap();
+    assert_eq!((seen.atime, seen.mtime), (seen.mtime, from.fs.getattr(file).unwrap().mtime));
+    from.fs.write(file, 4096, &pattern(100, 3), WriteFlags::default()).unwrap();
+    let second = from.snapshot("second");
+    let here = to.receive(&Destination::Existing(into), &from.send(Some(first), second));
+    let root_now = || {
+        engine.commit().unwrap();
+        engine.subvol(TreeId(into)).unwrap().item().root
+    };
+    let untouched = || {
+        let (was, is) = (engine.open_version(base).unwrap(), engine.open_version(into).unwrap());
+        is_untouched(engine, &was.view().tree, &is.view().tree).unwrap()
+    };
+    let was = root_now();
+    assert!(untouched());
+    let fs = enter(into);
+    let set =
+        SetAttr { atime: Some(SetTime::At(Timestamp { secs: 5, nanos: 6 })), ..SetAttr::default() };
+    fs.setattr(seen.ino, &SetAttr { ctime: Some(seen.ctime), ..set }, &ROOT).unwrap();
+    let read = root_now();
+    assert!(untouched(), "it was only read");
+    fs.write(seen.ino, 0, b"mine", WriteFlags::default()).unwrap();
+    drop(fs);
+    let written = root_now();
+    assert!(!untouched());
+    for root in [was, read] {
+        let refused = to.change(VersionOp::Follow { snapshot: here, root });
+        assert!(matches!(refused, Err(Error::Posix(crate::error::Errno::Busy))));
+    }
+    let mut kept = [0; 4];
+    enter(into).read(seen.ino, 0, &mut kept).unwrap();
+    assert_eq!(&kept, b"mine");
+    to.change(VersionOp::Follow { snapshot: here, root: written }).unwrap();
+    assert_eq!(pathless(look(&enter(into))), pathless(from.look(second)));
+    assert_eq!(to.names().len(), 4, "what it was is gone: {:?}", to.names());
     to.settle();
     to.check();
 }

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::format::dir::{self, name_is_valid};
 use crate::format::extent::FILE_BYTES_MAX;
 use crate::format::inode::{mode, InodeItem};
-use crate::format::pool::{INO_MAX, NAME_BYTES_MAX};
+use crate::format::pool::{check_name, INO_MAX, NAME_BYTES_MAX};
 use crate::format::xattr::VALUE_BYTES_MAX;
 use crate::format::{rule, BadBytes};
 use crate::platform::{Codecs, Result, Timestamp};
@@ -57,6 +57,9 @@ mod kind {
     pub const HOLE: u16 = 10;
     pub const END: u16 = 11;
 }
+
+/// Bit of [`Begin::compat`]: another stream follows this one. Where it does not, all are cut off.
+pub const FOLLOWED: u64 = 1;
 
 /// What a stream is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -357,6 +360,8 @@ fn decode_fields(body: &mut Body<'_>) -> core::result::Result<Box<InodeItem>, Ba
     item.set_btime(fields.time()?);
     InodeItem::decode(&item.to_bytes())?;
     rule(item.size == 0 || item.is_file(), "size of something that is not a file")?;
+    let is_device = matches!(item.file_type(), mode::CHAR | mode::BLOCK);
+    rule(item.rdev == 0 || is_device, "device number of something that is not a device")?;
     Ok(item)
 }
 
@@ -392,7 +397,8 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
     rule(has_base == 1 || is_zero, "full stream with a base")?;
     let name = body.rest();
     rule((1..=NAME_BYTES_MAX).contains(&name.len()), "snapshot name of the wrong length")?;
-    rule(!name.contains(&0) && !name.contains(&b'/'), "snapshot name not allowed")?;
+    rule(!name.contains(&b'/'), "snapshot name not allowed")?;
+    check_name(name)?;
     let base = (has_base == 1).then_some(base);
     Ok(Box::new(Begin { compat, id, created, base, name: name.to_vec() }))
 }

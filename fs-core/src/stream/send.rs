@@ -18,7 +18,7 @@ mod tests;
 use super::compare::{Comparison, Event};
 use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
 use super::read::{self, File};
-use super::record::{Base, Begin, Record, TARGET_BYTES_MAX};
+use super::record::{Base, Begin, Record, FOLLOWED, TARGET_BYTES_MAX};
 use super::Source;
 use crate::btree::{Tree, Value};
 use crate::error::Error;
@@ -45,6 +45,8 @@ pub struct Shipment<'a> {
     pub content: &'a Content,
     /// The state that the receiver has.
     pub base: Option<Parent>,
+    /// Another stream will follow this one.
+    pub is_followed: bool,
 }
 
 /// A state that the receiver has.
@@ -96,13 +98,14 @@ impl<'a> Sender<'a> {
     pub fn new(source: Source<'a>, what: &Shipment<'_>) -> Sender<'a> {
         let base = what.base.map(|parent| Base { id: parent.id, identity: parent.identity });
         let old = what.base.map_or(Tree::empty(what.tree.id), |parent| parent.tree);
+        let compat = if what.is_followed { FOLLOWED } else { 0 };
         let (id, created, name) = (what.id, what.created, what.name.to_vec());
         Sender {
             source,
             old,
             new: what.tree,
             stage: Stage::Begin,
-            begin: Some(Box::new(Begin { compat: 0, id, created, base, name })),
+            begin: Some(Box::new(Begin { compat, id, created, base, name })),
             end: (what.content.identity(), what.content.elements()),
             comparison: Comparison::new(&old, &what.tree),
             ino: Ino(0),

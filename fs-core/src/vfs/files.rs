@@ -273,7 +273,10 @@ impl Volume {
             self.drop_capabilities(&mut change, ino, &mut item)?;
         }
         item.size = item.size.max(end);
-        self.stamp(&mut item);
+        match flags.keeps_times {
+            true => item.version = item.version.wrapping_add(1),
+            false => self.stamp(&mut item),
+        }
         let is_first = state.txg != change.txg();
         let is_new_mode = item.mode != state.item.mode || item.xattr_hint != state.item.xattr_hint;
         if is_new_mode {

@@ -527,6 +527,17 @@ impl Forest {
         true
     }
 
+    /// Whether drivers hold on to an inode of a version: it may be in use, and there may be data of
+    /// it that has not been written yet.
+    pub fn is_remembered(&self, id: u64) -> bool {
+        if id == self.base.version() {
+            return true;
+        }
+        let slots = self.slots.read();
+        let open = slots.numbers.get(&id).and_then(|number| slots.open.get(number));
+        open.is_some_and(|slot| slot.lookups.load(Ordering::Acquire) > 0)
+    }
+
     /// Nothing came of it: everybody may come to what was held off, and finds it as it was.
     pub fn let_in(&self, ids: &[u64]) {
         let mut gone = Vec::new();

@@ -208,6 +208,9 @@ pub struct WriteFlags {
     pub append: bool,
     /// Clear set-user-id, set-group-id and capabilities first.
     pub kill_priv: bool,
+    /// Leave the times as they are: the driver wrote this to its own cache before, has the times of
+    /// that, and sets them itself.
+    pub keeps_times: bool,
 }
 
 /// Shorthand.

@@ -10,7 +10,8 @@ use crate::run::Cmd;
 use crate::steps::Outcome;
 use crate::{checkout, need};
 use anyhow::{ensure, Result};
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::path::Path;
 
 /// Runs it.
@@ -40,6 +41,7 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
         compare(from.dir(), to.dir(), &new)?;
     }
     into_a_file(from.dir())?;
+    in_use(from.dir(), to.dir())?;
     // And from there on, all at once.
     let last = format!("{}/copy@{}", to.dir().display(), name_of(4));
     pass(&last, "-R", from.dir(), "back")?;
@@ -95,6 +97,44 @@ fn refused(snapshot: &str, old: &str, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Where somebody is writing nothing is put in the place of what he writes.
+fn in_use(from: &Path, to: &Path) -> Result<()> {
+    let (cairn, sent) = (cairn(), from.display());
+    let receive = |what: &str| {
+        let to = to.display();
+        let script = format!("{cairn} send -q {sent}@{what} | {cairn} receive -q {to}/used");
+        Cmd::new("bash").args(["-c", &script]).output()
+    };
+    ensure!(receive("first")?.code == Some(0), "it cannot be received a second time");
+    let mut file = OpenOptions::new().append(true).open(to.join("used/source/a/text"))?;
+    file.write_all(b"not written back yet")?;
+    let out = receive("round-1 -i @first")?;
+    ensure!(out.code == Some(3), "somebody was writing there: {}", out.both());
+    ensure!(out.stderr.contains("stays as it is"), "{}", out.both());
+    file.write_all(b", and more")?;
+    file.sync_all()?;
+    let text = fs::read(to.join("used/source/a/text"))?;
+    ensure!(text.ends_with(b"not written back yet, and more"), "what was written is lost");
+    let whole = format!("{}/used@round-1", to.display());
+    Cmd::new(&cairn).args(["id", &whole]).quiet()?;
+    // Nor where somebody mounted something.
+    let inner = to.join("copy/source/many");
+    let out = Cmd::new("mount").args(["-t", "tmpfs", "none"]).arg(&inner).output()?;
+    ensure!(out.code == Some(0), "{}", out.both());
+    let name = format!("{sent}@more");
+    Cmd::new(&cairn).args(["snapshot", "create", &name]).quiet()?;
+    let script = format!(
+        "{cairn} send -q -i @round-4 {name} | {cairn} receive -q {}/copy; mountpoint -q {}",
+        to.display(),
+        inner.display()
+    );
+    let out = Cmd::new("bash").args(["-c", &script]).output()?;
+    Cmd::new("umount").arg(&inner).quiet()?;
+    ensure!(out.code == Some(0), "what was mounted there is gone: {}", out.both());
+    ensure!(out.stderr.contains("stays as it is"), "{}", out.both());
+    Ok(())
+}
+
 /// A file is as it was until the whole stream is in it.
 fn into_a_file(dir: &Path) -> Result<()> {
     let file = dir.join("stream");
@@ -106,7 +146,9 @@ fn into_a_file(dir: &Path) -> Result<()> {
     ensure!(send("nothing")?.code == Some(1), "what is not there was sent");
     ensure!(fs::read(&file)? == b"an older backup", "the older backup is gone");
     ensure!(send("first")?.code == Some(0), "it cannot be sent into a file");
-    ensure!(!dir.join("stream.partial").exists(), "something is left");
+    let named = |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(b"stream");
+    let streams = fs::read_dir(dir)?.filter(|entry| entry.as_ref().is_ok_and(named)).count();
+    ensure!(streams == 1, "{streams} files instead of one");
     Cmd::new(cairn()).args(["receive", "-n", "-i"]).arg(&file).quiet()?;
     fs::remove_file(&file).map_err(Into::into)
 }

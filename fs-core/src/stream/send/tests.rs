@@ -29,7 +29,8 @@ fn send(fs: &Volume, old: Option<(&Tree, &Content)>, new: (&Tree, &Content)) -> 
     });
     let created = Timestamp { secs: -5, nanos: 6 };
     let (tree, content) = (*new.0, new.1);
-    let what = Shipment { id: [2; 16], created, name: b"tuesday", tree, content, base };
+    let (id, name) = ([2; 16], b"tuesday");
+    let what = Shipment { id, created, name, tree, content, base, is_followed: false };
     let mut sender = Sender::new(Source::of(&fs.engine().store), &what);
     let (mut encoder, mut bytes) = (Encoder::default(), Vec::new());
     while let Some(record) = sender.next_record().unwrap() {
