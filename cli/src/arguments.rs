@@ -1,7 +1,8 @@
 //! The command line.
 
 use cairn_host::parse::parse_size;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use cairn_host::properties;
+use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -42,10 +43,12 @@ pub(crate) enum Command {
     /// Make, show and delete snapshots; go back to them; begin anew from them
     #[command(subcommand, visible_alias = "snap")]
     Snapshot(Snapshot),
-    /// Show how new data of files is stored
+    /// Show properties of subvolumes, snapshots, files and directories, and where they come from
     Get(Get),
-    /// Choose how new data of files is stored
+    /// Set properties of subvolumes, files and directories
     Set(Set),
+    /// Choose a property no more: take what is above
+    Inherit(Inherit),
     /// Name the content of a subvolume or snapshot: equal where the same is stored, however
     Id(Id),
     /// Write a snapshot as a stream, all of it or what came after an earlier one
@@ -285,49 +288,74 @@ pub(crate) struct Sync {
     pub(crate) json: bool,
 }
 
-/// A property of a file or directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Property {
-    /// Compression of new data
-    Compression,
-    /// Checksum of new data
-    Checksum,
-}
-
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Get {
-    /// Show only this property [default: all]
-    #[arg(short = 'p', long, value_enum)]
-    pub(crate) property: Option<Property>,
+    /// Print exact numbers of bytes, and times in seconds since 1970
+    #[arg(short = 'p', long)]
+    pub(crate) exact: bool,
+    /// Print no heading, and tabs between columns
+    #[arg(short = 'H', long)]
+    pub(crate) no_heading: bool,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,
-    /// Files and directories of mounted pools
-    #[arg(value_name = "PATH", required = true)]
-    pub(crate) paths: Vec<PathBuf>,
+    /// Further devices of a pool that is not mounted
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<PathBuf>,
+    /// Properties with commas between them, or all, which may be left out; and of what: a subvolume
+    /// or snapshot, POOL/SUBVOLUME[@SNAPSHOT], or a file or directory of a mounted pool
+    #[arg(value_name = "[PROPERTY|all] NAME", required = true)]
+    pub(crate) words: Vec<PathBuf>,
 }
 
 #[derive(Args, Clone, Debug)]
 pub(crate) struct Set {
-    /// compression=none, zstd or zstd:LEVEL (-7 to 19); checksum=none, crc32c or blake3; or
-    /// =inherit, to follow the subvolume and the pool
+    /// compression=none, zstd or zstd:LEVEL (-7 to 19); checksum=none, crc32c or blake3; of a
+    /// subvolume also atime=on, relative or off; readonly=on or off; referenced-limit=SIZE or none;
+    /// own-limit=SIZE or none; MODULE:NAME=TEXT, also of a snapshot; or =inherit, to take what is
+    /// above
     #[arg(value_name = "PROPERTY=VALUE", value_parser = parse_assignment)]
-    pub(crate) assignment: (Property, String),
-    /// Files and directories of mounted pools; what is made in a directory takes over its
-    /// properties. Further PROPERTY=VALUE may come before them; write ./NAME for a path that looks
-    /// like one
-    #[arg(value_name = "PATH", required = true)]
+    pub(crate) assignment: (String, String),
+    /// Further devices of a pool that is not mounted
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<PathBuf>,
+    /// A subvolume, POOL/SUBVOLUME, or a file or directory of a mounted pool; what is made in a
+    /// directory takes over its properties. Further PROPERTY=VALUE may come before them; write
+    /// ./NAME for a path that looks like one
+    #[arg(value_name = "NAME", required = true)]
     pub(crate) paths: Vec<PathBuf>,
 }
 
-pub(crate) fn parse_assignment(text: &str) -> Result<(Property, String), String> {
+pub(crate) fn parse_assignment(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("expected PROPERTY=VALUE")?;
-    let property = Property::from_str(name, false)
-        .map_err(|_| format!("{name:?} is no property; there are compression and checksum"))?;
-    if value.is_empty() {
+    let property = parse_property(name)?;
+    if value.is_empty() && !name.contains(':') {
         return Err(format!("{name} needs a value"));
     }
     Ok((property, value.to_string()))
+}
+
+fn parse_property(name: &str) -> Result<String, String> {
+    match properties::is_settable(name) {
+        true => Ok(name.to_string()),
+        false => Err(format!(
+            "{name:?} is no property; there are {}, and MODULE:NAME of your own",
+            properties::SETTABLE.join(", ")
+        )),
+    }
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Inherit {
+    /// What is not to be chosen here any more
+    #[arg(value_name = "PROPERTY", value_parser = parse_property)]
+    pub(crate) property: String,
+    /// Further devices of a pool that is not mounted
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Vec<PathBuf>,
+    /// A subvolume, POOL/SUBVOLUME, or a file or directory of a mounted pool
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<PathBuf>,
 }
 
 #[derive(Args, Clone, Debug)]

@@ -119,6 +119,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Sync(arguments) => sync::run(&arguments),
         Command::Get(arguments) => property::get(&arguments),
         Command::Set(arguments) => property::set(&arguments),
+        Command::Inherit(arguments) => property::inherit(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
         Command::Clone(arguments) => clone::run(&arguments),
         Command::Subvolume(command) => versions::subvolume(&command),

@@ -363,7 +363,7 @@ fn say(of: &Shown, name: &VersionName) {
 }
 
 /// Carries changes out one after the other.
-fn carry_out(place: &Place, changes: &[Change]) -> Result<(), Failure> {
+pub(crate) fn carry_out(place: &Place, changes: &[Change]) -> Result<(), Failure> {
     let paths = match place {
         Place::Mounted(mount) => {
             return changes.iter().try_for_each(|change| carry_out_mounted(mount, change));
@@ -396,7 +396,13 @@ pub(crate) fn flush(mount: &Mount) -> Result<(), Failure> {
 }
 
 fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
-    if matches!(change, Change::Snapshot { .. } | Change::Rollback { .. }) {
+    let is_last = match change {
+        Change::Snapshot { .. } | Change::Rollback { .. } => true,
+        Change::Set { properties, .. } => properties.iter().any(|(name, _)| name == "readonly"),
+        _ => false,
+    };
+    // What was written before belongs to before.
+    if is_last {
         flush(mount)?;
     }
     match ask(mount, Request::Change(change.clone())) {

@@ -12,12 +12,11 @@ use cairn_host::versions::{self, Change};
 use fs_core::engine::versions::VersionOp;
 use fs_core::engine::{DamagedFile, Engine};
 use fs_core::error::{Errno, Error};
-use fs_core::format::ptr::{ChecksumKind, CompressionKind};
 use fs_core::format::FORMAT_VERSION;
 use fs_core::space::KindUsage;
-use fs_core::subvol::store::DataSettings;
-use fs_core::vfs::{Filesystem, Forest, Volume};
+use fs_core::vfs::{property, Filesystem, Forest, Volume};
 use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -104,6 +103,10 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                 base: versions::name_at(volume.engine(), volume.version()),
                 next: versions::page(versions::list(volume.engine()), skip),
             },
+            Request::Properties(name) => {
+                let (engine, base) = (volume.engine(), volume.version());
+                Reply::Properties(versions::properties(engine, base, &name))
+            }
             Request::Differences { old, new, first } => {
                 let base = (volume.engine(), volume.version());
                 match versions::differences(base.0, base.1, (&old, &new), first) {
@@ -223,7 +226,13 @@ fn change_and_tell(
         return Err(Errno::Busy.into());
     }
     let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
+    let before = unchanging(engine);
     let made = change_undisturbed(forest, ops, &ends)?;
+    // What the kernel knows of files was to be relied on, or need not be asked for any more.
+    let after = unchanging(engine);
+    for id in before.symmetric_difference(&after) {
+        forest.known(*id).into_iter().for_each(|ino| kernel.distrust_now(ino.0));
+    }
     // Snapshots that are gone; space they held comes free when nobody looks into them.
     versions::gone(engine, &touched).into_iter().for_each(|id| forest.let_go(id));
     let shown = touched.into_iter().chain(made.iter().copied());
@@ -232,6 +241,13 @@ fn change_and_tell(
         kernel.name_changed(dir.0, &name);
     }
     Ok(made)
+}
+
+/// The subvolumes that refuse changes.
+fn unchanging(engine: &Engine) -> BTreeSet<u64> {
+    let subvols = engine.subvols();
+    let refuses = subvols.iter().filter(|subvol| subvol.settings().refuses_changes());
+    refuses.map(|subvol| subvol.id.0).collect()
 }
 
 /// Carries operations out while nobody is in the versions that end with them. If nothing comes of
@@ -284,8 +300,8 @@ fn pool_info(volume: &Volume) -> PoolInfo {
         chunk_bytes: superblock.chunk_bytes,
         data_profile: superblock.data_profile.name().into(),
         metadata_profile: superblock.metadata_profile.name().into(),
-        compression: compression_name(settings),
-        checksum: checksum_name(settings.checksum).into(),
+        compression: property::compression_name(settings.compression, settings.level),
+        checksum: property::checksum_name(settings.checksum).into(),
         device_count: devices.len() as u16,
         devices,
         scrub: engine.scrub_status().map(|status| Box::new(ScrubInfo::of(&status))),
@@ -361,21 +377,5 @@ fn space_info(engine: &Engine) -> SpaceInfo {
         available: Some(engine.room().available),
         stored_bytes: Some(items.iter().map(|item| item.stored_bytes).sum()),
         logical_bytes: Some(items.iter().map(|item| item.logical_bytes).sum()),
-    }
-}
-
-fn compression_name(settings: DataSettings) -> String {
-    match (settings.compression, settings.level) {
-        (CompressionKind::None, _) => "none".into(),
-        (CompressionKind::Zstd, 0) => "zstd".into(),
-        (CompressionKind::Zstd, level) => format!("zstd:{level}"),
-    }
-}
-
-fn checksum_name(kind: ChecksumKind) -> &'static str {
-    match kind {
-        ChecksumKind::None => "none",
-        ChecksumKind::Crc32c => "crc32c",
-        ChecksumKind::Blake3 => "blake3",
     }
 }

@@ -111,6 +111,14 @@ impl Kernel {
         self.leave(node, Invalid::Attributes);
     }
 
+    /// As [`Kernel::distrust`], and waits until the kernel knows. Not for threads that answer it.
+    pub fn distrust_now(&self, node: u64) {
+        let Some(device) = self.device.get() else { return };
+        // ENOENT: the kernel does not know the inode.
+        let head = Head::notify_inval_inode(node, Invalid::Attributes.offset());
+        let _ = send(device.as_fd(), &head, &[]);
+    }
+
     fn leave(self: &Arc<Self>, node: u64, invalid: Invalid) {
         if self.device.get().is_none() {
             return;

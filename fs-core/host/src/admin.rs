@@ -20,6 +20,7 @@
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
+use crate::properties::PropertyInfo;
 use crate::streams::{Received, Sending, Sent};
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
@@ -68,6 +69,8 @@ pub enum Request {
     Versions(u64),
     /// Change them. Answered by [`Reply::Changed`].
     Change(Change),
+    /// The properties of a subvolume or snapshot. Answered by [`Reply::Properties`].
+    Properties(VersionName),
     /// What differs between two states, in the inodes from a number on. Answered by
     /// [`Reply::Differences`].
     Differences {
@@ -159,7 +162,7 @@ impl Request {
         match self {
             Request::Info | Request::Df | Request::Sync => false,
             // Names of subvolumes that others may not come to, and of their snapshots.
-            Request::Versions(_) => true,
+            Request::Versions(_) | Request::Properties(_) => true,
             Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => true,
             Request::Device(_) => true,
             Request::Send(_) | Request::Receive(_) => true,
@@ -197,6 +200,8 @@ pub enum Reply {
     Changed,
     /// To [`Request::Damaged`].
     Damaged(Vec<DamagedInfo>),
+    /// To [`Request::Properties`]; `None` when there is none of that name.
+    Properties(Option<Vec<PropertyInfo>>),
     /// To [`Request::Differences`].
     Differences(Differences),
     /// To [`Request::Identity`].

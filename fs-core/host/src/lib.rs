@@ -15,9 +15,9 @@
 //! besides: who else uses a device ([`mounts`]), what is on it already ([`probe`], [`stored`]),
 //! where the other devices of its pool are ([`members`]), what `LABEL=` and `UUID=` name
 //! ([`source`]), how sizes and ids are written ([`parse`]), how a command talks to the daemon of a
-//! mounted pool ([`admin`]), what it may ask about subvolumes and snapshots ([`versions`]), how
-//! they are sent and received ([`streams`]), and how it asks for free space to be discarded
-//! ([`trim`](trim())).
+//! mounted pool ([`admin`]), what it may ask about subvolumes and snapshots ([`versions`],
+//! [`properties`]), how they are sent and received ([`streams`]), and how it asks for free space to
+//! be discarded ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -31,6 +31,7 @@ pub mod mounts;
 pub mod output;
 pub mod parse;
 pub mod probe;
+pub mod properties;
 mod report;
 pub mod source;
 pub mod stored;

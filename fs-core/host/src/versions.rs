@@ -5,6 +5,7 @@
 //! empty. Names are relative to the subvolume that is mounted: at a mount of `home`, `alice@monday`
 //! is `home/alice@monday`.
 
+use crate::properties::{self, PropertyInfo};
 use fs_core::engine::versions::VersionOp;
 use fs_core::engine::Engine;
 use fs_core::error::{Errno, Error};
@@ -134,6 +135,13 @@ pub enum Change {
         /// The subvolume.
         name: VersionName,
     },
+    /// Set properties of a subvolume or snapshot.
+    Set {
+        /// Which.
+        name: VersionName,
+        /// Names and values; without a value it chooses nothing itself any more.
+        properties: Vec<(String, Option<String>)>,
+    },
     /// Limit how much a subvolume may have; what is not given stays as it is.
     Limit {
         /// The subvolume.
@@ -233,6 +241,14 @@ impl Names<'_> {
         id.ok_or_else(|| format!("there is no snapshot {name}"))
     }
 
+    fn version(&self, name: &VersionName) -> Result<u64, String> {
+        match (&name.snapshot, &name.bookmark) {
+            (Some(_), _) => self.snapshot(name),
+            (None, None) => self.subvolume(name),
+            (None, Some(_)) => Err(format!("{name} is a bookmark, which has no properties")),
+        }
+    }
+
     fn new_subvolume(&self, name: &VersionName) -> Result<Vec<u8>, String> {
         if name.snapshot.is_some() || name.bookmark.is_some() || name.subvolume.is_empty() {
             return Err(format!("{name} is not a name for a subvolume"));
@@ -318,6 +334,9 @@ impl Names<'_> {
             }
             Change::SetDefault { name } => {
                 vec![VersionOp::SetDefault { subvolume: self.subvolume(name)? }]
+            }
+            Change::Set { name, properties } => {
+                properties::plan(self.versions, self.version(name)?, properties)?
             }
             Change::Limit { name, referenced, own } => {
                 let subvolume = self.subvolume(name)?;
@@ -564,7 +583,9 @@ fn subject(change: &Change) -> String {
         Change::Rename { new, .. } => new.clone(),
         Change::Hold { tag, .. } | Change::Release { tag, .. } => format!("hold {tag}"),
         Change::Bookmark { bookmark, .. } => bookmark.clone(),
-        Change::SetDefault { name } | Change::Limit { name, .. } => name.to_string(),
+        Change::SetDefault { name } | Change::Limit { name, .. } | Change::Set { name, .. } => {
+            name.to_string()
+        }
     }
 }
 
@@ -777,6 +798,14 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
         is_receiving: item.is_receiving(),
         holds: version.holds.iter().map(|tag| text(tag)).collect(),
     })
+}
+
+/// The properties of a subvolume or snapshot; `None` when there is none of that name. Names are as
+/// for [`plan`].
+pub fn properties(engine: &Engine, base: u64, name: &VersionName) -> Option<Vec<PropertyInfo>> {
+    let base = name_at(engine, base);
+    let names = |versions: &Versions| Names { versions, base: &base, default: 0 }.version(name);
+    engine.with_versions(names).ok().map(|id| properties::all(engine, id))
 }
 
 /// The subvolume or snapshot of a name, to be mounted.

@@ -85,6 +85,11 @@ fn item(
             let bad = |bad: crate::format::BadBytes| bad.in_item(TreeId::POOL, key.object);
             DeviceChangeItem::decode(value).map(|_| ()).map_err(bad)
         }
+        (kind::PROPERTY, property::USER) if key.object != 0 => all.load(key, value).map(|_| ()),
+        (kind::PROPERTY, _) if key.object != 0 => {
+            checker.findings.add(&rules::ITEM_KIND, spot, format!("{key:?}"));
+            Ok(())
+        }
         (kind::PROPERTY, number) => {
             let want = match number {
                 property::COMPRESSION => 2,

@@ -24,7 +24,7 @@ use crate::format::dead::{birth_and_part, DeadHeader, DeadRef, Part};
 use crate::format::extent::Extent;
 use crate::format::features;
 use crate::format::key::{kind, Key};
-use crate::format::pool::{version, SubvolItem};
+use crate::format::pool::{version, Settings, SubvolItem};
 use crate::format::ptr::BlockPtr;
 use crate::format::space::Run;
 use crate::platform::Result;
@@ -251,6 +251,11 @@ fn check_rules(checker: &mut Checker<'_>, family: &Family) -> Result<()> {
         let uses_streams = item.is_receiving() || item.content != [0; 32];
         if uses_streams && checker.superblock.features[2] & features::STREAMS == 0 {
             let detail = "it was received, and the pool says that nothing was";
+            checker.findings.add(&rules::VERSION, spot.clone(), detail);
+        }
+        let has_properties = item.settings() != Settings::default() || !version.user.is_empty();
+        if has_properties && checker.superblock.features[2] & features::PROPERTIES == 0 {
+            let detail = "it has properties, and the pool says that there are none";
             checker.findings.add(&rules::VERSION, spot.clone(), detail);
         }
         if item.txg.max(item.birth).max(item.snapshot_txg) > newest {

@@ -52,9 +52,9 @@ pub struct Task {
 /// How new data of an inode is stored.
 pub fn settings_for(subvol: &Subvol, item: &InodeItem) -> DataSettings {
     let mut settings = subvol.store.settings();
-    let above = subvol.item();
+    let above = subvol.settings();
     for (compression, level, checksum) in [
-        (above.compression, above.compression_level, above.checksum),
+        (above.compression, above.level, above.checksum),
         (item.compression, item.compression_level, item.checksum),
     ] {
         if let Some(kind) = compression.checked_sub(1).and_then(CompressionKind::from_raw) {

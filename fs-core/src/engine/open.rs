@@ -334,7 +334,7 @@ impl Engine {
     /// Adds a subvolume of a pool that is being made.
     #[inline(never)]
     fn add_first(&self, id: TreeId, item: &SubvolItem) -> Result<()> {
-        let version = Version { item: *item, name: Vec::new(), holds: Vec::new() };
+        let version = Version::new(*item, b"");
         self.versions.write().insert(id.0, version)?;
         let subvol = self.make_subvol(id, item, self.store.groups.published())?;
         self.subvols.write().insert(id, subvol);
@@ -373,6 +373,7 @@ impl Engine {
             });
         }
         *self.subvols.write() = subvols;
+        self.settle_settings();
         self.settle_promises();
         Ok(())
     }

@@ -56,7 +56,8 @@ use crate::format::features;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{
-    check_name, version, BookmarkItem, SubvolItem, FIRST_INO, NAME_BYTES_MAX, ROOT_INO,
+    check_name, check_user_name, check_user_value, encode_user, version, BookmarkItem, Settings,
+    SubvolItem, UserProperties, FIRST_INO, NAME_BYTES_MAX, ROOT_INO, USER_BYTES_MAX,
 };
 use crate::format::space::Run;
 use crate::space::{Class, Reservation};
@@ -186,6 +187,15 @@ pub enum VersionOp {
         /// The sum that it follows from.
         sum: Vec<u8>,
     },
+    /// Chooses settings of a subvolume, or gives a subvolume or snapshot properties of users. A
+    /// snapshot keeps the choices that its subvolume had made, and a clone begins with them, but
+    /// for being read-only; a rollback leaves a subvolume its own.
+    SetProperties {
+        /// Which.
+        id: u64,
+        /// What to change, one after the other.
+        changes: Vec<PropertyChange>,
+    },
     /// Makes a subvolume the one that is mounted unless another is asked for.
     SetDefault {
         /// Which.
@@ -213,6 +223,49 @@ pub struct Arrival {
     /// The sum that it follows from.
     pub sum: Vec<u8>,
 }
+
+/// A change of a property. Numbers are those of [`SubvolItem`]; zero takes the choice away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PropertyChange {
+    /// Compression of new data, and the level for it.
+    Compression(u8, i8),
+    /// Checksum of new data.
+    Checksum(u8),
+    /// Whether changes are refused. Operations that are under way are not.
+    ReadOnly(u8),
+    /// When reading changes access times.
+    AccessTime(u8),
+    /// A property of users with that name, or none any more.
+    User(Vec<u8>, Option<Vec<u8>>),
+}
+
+impl PropertyChange {
+    /// Makes the change.
+    fn apply(&self, settings: &mut Settings, user: &mut UserProperties) -> Result<()> {
+        match self {
+            PropertyChange::Compression(kind, level) => {
+                (settings.compression, settings.level) = (*kind, *level);
+            }
+            PropertyChange::Checksum(kind) => settings.checksum = *kind,
+            PropertyChange::ReadOnly(number) => settings.read_only = *number,
+            PropertyChange::AccessTime(number) => settings.access_time = *number,
+            PropertyChange::User(name, None) => {
+                user.remove(name);
+            }
+            PropertyChange::User(name, Some(value)) => {
+                check_user_name(name).map_err(|bad| Error::Argument { what: bad.0 })?;
+                check_user_value(value).map_err(|bad| Error::Argument { what: bad.0 })?;
+                if value.len() > USER_BYTES_MAX {
+                    return Err(Error::Argument { what: TOO_MUCH });
+                }
+                user.insert(name.clone(), value.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+const TOO_MUCH: &str = "names and values of the properties of users are 4096 bytes in all at most";
 
 /// Operations that wait for the writer of a group.
 pub(super) struct Request {
@@ -257,6 +310,10 @@ struct Draft<'r> {
     has_limits: bool,
     /// It receives something, or keeps a content.
     has_streams: bool,
+    /// It sets properties.
+    has_properties: bool,
+    /// Settings of subvolumes come to something else.
+    settles: bool,
     /// Subvolumes that begin, or begin anew, with their root directories if they have none yet.
     fresh: Vec<(u64, Option<InodeItem>)>,
     gone: Vec<u64>,
@@ -271,6 +328,8 @@ pub(super) struct Comings {
     pub gone: BTreeSet<u64>,
     /// Room for what their files were promised.
     pub promises: Vec<Reservation>,
+    /// What the settings of others come to has changed.
+    pub settles: bool,
 }
 
 impl Engine {
@@ -333,7 +392,8 @@ impl Engine {
         shut: &[Arc<Subvol>],
     ) -> Result<(Reservation, Option<Reservation>)> {
         let items = self.touched_by(ops);
-        let values = items.saturating_mul((SubvolItem::BYTES + NAME_BYTES_MAX) as u64);
+        let value = SubvolItem::BYTES + NAME_BYTES_MAX + USER_BYTES_MAX;
+        let values = items.saturating_mul(value as u64);
         let nodes = NODES_PER_OP * (ops.len() as u64 + 1)
             + self.pool_shape.get().apply_bound(items, values, self.store.node_bytes);
         let reservation = self.reserve(0, nodes * self.store.node_bytes as u64, Class::Admin)?;
@@ -557,6 +617,8 @@ impl Engine {
             default_subvol: committer.superblock.default_subvol,
             has_limits: false,
             has_streams: false,
+            has_properties: false,
+            settles: false,
             fresh: Vec::new(),
             gone: Vec::new(),
         };
@@ -581,7 +643,11 @@ impl Engine {
         if draft.has_streams {
             committer.superblock.features[2] |= features::STREAMS;
         }
+        if draft.has_properties {
+            committer.superblock.features[2] |= features::PROPERTIES;
+        }
         let comings = &mut committer.comings;
+        comings.settles |= draft.settles;
         for (id, _) in draft.fresh {
             comings.fresh.insert(id);
         }
@@ -637,7 +703,10 @@ impl Engine {
                 let kept = draft.roll_back(versions, followed, FOLLOWED_NAME, identity)?;
                 versions.mark_deleted(kept).map(|()| 0)
             }
-            VersionOp::Rename { id, name } => draft.rename(versions, *id, name).map(|()| 0),
+            VersionOp::Rename { id, name } => {
+                draft.settles = true;
+                draft.rename(versions, *id, name).map(|()| 0)
+            }
             VersionOp::Delete { id } => draft.delete(versions, *id).map(|()| 0),
             VersionOp::Hold { snapshot: id, tag } => {
                 check_part(tag)?;
@@ -710,6 +779,9 @@ impl Engine {
                 draft.snapshot_of(versions, *id)?;
                 draft.has_streams = true;
                 versions.set_content(*id, *identity, sum.clone()).map(|()| 0)
+            }
+            VersionOp::SetProperties { id, changes } => {
+                draft.set_properties(versions, *id, changes).map(|()| 0)
             }
             VersionOp::SetDefault { subvolume: id } => {
                 draft.subvolume(versions, *id)?;
@@ -820,8 +892,22 @@ impl Engine {
         Ok(fresh)
     }
 
+    /// Tells all subvolumes, or only some, what their settings come to.
+    fn settle_some(&self, subvols: &[Arc<Subvol>]) {
+        let versions = self.versions.read();
+        for subvol in subvols {
+            subvol.set_settings(versions.settings(subvol.id.0));
+        }
+    }
+
+    /// Tells all subvolumes what their settings come to.
+    pub(super) fn settle_settings(&self) {
+        self.settle_some(&self.subvols());
+    }
+
     /// The group is published: its subvolumes can be used, and those that it deleted cannot.
     pub(super) fn swap_subvolumes(&self, comings: Comings, fresh: Vec<Arc<Subvol>>) {
+        self.settle_some(&fresh);
         {
             let mut subvols = self.subvols.write();
             for id in comings.gone {
@@ -833,6 +919,9 @@ impl Engine {
                     self.turns.fetch_add(1, Ordering::AcqRel);
                 }
             }
+        }
+        if comings.settles {
+            self.settle_settings();
         }
         let mut promised = self.promised.lock();
         for promise in comings.promises {
@@ -885,6 +974,29 @@ impl Draft<'_> {
         item
     }
 
+    #[inline(never)]
+    fn set_properties(
+        &mut self,
+        versions: &mut Versions,
+        id: u64,
+        changes: &[PropertyChange],
+    ) -> Result<()> {
+        let version = self.there(versions, id)?;
+        let is_of_users = |change: &PropertyChange| matches!(change, PropertyChange::User(..));
+        if version.item.is_snapshot() && !changes.iter().all(is_of_users) {
+            let what = "of a snapshot, only properties of users can be set: MODULE:NAME";
+            return Err(Error::Argument { what });
+        }
+        let (mut settings, mut user) = (version.item.settings(), version.user.clone());
+        changes.iter().try_for_each(|change| change.apply(&mut settings, &mut user))?;
+        if encode_user(&user).len() > USER_BYTES_MAX {
+            return Err(Error::Argument { what: TOO_MUCH });
+        }
+        (self.has_properties, self.settles) = (true, true);
+        versions.change(id, |item| item.set_settings(settings))?;
+        versions.set_user(id, user)
+    }
+
     /// The snapshot takes the subvolume's place between its parent and itself. It becomes one of
     /// `owner`, as a rule the same subvolume.
     #[inline(never)]
@@ -913,6 +1025,10 @@ impl Draft<'_> {
             (head.dead_own_bytes, head.dead_own_from) = (0, 0);
         })?;
         add(versions, id, item, name)?;
+        let user = versions.need(subvolume)?.user.clone();
+        if !user.is_empty() {
+            versions.set_user(id, user)?;
+        }
         Ok(id)
     }
 
@@ -925,11 +1041,16 @@ impl Draft<'_> {
         identity: [u8; 16],
     ) -> Result<u64> {
         let id = self.new_id()?;
-        let from = &self.snapshot_of(versions, snapshot)?.item;
+        let version = self.snapshot_of(versions, snapshot)?;
+        let (from, user) = (&version.item, version.user.clone());
         let mut item = going_on_from(from, snapshot, id);
+        item.read_only = 0;
         (item.birth, item.created, item.id) = (self.txg.0, self.now, identity);
         item.origin = from.id;
         add(versions, id, item, name)?;
+        if !user.is_empty() {
+            versions.set_user(id, user)?;
+        }
         self.fresh.push((id, None));
         Ok(id)
     }
@@ -982,6 +1103,7 @@ impl Draft<'_> {
         // A number is never used again, so that a file handle never names another file.
         item.next_ino = item.next_ino.max(old.next_ino);
         (item.limit_referenced, item.limit_own) = (old.limit_referenced, old.limit_own);
+        item.set_settings(old.settings());
         versions.change(owner, |there| *there = *item)?;
         self.fresh.push((owner, None));
         Ok(kept)
@@ -1040,7 +1162,7 @@ impl Draft<'_> {
 }
 
 fn add(versions: &mut Versions, id: u64, item: Box<SubvolItem>, name: &[u8]) -> Result<()> {
-    versions.insert(id, Version { item: *item, name: name.to_vec(), holds: Vec::new() })
+    versions.insert(id, Version::new(*item, name))
 }
 
 /// A subvolume that goes on from a snapshot, with an empty dead list of that id.

@@ -227,8 +227,10 @@ pub mod features {
     /// Incompat: a subvolume is, or was, received from a stream, or the content of a snapshot is
     /// kept.
     pub const STREAMS: u64 = 1 << 4;
+    /// Incompat: a subvolume or snapshot has, or had, properties of its own.
+    pub const PROPERTIES: u64 = 1 << 5;
     /// Bits that forbid opening when unknown.
-    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS | VACANCIES | STREAMS;
+    pub const INCOMPAT_KNOWN: u64 = VERSIONS | DEVICES | LIMITS | VACANCIES | STREAMS | PROPERTIES;
     /// Bits that forbid writing when unknown. None are defined yet.
     pub const RO_COMPAT_KNOWN: u64 = 0;
 }

@@ -9,7 +9,9 @@ use super::ptr::{encode_optional, BlockPtr};
 use super::{rule, BadBytes, DiskField, Skipped};
 use crate::disk_struct;
 use crate::units::{TreeId, Txg};
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
+use core::ops::RangeInclusive;
 
 disk_struct! {
     /// Value of a SUBVOL item.
@@ -32,14 +34,19 @@ disk_struct! {
         0x70 id: [u8; 16],
         /// Identity of the subvolume or snapshot it was received or cloned from.
         0x80 origin: [u8; 16],
-        /// Compression of new data: 0 as the pool says, 1 none, 2 zstd.
+        /// Compression of new data: 0 as the subvolume above, 1 none, 2 zstd.
         0x90 compression: u8,
         /// Level for it; 0 is the default.
         0x91 compression_level: i8,
-        /// Checksum of new data: 0 as the pool says, 1 none, 2 CRC32C, 3 BLAKE3.
+        /// Checksum of new data: 0 as the subvolume above, 1 none, 2 CRC32C, 3 BLAKE3.
         0x92 checksum: u8,
+        /// Whether it refuses changes: 0 as the subvolume above, 1 no, 2 yes.
+        0x93 read_only: u8,
+        /// When reading changes access times: 0 as the subvolume above says, 1 never, 2 when they
+        /// are older than the last change or than a day, 3 always.
+        0x94 access_time: u8,
         /// Reserved.
-        0x93 reserved0: [u8; 5],
+        0x95 reserved0: [u8; 3],
         /// Flags: bit 0 a snapshot, bit 1 deleted, bit 2 its deletion has begun, bit 3 being
         /// received.
         0x98 flags: u64,
@@ -96,7 +103,7 @@ impl SubvolItem {
         rule(bytes.len() == SubvolItem::BYTES, "subvolume item of the wrong length")?;
         let item = <SubvolItem as DiskField>::get(bytes);
         rule(
-            item.reserved0 == [0; 5] && item.reserved.is_zero(),
+            item.reserved0 == [0; 3] && item.reserved.is_zero(),
             "reserved field of a subvolume is not zero",
         )?;
         rule(item.flags & !version::ALL == 0, "unknown flag of a subvolume")?;
@@ -108,6 +115,12 @@ impl SubvolItem {
             "a snapshot that is older than its parent",
         )?;
         rule(item.compression <= 2 && item.checksum <= 3, "unknown data settings")?;
+        rule(LEVELS.contains(&item.compression_level), "compression level out of range")?;
+        rule(
+            item.compression == 2 || item.compression_level == 0,
+            "a compression level without compression",
+        )?;
+        rule(item.read_only <= 2 && item.access_time <= 3, "unknown settings of a subvolume")?;
         rule(!item.is_snapshot() || !item.has_limits(), "a snapshot with limits")?;
         rule(!item.is_snapshot() || !item.is_receiving(), "a snapshot that is being received")?;
         rule(item.is_snapshot() || item.content == [0; 32], "a content of what changes")?;
@@ -142,6 +155,24 @@ impl SubvolItem {
     /// Whether there is a limit to how much it may refer to.
     pub fn has_limits(&self) -> bool {
         (self.limit_referenced, self.limit_own) != (0, 0)
+    }
+
+    /// What it has chosen itself.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            compression: self.compression,
+            level: self.compression_level,
+            checksum: self.checksum,
+            read_only: self.read_only,
+            access_time: self.access_time,
+        }
+    }
+
+    /// Chooses anew.
+    pub fn set_settings(&mut self, settings: Settings) {
+        (self.compression, self.compression_level) = (settings.compression, settings.level);
+        self.checksum = settings.checksum;
+        (self.read_only, self.access_time) = (settings.read_only, settings.access_time);
     }
 
     /// How many bytes more its limits let it have; `None` without limits.
@@ -180,6 +211,126 @@ impl SubvolItem {
     pub fn set_root(&mut self, root: Option<&BlockPtr>) {
         self.root = encode_optional(root);
     }
+}
+
+/// Compression levels that zstd has; those beyond need memory out of proportion.
+pub const LEVELS: RangeInclusive<i8> = -7..=19;
+
+/// What a subvolume chooses, each zero where it takes what the subvolume above has; the numbers are
+/// those of [`SubvolItem`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Compression of new data.
+    pub compression: u8,
+    /// Level for it.
+    pub level: i8,
+    /// Checksum of new data.
+    pub checksum: u8,
+    /// Whether it refuses changes.
+    pub read_only: u8,
+    /// When reading changes access times.
+    pub access_time: u8,
+}
+
+impl Settings {
+    /// What these come to below others.
+    pub fn below(self, above: Settings) -> Settings {
+        let or = |own: u8, above: u8| if own == 0 { above } else { own };
+        let data = if self.compression == 0 { above } else { self };
+        Settings {
+            compression: data.compression,
+            level: data.level,
+            checksum: or(self.checksum, above.checksum),
+            read_only: or(self.read_only, above.read_only),
+            access_time: or(self.access_time, above.access_time),
+        }
+    }
+
+    /// Whether changes are refused.
+    pub fn refuses_changes(self) -> bool {
+        self.read_only == 2
+    }
+
+    /// All in one number, to be kept where many look.
+    pub fn pack(self) -> u64 {
+        let level = self.level as u8;
+        let all = [self.compression, level, self.checksum, self.read_only, self.access_time];
+        all.iter().rev().fold(0, |packed, byte| packed << 8 | u64::from(*byte))
+    }
+
+    /// What was packed.
+    pub fn unpack(packed: u64) -> Settings {
+        let [compression, level, checksum, read_only, access_time, ..] = packed.to_le_bytes();
+        Settings { compression, level: level as i8, checksum, read_only, access_time }
+    }
+}
+
+/// Properties that users gave a version, by name.
+pub type UserProperties = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// Bytes of the user properties of a version, as they are stored.
+pub const USER_BYTES_MAX: usize = 4096;
+/// Longest name of a user property, in bytes.
+pub const USER_NAME_BYTES_MAX: usize = 255;
+
+/// Checks the name of a user property: letters that are small, digits and `:+._-`, with a `:`.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn check_user_name(name: &[u8]) -> Result<(), BadBytes> {
+    let fits = |b: &u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b':' | b'+' | b'.' | b'_' | b'-');
+    rule((1..=USER_NAME_BYTES_MAX).contains(&name.len()), "user property's name of a bad length")?;
+    rule(name.contains(&b':'), "user property's name without a colon")?;
+    rule(name.iter().all(fits), "user property's name with a character that it may not have")
+}
+
+/// Checks the value of a user property.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn check_user_value(value: &[u8]) -> Result<(), BadBytes> {
+    let text = core::str::from_utf8(value);
+    rule(text.is_ok(), "user property's value that is not UTF-8")?;
+    let is_bad = |c: char| c.is_control();
+    rule(!text.is_ok_and(|text| text.contains(is_bad)), "user property's value with a control code")
+}
+
+/// Reads a USER property: for each, ascending by name, the length of its name, one byte, its name,
+/// the length of its value, two bytes, and its value.
+///
+/// # Errors
+/// The rule that is broken.
+pub fn decode_user(mut bytes: &[u8]) -> Result<UserProperties, BadBytes> {
+    rule((1..=USER_BYTES_MAX).contains(&bytes.len()), "user properties of a bad length")?;
+    let mut all = UserProperties::new();
+    while let Some((len, rest)) = bytes.split_first() {
+        let len = usize::from(*len);
+        rule(len + 2 <= rest.len(), "user property cut off")?;
+        let (name, rest) = rest.split_at(len);
+        check_user_name(name)?;
+        let (len, rest) = rest.split_at(2);
+        let len = usize::from(u16::get(len));
+        rule(len <= rest.len(), "user property cut off")?;
+        let (value, rest) = rest.split_at(len);
+        check_user_value(value)?;
+        let is_next = all.keys().next_back().is_none_or(|last| last.as_slice() < name);
+        rule(is_next, "user properties out of order")?;
+        all.insert(name.to_vec(), value.to_vec());
+        bytes = rest;
+    }
+    Ok(all)
+}
+
+/// The value of a USER property; empty when there are none.
+pub fn encode_user(all: &UserProperties) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (name, value) in all {
+        bytes.push(name.len() as u8);
+        bytes.extend_from_slice(name);
+        bytes.extend_from_slice(&(value.len() as u16).to_le_bytes());
+        bytes.extend_from_slice(value);
+    }
+    bytes
 }
 
 /// Bits of [`SubvolItem::flags`].
@@ -292,4 +443,6 @@ pub mod property {
     pub const SCRUB: u64 = 3;
     /// What is being done to the set of devices: `DeviceChangeItem`.
     pub const DEVICES: u64 = 4;
+    /// Of a subvolume or snapshot: the properties that users gave it.
+    pub const USER: u64 = 5;
 }

@@ -50,7 +50,7 @@ use crate::btree::Tree;
 use crate::error::{Errno, Error};
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
-use crate::format::pool::{SubvolItem, INO_MAX};
+use crate::format::pool::{Settings, SubvolItem, INO_MAX};
 use crate::subvol::inode::{Inode, State, INODE_BYTES};
 use crate::subvol::overlay::Overlay;
 pub use crate::subvol::store::View;
@@ -83,6 +83,8 @@ pub struct Subvol {
     /// Whether it goes on from a snapshot, and entries of its dead list.
     has_parent: AtomicBool,
     dead_entries: AtomicU64,
+    /// What its settings come to, with those above it.
+    settings: AtomicU64,
     /// Whether it has limits.
     is_limited: AtomicBool,
     /// Whether it is being received.
@@ -145,6 +147,7 @@ impl Subvol {
             dead_entries: AtomicU64::new(item.dead_entries),
             item: Mutex::ranked(Rank::Short, item),
             inode_delta: [const { AtomicI64::new(0) }; SLOTS],
+            settings: AtomicU64::new(item.settings().pack()),
             is_limited: AtomicBool::new(item.has_limits()),
             is_receiving: AtomicBool::new(is_receiving),
             coming: [const { AtomicU64::new(0) }; SLOTS],
@@ -205,6 +208,16 @@ impl Subvol {
     /// The item as of the newest published group.
     pub fn item(&self) -> SubvolItem {
         *self.item.lock()
+    }
+
+    /// What its settings come to, with those above it.
+    pub fn settings(&self) -> Settings {
+        Settings::unpack(self.settings.load(Ordering::Relaxed))
+    }
+
+    /// Its settings, or those above it, are others now.
+    pub fn set_settings(&self, settings: Settings) {
+        self.settings.store(settings.pack(), Ordering::Relaxed);
     }
 
     /// A new inode number.

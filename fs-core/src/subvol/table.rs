@@ -113,6 +113,11 @@ impl Table {
         self.shard(ino).lock().holds.contains_key(&ino)
     }
 
+    /// What drivers hold on to.
+    pub fn held(&self) -> Vec<Ino> {
+        self.shards.iter().flat_map(|shard| held_in(&shard.lock())).collect()
+    }
+
     /// Everything any driver holds on to is let go of; returns what was held.
     pub fn let_all_go(&self) -> Vec<Ino> {
         let mut all = Vec::new();
@@ -129,6 +134,10 @@ impl Table {
             shard.inodes.retain(|_, inode| Arc::strong_count(inode) > 1 || is_busy(inode));
         }
     }
+}
+
+fn held_in(shard: &Shard) -> Vec<Ino> {
+    shard.holds.keys().copied().collect()
 }
 
 /// Whether the table must keep the inode.

@@ -8,7 +8,8 @@ use crate::btree::Edit;
 use crate::error::{Errno, Error};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{
-    check_name, decode_tags, encode_tags, version, BookmarkItem, SubvolItem, CONTENT_BYTES,
+    check_name, decode_tags, decode_user, encode_tags, encode_user, property, version,
+    BookmarkItem, Settings, SubvolItem, UserProperties, CONTENT_BYTES,
 };
 use crate::subvol::store::Result;
 use crate::units::{TreeId, Txg};
@@ -28,6 +29,15 @@ pub struct Version {
     pub name: Vec<u8>,
     /// Tags that keep it from being deleted.
     pub holds: Vec<Vec<u8>>,
+    /// Properties that users gave it.
+    pub user: UserProperties,
+}
+
+impl Version {
+    /// One without holds and properties.
+    pub fn new(item: SubvolItem, name: &[u8]) -> Version {
+        Version { item, name: name.to_vec(), holds: Vec::new(), user: UserProperties::new() }
+    }
 }
 
 /// A bookmark.
@@ -153,21 +163,25 @@ impl Versions {
         let id = key.object;
         match (key.kind, key.offset) {
             (kind::SUBVOL, 0) => {
-                let item = SubvolItem::decode(value).map_err(bad(id))?;
-                self.insert(id, Version { item, name: Vec::new(), holds: Vec::new() })?;
+                self.load_item(id, value)?;
             }
             (kind::NAME, 0) => {
                 check_name(value).map_err(bad(id))?;
-                let mut version = self.get(id).ok_or(missing(id))?.clone();
+                let mut version = self.copy(id)?;
                 if !version.item.is_deleted() {
                     version.name = value.to_vec();
                 }
-                self.replace(id, Some(Box::new(version))).map_err(damage(id))?;
+                self.replace(id, Some(version)).map_err(damage(id))?;
             }
             (kind::HOLDS, 0) => {
-                let mut version = self.get(id).ok_or(missing(id))?.clone();
+                let mut version = self.copy(id)?;
                 version.holds = decode_tags(value).map_err(bad(id))?;
-                self.replace(id, Some(Box::new(version)))?;
+                self.replace(id, Some(version))?;
+            }
+            (kind::PROPERTY, property::USER) if id != 0 => {
+                let mut version = self.copy(id)?;
+                version.user = decode_user(value).map_err(bad(id))?;
+                self.replace(id, Some(version))?;
             }
             (kind::BOOKMARK, 0) => {
                 let (item, name) = BookmarkItem::decode(value).map_err(bad(id))?;
@@ -185,6 +199,13 @@ impl Versions {
         self.touched.clear();
         self.touched_bookmarks.clear();
         Ok(true)
+    }
+
+    /// Apart from its caller, for the stack's sake.
+    #[inline(never)]
+    fn load_item(&mut self, id: u64, value: &[u8]) -> Result<()> {
+        let item = SubvolItem::decode(value).map_err(bad(id))?;
+        self.insert(id, Version::new(item, b""))
     }
 
     /// After all items were taken in: what everything else relies on holds. `next` is the next id.
@@ -227,6 +248,9 @@ impl Versions {
                 continue;
             };
             SubvolItem::decode(&version.item.to_bytes()).map_err(bad(*id))?;
+            if !version.user.is_empty() {
+                decode_user(&encode_user(&version.user)).map_err(bad(*id))?;
+            }
             self.check_one(*id)?;
             self.check_rules(*id)?;
         }
@@ -264,9 +288,11 @@ impl Versions {
         let version = self.need(id)?;
         let item = &version.item;
         if item.is_deleted() {
-            return match version.name.is_empty() && version.holds.is_empty() {
+            let is_bare =
+                version.name.is_empty() && version.holds.is_empty() && version.user.is_empty();
+            return match is_bare {
                 true => Ok(()),
-                false => Err(broken(id, "what is deleted has a name or a hold")),
+                false => Err(broken(id, "what is deleted has a name, a hold or a property")),
             };
         }
         if item.flags & version::STARTED != 0 {
@@ -472,6 +498,36 @@ impl Versions {
         named.map(|(_, other)| *other).filter(|other| *other != id).collect()
     }
 
+    /// The subvolume whose settings hold where a version chooses nothing: that which it, or the
+    /// subvolume that a snapshot was taken of, is in. `None` for the root subvolume.
+    pub fn above(&self, id: u64) -> Option<u64> {
+        let mut version = self.get(id)?;
+        if version.item.is_snapshot() {
+            version = self.get(version.item.owner)?;
+        }
+        let mut name = version.name.as_slice();
+        while !name.is_empty() {
+            let cut = name.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+            name = &name[..cut];
+            if let Some(above) = self.subvolume(name) {
+                return Some(above);
+            }
+        }
+        None
+    }
+
+    /// A version and those above it, the root subvolume last.
+    pub fn upwards(&self, id: u64) -> impl Iterator<Item = (u64, &Version)> {
+        let ids = core::iter::successors(Some(id), |id| self.above(*id));
+        ids.filter_map(|id| Some((id, self.get(id)?)))
+    }
+
+    /// What the settings of a version come to, with those above it.
+    pub fn settings(&self, id: u64) -> Settings {
+        let own = self.upwards(id).map(|(_, version)| version.item.settings());
+        own.fold(Settings::default(), |below, above| below.below(above))
+    }
+
     /// The versions that go on from a snapshot.
     pub fn children(&self, id: u64) -> impl Iterator<Item = u64> + '_ {
         self.children.range((id, 0)..=(id, u64::MAX)).map(|(_, child)| *child)
@@ -534,6 +590,12 @@ impl Versions {
         }
     }
 
+    /// A copy to be changed. Not inlined: it is made on the stack.
+    #[inline(never)]
+    fn copy(&self, id: u64) -> Result<Box<Version>> {
+        Ok(Box::new(self.need(id)?.clone()))
+    }
+
     /// Adds a version.
     ///
     /// # Errors
@@ -550,7 +612,7 @@ impl Versions {
     /// # Errors
     /// [`Error::BadItem`] when there is none.
     pub fn change(&mut self, id: u64, change: impl FnOnce(&mut SubvolItem)) -> Result<()> {
-        let mut version = Box::new(self.need(id)?.clone());
+        let mut version = self.copy(id)?;
         change(&mut version.item);
         self.replace(id, Some(version))
     }
@@ -578,7 +640,7 @@ impl Versions {
     /// # Errors
     /// EEXIST when another has it.
     pub fn rename(&mut self, id: u64, name: &[u8]) -> Result<()> {
-        let mut version = Box::new(self.need(id)?.clone());
+        let mut version = self.copy(id)?;
         version.name = name.to_vec();
         self.replace(id, Some(version))
     }
@@ -588,8 +650,18 @@ impl Versions {
     /// # Errors
     /// [`Error::BadItem`] when there is none.
     pub fn set_holds(&mut self, id: u64, holds: Vec<Vec<u8>>) -> Result<()> {
-        let mut version = Box::new(self.need(id)?.clone());
+        let mut version = self.copy(id)?;
         version.holds = holds;
+        self.replace(id, Some(version))
+    }
+
+    /// Sets the properties that users gave a version.
+    ///
+    /// # Errors
+    /// [`Error::BadItem`] when there is none.
+    pub fn set_user(&mut self, id: u64, user: UserProperties) -> Result<()> {
+        let mut version = self.copy(id)?;
+        version.user = user;
         self.replace(id, Some(version))
     }
 
@@ -598,9 +670,10 @@ impl Versions {
     /// # Errors
     /// [`Error::BadItem`] when there is none.
     pub fn mark_deleted(&mut self, id: u64) -> Result<()> {
-        let mut version = Box::new(self.need(id)?.clone());
+        let mut version = self.copy(id)?;
         version.item.flags |= version::DELETED;
         version.name.clear();
+        version.user.clear();
         self.replace(id, Some(version))
     }
 
@@ -661,9 +734,11 @@ impl Versions {
         };
         for id in core::mem::take(&mut self.touched) {
             let (mut item, mut name, mut holds) = (Vec::new(), Vec::new(), Vec::new());
+            let mut user = Vec::new();
             if let Some(version) = self.get(id) {
                 item = version.item.to_bytes().to_vec();
                 (name, holds) = (version.name.clone(), encode_tags(&version.holds));
+                user = encode_user(&version.user);
                 items.push((id, version.item));
             }
             sorted.insert(Key::new(id, kind::SUBVOL, 0), put(item));
@@ -678,6 +753,7 @@ impl Versions {
                 }
                 _ => drop(sorted.insert(Key::new(id, kind::CONTENT, 0), Edit::Delete)),
             }
+            sorted.insert(Key::new(id, kind::PROPERTY, property::USER), put(user));
         }
         for id in core::mem::take(&mut self.touched_bookmarks) {
             let mut value = Vec::new();

@@ -122,7 +122,8 @@ impl Volume {
 
     /// Notes that an inode was read, if the access time is to say so.
     pub(super) fn accessed(&self, inode: &Arc<Inode>) {
-        if self.access_time == AccessTime::Never || self.writable().is_err() {
+        let access_time = self.access_time();
+        if access_time == AccessTime::Never || self.writable().is_err() {
             return;
         }
         let now = self.now();
@@ -130,7 +131,7 @@ impl Volume {
             let (atime, mtime, ctime) = (item.atime(), item.mtime(), item.ctime());
             let relative =
                 atime <= mtime || atime <= ctime || now.secs.saturating_sub(atime.secs) >= DAY;
-            let wanted = self.access_time == AccessTime::Strict || relative;
+            let wanted = access_time == AccessTime::Strict || relative;
             wanted && atime < now && item.flags & flag::NOATIME == 0
         };
         if !stale(&inode.state.read().item) {

@@ -602,6 +602,19 @@ impl Forest {
         }
     }
 
+    /// The inodes of a subvolume that drivers know, as the mount numbers them.
+    pub fn known(&self, id: u64) -> Vec<Ino> {
+        let in_slot = |slot: u16, volume: &Volume| -> Vec<Ino> {
+            volume.subvol.table.held().into_iter().map(|ino| number(slot, ino)).collect()
+        };
+        if self.base.version() == id {
+            return in_slot(0, &self.base);
+        }
+        let slots = self.slots.read();
+        let open = slots.numbers.get(&id).and_then(|slot| Some((*slot, slots.open.get(slot)?)));
+        open.map_or(Vec::new(), |(slot, open)| in_slot(slot, &open.volume))
+    }
+
     /// The subvolume that appears in a directory under a name, if any does.
     fn nested_at(&self, held: &Volume, dir: Ino, name: &[u8]) -> Option<u64> {
         if dir.0 != ROOT_INO || held.is_snapshot() {
@@ -950,9 +963,11 @@ impl Filesystem for Forest {
     fn never_changes(&self, ino: Ino) -> bool {
         match parts(ino) {
             // A mount of a snapshot is read-only as a whole. There are no files in the others.
-            (0 | CONTROL, _) => false,
+            (CONTROL, _) => false,
+            (0, _) => !self.base.is_snapshot() && self.base.refuses_changes(),
             (slot, _) => {
-                self.slots.read().open.get(&slot).is_some_and(|slot| slot.volume.is_snapshot())
+                let slots = self.slots.read();
+                slots.open.get(&slot).is_some_and(|slot| slot.volume.refuses_changes())
             }
         }
     }

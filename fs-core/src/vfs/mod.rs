@@ -23,7 +23,7 @@ mod attrs;
 mod files;
 mod forest;
 mod names;
-mod property;
+pub mod property;
 mod rename;
 mod volume;
 

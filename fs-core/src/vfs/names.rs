@@ -112,7 +112,8 @@ impl Volume {
     }
 
     fn remove_nameless(&self, ino: Ino) {
-        if self.writable().is_ok() {
+        // Also where changes are refused: that the name is gone was agreed to before.
+        if !self.is_snapshot() && self.engine.store.writable().is_ok() {
             self.engine.queue_reclaim(&self.subvol, ino);
             self.engine.reclaim_some();
         }

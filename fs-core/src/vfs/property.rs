@@ -14,13 +14,12 @@
 
 use crate::error::{Errno, Error};
 use crate::format::inode::InodeItem;
+use crate::format::pool::LEVELS;
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::vfs::Result;
 use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
-
-/// Compression levels that zstd has.
-const LEVELS: core::ops::RangeInclusive<i8> = -7..=19;
 
 /// A property of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,21 +44,12 @@ impl Property {
     pub(super) fn get(self, item: &InodeItem) -> Option<Vec<u8>> {
         match self {
             Property::Compression => {
-                match CompressionKind::from_raw(item.compression.checked_sub(1)?)? {
-                    CompressionKind::None => Some(b"none".to_vec()),
-                    CompressionKind::Zstd if item.compression_level == 0 => Some(b"zstd".to_vec()),
-                    CompressionKind::Zstd => {
-                        Some(format!("zstd:{}", item.compression_level).into_bytes())
-                    }
-                }
+                let kind = CompressionKind::from_raw(item.compression.checked_sub(1)?)?;
+                Some(compression_name(kind, i32::from(item.compression_level)).into_bytes())
             }
             Property::Checksum => {
-                let name = match ChecksumKind::from_raw(item.checksum.checked_sub(1)?)? {
-                    ChecksumKind::None => "none",
-                    ChecksumKind::Crc32c => "crc32c",
-                    ChecksumKind::Blake3 => "blake3",
-                };
-                Some(name.as_bytes().to_vec())
+                let kind = ChecksumKind::from_raw(item.checksum.checked_sub(1)?)?;
+                Some(checksum_name(kind).as_bytes().to_vec())
             }
         }
     }
@@ -95,7 +85,29 @@ impl Property {
     }
 }
 
-fn parse_compression(value: &[u8]) -> Result<(CompressionKind, i8)> {
+/// How users write a kind of compression and its level; 0 is the usual level.
+pub fn compression_name(kind: CompressionKind, level: i32) -> String {
+    match (kind, level) {
+        (CompressionKind::None, _) => "none".into(),
+        (CompressionKind::Zstd, 0) => "zstd".into(),
+        (CompressionKind::Zstd, level) => format!("zstd:{level}"),
+    }
+}
+
+/// How users write a kind of checksum.
+pub fn checksum_name(kind: ChecksumKind) -> &'static str {
+    match kind {
+        ChecksumKind::None => "none",
+        ChecksumKind::Crc32c => "crc32c",
+        ChecksumKind::Blake3 => "blake3",
+    }
+}
+
+/// Reads what [`compression_name`] writes.
+///
+/// # Errors
+/// EINVAL for anything else.
+pub fn parse_compression(value: &[u8]) -> Result<(CompressionKind, i8)> {
     if matches!(value, b"none" | b"no") {
         return Ok((CompressionKind::None, 0));
     }

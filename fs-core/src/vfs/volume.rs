@@ -50,6 +50,16 @@ pub struct Volume {
     pub(super) access_time: AccessTime,
 }
 
+/// What a setting of a subvolume says; `None` when it says nothing.
+fn access_time_from(number: u8) -> Option<AccessTime> {
+    match number {
+        1 => Some(AccessTime::Never),
+        2 => Some(AccessTime::Relative),
+        3 => Some(AccessTime::Strict),
+        _ => None,
+    }
+}
+
 impl Volume {
     /// Opens a pool and mounts its default subvolume.
     ///
@@ -196,9 +206,27 @@ impl Volume {
         self.engine.store.now()
     }
 
+    /// Whether it refuses changes, whatever the pool does: it is a snapshot, or was set read-only.
+    pub(super) fn refuses_changes(&self) -> bool {
+        // What is being received may be below one that refuses changes.
+        self.is_snapshot || self.subvol.settings().refuses_changes() && !self.subvol.is_receiving()
+    }
+
+    /// When reading changes the access time: as the mount says, and where that says what is usual,
+    /// as the subvolume does.
+    pub(crate) fn access_time(&self) -> AccessTime {
+        match self.access_time {
+            AccessTime::Relative => {
+                let own = access_time_from(self.subvol.settings().access_time);
+                own.unwrap_or(AccessTime::Relative)
+            }
+            chosen => chosen,
+        }
+    }
+
     /// Whether the volume takes changes.
     pub(super) fn writable(&self) -> Result<()> {
-        if self.is_snapshot {
+        if self.refuses_changes() {
             return Err(Errno::RoFs.into());
         }
         self.engine.store.writable()

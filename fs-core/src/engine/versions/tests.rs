@@ -5,12 +5,12 @@ use crate::btree::Edit;
 use crate::check::{check, CheckOptions, Quiet};
 use crate::engine::nodes::GroupSink;
 use crate::engine::tests::{create, mount, new_pool, noise, read_all};
-use crate::engine::versions::VersionOp;
+use crate::engine::versions::{PropertyChange, VersionOp};
 use crate::engine::{open, Engine, OpenOptions};
 use crate::error::{Errno, Error, Incident};
 use crate::format::dead::{birth_and_part, DeadHeader, DeadRef, Part};
 use crate::format::key::{kind, Key};
-use crate::format::pool::{version, SubvolItem};
+use crate::format::pool::{version, Settings, SubvolItem};
 use crate::subvol::versions::{Version, Versions};
 use crate::testing::{RamDevice, TestPlatform};
 use crate::units::{Ino, TreeId, Txg};
@@ -818,4 +818,200 @@ fn whatever_is_done_limits_hold_at_every_commit() {
         drop((fs, engine));
         is_sound(&device, &test);
     }
+}
+
+fn set(id: u64, changes: Vec<PropertyChange>) -> VersionOp {
+    VersionOp::SetProperties { id, changes }
+}
+
+fn user(name: &str, value: Option<&str>) -> PropertyChange {
+    PropertyChange::User(name.into(), value.map(|value| value.into()))
+}
+
+/// What the settings of every subvolume come to, by name.
+fn settings(engine: &Arc<Engine>, name: &str) -> Settings {
+    let id = engine.with_versions(|all| all.subvolume(name.as_bytes())).unwrap();
+    let told = engine.subvol(TreeId(id)).unwrap().settings();
+    assert_eq!(told, engine.with_versions(|all| all.settings(id)), "{name} was not told");
+    told
+}
+
+#[test]
+fn what_a_subvolume_does_not_choose_it_takes_from_the_next_above_that_does() {
+    let (device, test) = new_pool(64 << 20);
+    let engine_ = engine(&device, &test);
+    one(&engine_, subvolume("a"));
+    let b = one(&engine_, subvolume("a/b"));
+    one(&engine_, subvolume("a/b/c"));
+    one(&engine_, subvolume("other"));
+    assert_eq!(settings(&engine_, "a/b/c"), Settings::default());
+    one(&engine_, set(HOME, vec![PropertyChange::Compression(2, 5), PropertyChange::Checksum(3)]));
+    one(&engine_, set(b, vec![PropertyChange::Compression(1, 0), PropertyChange::AccessTime(1)]));
+    let top = Settings { compression: 2, level: 5, checksum: 3, ..Settings::default() };
+    let below = Settings { compression: 1, checksum: 3, access_time: 1, ..Settings::default() };
+    let look = |engine: &Arc<Engine>| {
+        assert_eq!(settings(engine, ""), top);
+        assert_eq!(settings(engine, "a"), top);
+        assert_eq!(settings(engine, "other"), top);
+        assert_eq!(settings(engine, "a/b"), below);
+        assert_eq!(settings(engine, "a/b/c"), below);
+    };
+    look(&engine_);
+    engine_.close().unwrap();
+    let engine = engine(&device, &test);
+    look(&engine);
+    // A subvolume that moves takes what is above it there.
+    let c = engine.with_versions(|all| all.subvolume(b"a/b/c")).unwrap();
+    one(&engine, rename(c, "other/c"));
+    assert_eq!(settings(&engine, "other/c"), top);
+    one(&engine, set(HOME, vec![PropertyChange::Compression(0, 0), PropertyChange::Checksum(0)]));
+    assert_eq!(settings(&engine, "other/c"), Settings::default());
+    assert_eq!(settings(&engine, "a/b"), Settings { checksum: 0, ..below });
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn a_subvolume_that_is_read_only_refuses_changes_at_once_and_takes_them_again() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let work = one(&engine, subvolume("work"));
+    let inner = one(&engine, subvolume("work/inner"));
+    let (volume_, below) = (volume(&engine, work), volume(&engine, inner));
+    let (kept, gone) =
+        (create(&volume_, volume_.root(), b"kept"), create(&volume_, volume_.root(), b"gone"));
+    volume_.write(kept, 0, b"before", WriteFlags::default()).unwrap();
+    // Without a name, and in use until later.
+    volume_.unlink(volume_.root(), b"gone").unwrap();
+    one(&engine, set(work, vec![PropertyChange::ReadOnly(2)]));
+    let is_refused = |outcome: Result<(), Error>| {
+        assert_eq!(outcome.unwrap_err().errno(), Errno::RoFs);
+    };
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    is_refused(volume_.write(kept, 0, b"after!", WriteFlags::default()).map(drop));
+    is_refused(volume_.mkdir(volume_.root(), b"dir", 0o755, &caller).map(drop));
+    is_refused(volume_.unlink(volume_.root(), b"kept"));
+    let mode = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+    is_refused(volume_.setattr(kept, &mode, &caller).map(drop));
+    is_refused(volume_.setxattr(kept, b"user.a", b"b", XattrMode::Either));
+    is_refused(volume_.fallocate(kept, Fallocate::Allocate { keep_size: true }, 0, 4096));
+    is_refused(below.mkdir(below.root(), b"dir", 0o755, &caller).map(drop));
+    assert_eq!(read_all(&volume_, kept), b"before");
+    // What was agreed to before is done all the same.
+    let before = volume_.statfs().unwrap().inodes;
+    volume_.forget(gone, 1);
+    engine.commit().unwrap();
+    assert_eq!(volume_.statfs().unwrap().inodes, before - 1);
+    // One below may choose otherwise; and a snapshot and a clone are still made.
+    one(&engine, set(inner, vec![PropertyChange::ReadOnly(1)]));
+    below.mkdir(below.root(), b"dir", 0o755, &caller).unwrap();
+    let kept_state = one(&engine, VersionOp::Snapshot { subvolume: work, name: "s".into() });
+    let clone = one(&engine, VersionOp::Clone { snapshot: kept_state, name: "clone".into() });
+    let clone = volume(&engine, clone);
+    clone.mkdir(clone.root(), b"dir", 0o755, &caller).unwrap();
+    one(&engine, set(work, vec![PropertyChange::ReadOnly(0)]));
+    volume_.write(kept, 0, b"after!", WriteFlags::default()).unwrap();
+    drop((volume_, below, clone));
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn properties_of_users_are_kept_by_snapshots_and_clones_and_left_alone_by_a_rollback() {
+    let (device, test) = new_pool(64 << 20);
+    let engine_ = engine(&device, &test);
+    one(&engine_, set(HOME, vec![user("org:kind", Some("mail")), user("a:empty", Some(""))]));
+    let first = one(&engine_, snapshot("first"));
+    one(&engine_, set(HOME, vec![user("org:kind", Some("news")), user("a:empty", None)]));
+    one(&engine_, set(first, vec![user("org:note", Some("kept \u{e9}"))]));
+    let clone = one(&engine_, VersionOp::Clone { snapshot: first, name: "clone".into() });
+    let of = |engine: &Arc<Engine>, id: u64| {
+        let all = engine.with_versions(|all| all.get(id).unwrap().user.clone());
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        all.into_iter().map(|(n, v)| text(n) + "=" + &text(v)).collect::<Vec<_>>()
+    };
+    let rollback = VersionOp::Rollback { snapshot: first, keep: "old".into() };
+    one(&engine_, set(HOME, vec![PropertyChange::Compression(1, 0)]));
+    let old = one(&engine_, rollback);
+    let look = |engine: &Arc<Engine>| {
+        let then = ["a:empty=", "org:kind=mail", "org:note=kept \u{e9}"];
+        assert_eq!(of(engine, HOME), ["org:kind=news"]);
+        assert_eq!(of(engine, first), then);
+        assert_eq!(of(engine, clone), then);
+        assert_eq!(of(engine, old), ["org:kind=news"]);
+        assert_eq!(settings(engine, "").compression, 1);
+    };
+    look(&engine_);
+    engine_.close().unwrap();
+    let engine = engine(&device, &test);
+    look(&engine);
+    // What is refused changes nothing, and the others of its request come to nothing too.
+    let argument = |ops: Vec<VersionOp>| {
+        assert_eq!(refused(&engine, ops), Errno::Inval);
+    };
+    argument(vec![set(HOME, vec![user("b:c", Some("d")), user("NoSmall:x", Some("y"))])]);
+    argument(vec![set(HOME, vec![user("nocolon", Some("y"))])]);
+    argument(vec![set(HOME, vec![user("a:b", Some("line\nbreak"))])]);
+    argument(vec![set(HOME, vec![user("a:b", Some(&"x".repeat(4097)))])]);
+    argument(vec![set(
+        HOME,
+        vec![user("a:b", Some(&"x".repeat(4000))), user("a:c", Some(&"y".repeat(90)))],
+    )]);
+    argument(vec![set(first, vec![PropertyChange::ReadOnly(1)])]);
+    assert_eq!(refused(&engine, vec![set(9999, vec![user("a:b", Some("c"))])]), Errno::NoEnt);
+    // The most there may be fits.
+    one(&engine, set(HOME, vec![user("a:b", Some(&"x".repeat(4000)))]));
+    one(&engine, VersionOp::Delete { id: first });
+    engine.destroy_all().unwrap();
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn new_data_is_stored_as_the_subvolume_says_and_the_file_before_it() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let work = one(&engine, subvolume("work"));
+    let volume = volume(&engine, work);
+    let stored = || engine.subvol(TreeId(work)).unwrap().item().stored_bytes;
+    let zeros_and_ones = vec![b'1'; 1 << 20];
+    let write = |name: &str, own: Option<&[u8]>| {
+        let before = stored();
+        let ino = create(&volume, volume.root(), name.as_bytes());
+        if let Some(value) = own {
+            volume.setxattr(ino, b"cairn.compression", value, XattrMode::Either).unwrap();
+        }
+        volume.write(ino, 0, &zeros_and_ones, WriteFlags::default()).unwrap();
+        engine.commit().unwrap();
+        stored() - before
+    };
+    one(&engine, set(HOME, vec![PropertyChange::Compression(1, 0)]));
+    assert!(write("plain", None) >= 1 << 20);
+    assert!(write("own", Some(b"zstd")) < 1 << 17);
+    one(&engine, set(work, vec![PropertyChange::Compression(2, 3)]));
+    assert!(write("packed", None) < 1 << 17);
+    assert!(write("not", Some(b"none")) >= 1 << 20);
+    drop(volume);
+    engine.close().unwrap();
+    is_sound(&device, &test);
+}
+
+#[test]
+fn the_mount_is_asked_first_when_access_times_change_and_the_subvolume_after_it() {
+    let (device, test) = new_pool(64 << 20);
+    let engine = engine(&device, &test);
+    let of = |access_time| Volume::of_version(engine.clone(), HOME, access_time).unwrap();
+    let now = |volume: &Volume| volume.access_time();
+    for (number, usual) in [
+        (0, AccessTime::Relative),
+        (1, AccessTime::Never),
+        (2, AccessTime::Relative),
+        (3, AccessTime::Strict),
+    ] {
+        one(&engine, set(HOME, vec![PropertyChange::AccessTime(number)]));
+        assert_eq!(now(&of(AccessTime::Relative)), usual);
+        assert_eq!(now(&of(AccessTime::Never)), AccessTime::Never);
+        assert_eq!(now(&of(AccessTime::Strict)), AccessTime::Strict);
+    }
+    engine.close().unwrap();
 }
