@@ -358,6 +358,69 @@ fn counts_of_errors_are_shown_until_they_are_cleared() {
     cairn().args(["status", "-x"]).arg(image.path()).assert().code(0).stdout("");
 }
 
+/// Properties of subvolumes of a pool that has `mail`, `mail/alice` and `mail@was`.
+fn properties(pool: &str) {
+    let run = |words: &[&str]| {
+        let full = words.iter().map(|word| match word.strip_prefix("POOL") {
+            Some(name) => format!("{pool}{name}"),
+            None => word.to_string(),
+        });
+        cairn().args(full).assert()
+    };
+    let got = |words: &[&str]| {
+        let run = run(words).success();
+        let text = String::from_utf8_lossy(&run.get_output().stdout).into_owned();
+        text.lines().map(|line| line.replacen(pool, "POOL", 1)).collect::<Vec<_>>()
+    };
+    run(&["set", "compression=zstd:5", "org:kind=mail", "POOL/mail"]).success();
+    run(&["set", "readonly=on", "own-limit=3M", "POOL/mail/alice"]).success();
+    let list = "compression,org:kind,own-limit,readonly,checksum";
+    assert_eq!(
+        got(&["get", "-H", "-p", list, "POOL/mail", "POOL/mail/alice"]),
+        [
+            "POOL/mail\tcompression\tzstd:5\tlocal",
+            "POOL/mail\torg:kind\tmail\tlocal",
+            "POOL/mail\town-limit\tnone\tdefault",
+            "POOL/mail\treadonly\toff\tdefault",
+            "POOL/mail\tchecksum\tcrc32c\tdefault",
+            "POOL/mail/alice\tcompression\tzstd:5\tinherited from mail",
+            "POOL/mail/alice\torg:kind\tmail\tinherited from mail",
+            "POOL/mail/alice\town-limit\t3145728\tlocal",
+            "POOL/mail/alice\treadonly\ton\tlocal",
+            "POOL/mail/alice\tchecksum\tcrc32c\tdefault",
+        ]
+    );
+    run(&["inherit", "compression", "POOL/mail"]).success();
+    run(&["set", "readonly=inherit", "POOL/mail/alice"]).success();
+    let is_default = |line: &String| line.ends_with("default");
+    assert!(got(&["get", "-H", "compression", "POOL/mail"]).iter().all(is_default));
+    assert!(got(&["get", "-H", "readonly", "POOL/mail/alice"]).iter().all(is_default));
+    // A snapshot has the choices of its time, and only properties of users can be set.
+    run(&["set", "org:note=kept", "POOL/mail@was"]).success();
+    assert_eq!(
+        got(&["get", "-H", "org:note,readonly,type", "POOL/mail@was"]),
+        [
+            "POOL/mail@was\torg:note\tkept\tlocal",
+            "POOL/mail@was\treadonly\ton\t-",
+            "POOL/mail@was\ttype\tsnapshot\t-",
+        ]
+    );
+    run(&["set", "readonly=off", "POOL/mail@was"]).failure().stderr(contains("MODULE:NAME"));
+    run(&["set", "checksum=md5", "POOL/mail"]).failure().stderr(contains("blake3"));
+    run(&["set", "created=1", "POOL/mail"]).failure().stderr(contains("no property"));
+    run(&["set", "org:kind=x", "POOL/none"]).failure().stderr(contains("no subvolume none"));
+    run(&["get", "all", "POOL/none"]).failure().stderr(contains("there is no none"));
+    run(&["get", "all"]).failure().stderr(contains("needs a name"));
+    let output = run(&["get", "-j", "POOL/mail"]).success();
+    let all: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
+    let find = |name: &str| {
+        let all = all["properties"].as_array().unwrap();
+        all.iter().find(|row| row["property"] == name).unwrap().clone()
+    };
+    assert_eq!(find("org:kind")["source"], "local");
+    assert!(find("referenced")["value"].is_u64());
+}
+
 #[test]
 fn properties_come_before_paths_and_one_path_is_needed() {
     let run = |words: &[&str]| cairn().arg("set").args(words).assert().failure();
@@ -556,6 +619,7 @@ fn subvolumes_and_snapshots_of_a_pool_that_is_not_mounted_are_made_shown_and_del
     run("subvolume", "show", "/mail", &[])
         .success()
         .stdout(contains("may refer to  4.00 MiB").and(contains("may have own").not()));
+    properties(&image.path().to_string_lossy());
     run("snapshot", "rename", "/mail@was", &["/house@is"]).failure().stderr(contains("stays"));
     run("subvolume", "rename", "/mail", &["house"]).success();
     run("snapshot", "rename", "/house@was", &["is"]).success();

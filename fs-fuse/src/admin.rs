@@ -45,6 +45,7 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                 true
             }
             Request::Info | Request::Df | Request::Sync | Request::Versions(_) => false,
+            Request::Properties(_) => false,
             Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
             Request::Receive(_) => true,
             Request::Send(_) => false,

@@ -10,7 +10,7 @@ use crate::gen::{Op, Options};
 use crate::platform::{Spawn, TestPlatform};
 use crate::subject::Pool;
 use crate::tree::{show, File, Tree};
-use crate::versions::{Plan, World};
+use crate::versions::{Plan, World, ROOT_SUBVOLUME};
 use fs_core::engine::versions::VersionOp;
 use fs_core::engine::{Engine, OpenOptions};
 use fs_core::format::chunk::Profile;
@@ -39,6 +39,7 @@ pub const ALL: &[Golden] = &[
     Golden { name: "v1-large-nodes-dup", make: || closed(&large_nodes(), 4) },
     Golden { name: "v1-versions", make: || with_versions(5) },
     Golden { name: "v1-limits", make: || with_limits(6) },
+    Golden { name: "v1-properties", make: || with_properties(9) },
     Golden { name: "v1-scrub", make: || with_scrub(7) },
     Golden { name: "v1-received", make: || with_received(8) },
 ];
@@ -93,6 +94,16 @@ fn with_versions(seed: u64) -> Result<(Image, Tree), String> {
 fn with_limits(seed: u64) -> Result<(Image, Tree), String> {
     let mut world = World::new(story(seed, 20))?;
     world.limit(1 << 30, 1 << 29)?;
+    world.tell()?;
+    world.close()
+}
+
+/// Properties of the root subvolume, and of snapshots and clones of it.
+fn with_properties(seed: u64) -> Result<(Image, Tree), String> {
+    let mut world = World::new(story(seed, 40))?;
+    for _ in 0..8 {
+        world.set_property(ROOT_SUBVOLUME)?;
+    }
     world.tell()?;
     world.close()
 }

@@ -18,9 +18,10 @@ use crate::run::{compare, describe, is_left_open, Runner};
 use crate::subject::{Pool, Subject};
 use crate::tree::Tree;
 use fs_core::check::findings::rules;
-use fs_core::engine::versions::VersionOp;
+use fs_core::engine::versions::{PropertyChange, VersionOp};
 use fs_core::engine::{self, Engine};
 use fs_core::error::Errno;
+use fs_core::format::pool::{Settings, UserProperties};
 use fs_core::platform::Platform;
 use fs_core::units::TreeId;
 use fs_core::vfs::{AccessTime, Filesystem, Volume};
@@ -74,8 +75,10 @@ struct Moment {
     bookmarks: BTreeMap<u64, (u64, Vec<u8>)>,
 }
 
-/// A name and holds.
-type Label = (Vec<u8>, Vec<Vec<u8>>);
+/// A name, holds and properties.
+type Label = (Vec<u8>, Vec<Vec<u8>>, Properties);
+/// What was chosen, and the properties of users.
+type Properties = (Settings, UserProperties);
 /// Names and holds by id, and bookmarks by id.
 type Labels = (BTreeMap<u64, Label>, BTreeMap<u64, (u64, Vec<u8>)>);
 
@@ -101,12 +104,15 @@ pub struct World {
     default: u64,
     generator: Generator,
     rng: Rng,
+    /// For properties: the rest of a story is as it would be without.
+    extra: Rng,
     names: u64,
     moments: Vec<Moment>,
     log: Vec<String>,
 }
 
-const ROOT_SUBVOLUME: u64 = TreeId::FIRST_SUBVOL.0;
+/// The root subvolume.
+pub const ROOT_SUBVOLUME: u64 = TreeId::FIRST_SUBVOL.0;
 
 fn show(error: fs_core::error::Error) -> String {
     error.to_string()
@@ -131,6 +137,7 @@ impl World {
             clock,
             generator: Generator::new(plan.seed, plan.options),
             rng: Rng::derived(plan.seed, 0x7665_7273),
+            extra: Rng::derived(plan.seed, 0x7072_6f70),
             plan,
             platform,
             core,
@@ -213,7 +220,8 @@ impl World {
     /// What is wrong, with the steps so far.
     pub fn tell(&mut self) -> Result<(), String> {
         for _ in 0..self.plan.steps {
-            let outcome = self.step().and_then(|()| match self.plan.checks {
+            let step = self.step().and_then(|()| self.set_some());
+            let outcome = step.and_then(|()| match self.plan.checks {
                 true => self.look(),
                 false => Ok(()),
             });
@@ -233,6 +241,16 @@ impl World {
 
     fn pick<T: Copy>(&mut self, list: &[T]) -> Option<T> {
         (!list.is_empty()).then(|| *self.rng.pick(list))
+    }
+
+    /// Now and then, a property.
+    fn set_some(&mut self) -> Result<(), String> {
+        let heads: Vec<u64> = self.heads.keys().copied().collect();
+        let head = *self.extra.pick(&heads);
+        match self.extra.chance(1, 8) {
+            true => self.set_property(head),
+            false => Ok(()),
+        }
     }
 
     fn step(&mut self) -> Result<(), String> {
@@ -332,7 +350,8 @@ impl World {
     }
 
     fn add_snapshot(&mut self, id: u64, owner: u64, name: Vec<u8>, state: State) {
-        self.labels.insert(id, (name, Vec::new()));
+        let properties = self.labels[&owner].2.clone();
+        self.labels.insert(id, (name, Vec::new(), properties));
         self.trees.insert(id, Arc::new(Tree::of_state(&state)));
         self.snapshots.insert(id, (owner, state));
     }
@@ -359,7 +378,7 @@ impl World {
         let name = self.name();
         let op = VersionOp::CreateSubvolume { name: name.clone(), mode: 0o755, uid: 0, gid: 0 };
         let id = self.change(op)?;
-        self.labels.insert(id, (name, Vec::new()));
+        self.labels.insert(id, (name, Vec::new(), Properties::default()));
         let model = Arc::new(Model::new(self.clock.clone()));
         let history = History::new(model.state());
         self.mount(id, model, history)?;
@@ -371,7 +390,9 @@ impl World {
     fn clone(&mut self, snapshot: u64) -> Result<(), String> {
         let name = self.name();
         let id = self.change(VersionOp::Clone { snapshot, name: name.clone() })?;
-        self.labels.insert(id, (name, Vec::new()));
+        let (mut settings, user) = self.labels[&snapshot].2.clone();
+        settings.read_only = 0;
+        self.labels.insert(id, (name, Vec::new(), (settings, user)));
         let state = self.snapshots[&snapshot].1.clone();
         let model = Arc::new(Model::from_state(state, self.clock.clone()));
         model.remount();
@@ -497,6 +518,46 @@ impl World {
         Ok(())
     }
 
+    /// Chooses a property of a subvolume, or takes a choice away; with a property of users.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn set_property(&mut self, id: u64) -> Result<(), String> {
+        let (settings, user) = &mut self.labels.get_mut(&id).expect("it is there").2;
+        let mut changes = Vec::new();
+        match self.extra.below(4) {
+            0 => {
+                let (kind, level) = *self.extra.pick(&[(0, 0), (1, 0), (2, 0), (2, 3)]);
+                (settings.compression, settings.level) = (kind, level);
+                changes.push(PropertyChange::Compression(kind, level));
+            }
+            1 => {
+                settings.checksum = self.extra.below(4) as u8;
+                changes.push(PropertyChange::Checksum(settings.checksum));
+            }
+            2 => {
+                settings.read_only = self.extra.below(2) as u8;
+                changes.push(PropertyChange::ReadOnly(settings.read_only));
+            }
+            _ => {
+                // The model is told nothing of it, and mounts say when times change.
+                settings.access_time = *self.extra.pick(&[0, 2]);
+                changes.push(PropertyChange::AccessTime(settings.access_time));
+            }
+        }
+        let name = format!("test:{}", self.extra.below(4)).into_bytes();
+        let value = self.extra.chance(2, 3).then(|| vec![b'v'; self.extra.below(900) as usize]);
+        match &value {
+            Some(value) => drop(user.insert(name.clone(), value.clone())),
+            None => drop(user.remove(&name)),
+        }
+        changes.push(PropertyChange::User(name, value));
+        self.change(VersionOp::SetProperties { id, changes })?;
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
     fn set_default(&mut self, head: u64) -> Result<(), String> {
         self.change(VersionOp::SetDefault { subvolume: head })?;
         self.default = head;
@@ -537,7 +598,11 @@ impl World {
             let live = versions.iter().filter(|(_, version)| !version.item.is_deleted());
             let bookmarks = versions.bookmarks();
             (
-                live.map(|(id, v)| (id, (v.name.clone(), v.holds.clone()))).collect(),
+                live.map(|(id, v)| {
+                    let properties = (v.item.settings(), v.user.clone());
+                    (id, (v.name.clone(), v.holds.clone(), properties))
+                })
+                .collect(),
                 bookmarks.map(|(id, b)| (id, (b.item.owner, b.name.clone()))).collect(),
             )
         })

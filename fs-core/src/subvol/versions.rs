@@ -89,6 +89,8 @@ pub struct Versions {
     started: BTreeSet<u64>,
     /// What changed since the edits were taken.
     touched: BTreeSet<u64>,
+    /// Those of them whose properties of users changed.
+    touched_users: BTreeSet<u64>,
     touched_bookmarks: BTreeSet<u64>,
     /// Sums of contents that are yet to be written; what is written is read when it is wanted.
     contents: BTreeMap<u64, Vec<u8>>,
@@ -197,6 +199,7 @@ impl Versions {
             _ => return Ok(false),
         }
         self.touched.clear();
+        self.touched_users.clear();
         self.touched_bookmarks.clear();
         Ok(true)
     }
@@ -373,6 +376,14 @@ impl Versions {
             if self.names.get(&at).is_some_and(|other| *other != id) {
                 return Err(Errno::Exist.into());
             }
+        }
+        let is_other = |old: &Version| match &version {
+            Some(version) => old.user != version.user,
+            None => !old.user.is_empty(),
+        };
+        let has_none = version.as_ref().is_none_or(|version| version.user.is_empty());
+        if self.get(id).map_or(!has_none, is_other) {
+            self.touched_users.insert(id);
         }
         let old = self.unlist(id);
         self.list(id, version);
@@ -734,11 +745,9 @@ impl Versions {
         };
         for id in core::mem::take(&mut self.touched) {
             let (mut item, mut name, mut holds) = (Vec::new(), Vec::new(), Vec::new());
-            let mut user = Vec::new();
             if let Some(version) = self.get(id) {
                 item = version.item.to_bytes().to_vec();
                 (name, holds) = (version.name.clone(), encode_tags(&version.holds));
-                user = encode_user(&version.user);
                 items.push((id, version.item));
             }
             sorted.insert(Key::new(id, kind::SUBVOL, 0), put(item));
@@ -753,6 +762,10 @@ impl Versions {
                 }
                 _ => drop(sorted.insert(Key::new(id, kind::CONTENT, 0), Edit::Delete)),
             }
+        }
+        // Apart, so that what is large is not written again with every group.
+        for id in core::mem::take(&mut self.touched_users) {
+            let user = self.get(id).map_or(Vec::new(), |version| encode_user(&version.user));
             sorted.insert(Key::new(id, kind::PROPERTY, property::USER), put(user));
         }
         for id in core::mem::take(&mut self.touched_bookmarks) {
