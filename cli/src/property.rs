@@ -1,10 +1,10 @@
 //! `cairn get`, `cairn set` and `cairn inherit`: properties of subvolumes and snapshots, and of
 //! files and directories.
 //!
-//! Those of subvolumes are the pool's to keep: the daemon of a mounted pool is asked, a pool that is
-//! not mounted is opened. Those of files are extended attributes; what is made in a directory takes
-//! over the directory's. A path that names a subvolume means the subvolume, not the directory that
-//! it appears as.
+//! Those of subvolumes are the pool's to keep: the daemon of a mounted pool is asked, a pool that
+//! is not mounted is opened. Those of files are extended attributes; what is made in a directory
+//! takes over the directory's. A path that names a subvolume means the subvolume, not the directory
+//! that it appears as.
 
 use crate::arguments::{Get, Inherit, Named, Set};
 use crate::target::{ask, ask_failed};
@@ -33,8 +33,9 @@ const OF_FILES: [&str; 2] = ["compression", "checksum"];
 enum Subject {
     /// A subvolume or snapshot; for those of a mounted pool, its properties.
     Version(Place, VersionName, Option<Vec<PropertyInfo>>),
-    /// A file or directory of a mounted pool.
-    File(PathBuf),
+    /// A file or directory of a mounted pool; with why the daemon would not say whether it is a
+    /// subvolume.
+    File(PathBuf, Option<Failure>),
 }
 
 /// A property and its value.
@@ -60,7 +61,7 @@ pub(crate) fn get(arguments: &Get) -> Result<Done, Failure> {
                 };
                 rows.extend(chosen(all, &wanted, name));
             }
-            Subject::File(path) => rows.extend(of_file(&path, &wanted)?),
+            Subject::File(path, refusal) => rows.extend(of_file(&path, refusal, &wanted)?),
         }
     }
     if arguments.json {
@@ -99,7 +100,12 @@ fn change(
                 let properties = properties.clone();
                 carry_out(&place, &[Change::Set { name: version, properties }])?;
             }
-            Subject::File(path) => {
+            Subject::File(path, refusal) => {
+                let is_of_files = |name: &str| OF_FILES.contains(&name);
+                let all_are = properties.iter().all(|(name, _)| is_of_files(name));
+                if let Some(refusal) = refusal.filter(|_| !all_are) {
+                    return Err(refusal);
+                }
                 for (property, value) in &properties {
                     write(&path, property, value.as_deref())?;
                 }
@@ -130,17 +136,17 @@ fn subject(word: &Path, device: &[PathBuf]) -> Result<Subject, Failure> {
     let (place, name) = match find(&of) {
         Ok(found) => found,
         // A name in a pool that leads elsewhere, or one that is not text.
-        Err(_) if is_in_a_pool(word) => return Ok(Subject::File(word.to_path_buf())),
+        Err(_) if is_in_a_pool(word) => return Ok(Subject::File(word.to_path_buf(), None)),
         Err(failure) => return Err(failure),
     };
     let Place::Mounted(mount) = &place else { return Ok(Subject::Version(place, name, None)) };
     match of_mounted(mount, &name) {
         Ok(Some(all)) => Ok(Subject::Version(place, name, Some(all))),
-        Ok(None) if is_in_a_pool(word) => Ok(Subject::File(word.to_path_buf())),
+        Ok(None) if is_in_a_pool(word) => Ok(Subject::File(word.to_path_buf(), None)),
         Ok(None) => Err(Failure::new(format_args!("{}: there is no {name}", word.display()))),
         // Whoever may not ask the daemon may still look at files.
-        Err(_) if is_in_a_pool(word) && !name.subvolume.is_empty() => {
-            Ok(Subject::File(word.to_path_buf()))
+        Err(refusal) if is_in_a_pool(word) && !name.subvolume.is_empty() => {
+            Ok(Subject::File(word.to_path_buf(), Some(refusal)))
         }
         Err(failure) => Err(failure),
     }
@@ -193,8 +199,12 @@ fn chosen(all: Vec<PropertyInfo>, wanted: &[String], word: &Path) -> Vec<Row> {
     wanted.iter().map(|name| row(find(name))).collect()
 }
 
-fn of_file(path: &Path, wanted: &[String]) -> Result<Vec<Row>, Failure> {
+fn of_file(path: &Path, refusal: Option<Failure>, wanted: &[String]) -> Result<Vec<Row>, Failure> {
     let mut rows = Vec::new();
+    let is_of_files = |name: &String| OF_FILES.contains(&name.as_str());
+    if let Some(refusal) = refusal.filter(|_| !wanted.iter().all(is_of_files)) {
+        return Err(refusal);
+    }
     for name in
         OF_FILES.iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == *name))
     {

@@ -966,6 +966,7 @@ mod tests {
             Request::Identity(_) => Reply::Identity(String::new()),
             Request::Send(_) => Reply::Sent(Sent::default()),
             Request::Receive(_) => Reply::Received(Received::default()),
+            Request::Properties(_) => Reply::Properties(None),
         }
     }
 

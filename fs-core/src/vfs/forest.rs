@@ -610,8 +610,11 @@ impl Forest {
         if self.base.version() == id {
             return in_slot(0, &self.base);
         }
-        let slots = self.slots.read();
-        let open = slots.numbers.get(&id).and_then(|slot| Some((*slot, slots.open.get(slot)?)));
+        let open = {
+            let slots = self.slots.read();
+            let slot = slots.numbers.get(&id);
+            slot.and_then(|slot| Some((*slot, slots.open.get(slot)?.clone())))
+        };
         open.map_or(Vec::new(), |(slot, open)| in_slot(slot, &open.volume))
     }
 
