@@ -139,6 +139,10 @@ fn subject(word: &Path, device: &[PathBuf]) -> Result<Subject, Failure> {
         Err(_) if is_in_a_pool(word) => return Ok(Subject::File(word.to_path_buf(), None)),
         Err(failure) => return Err(failure),
     };
+    if name.bookmark.is_some() {
+        let word = word.display();
+        return Err(Failure::new(format_args!("{word} is a bookmark, which has no properties")));
+    }
     let Place::Mounted(mount) = &place else { return Ok(Subject::Version(place, name, None)) };
     match of_mounted(mount, &name) {
         Ok(Some(all)) => Ok(Subject::Version(place, name, Some(all))),

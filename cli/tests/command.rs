@@ -411,6 +411,8 @@ fn properties(pool: &str) {
     run(&["set", "org:kind=x", "POOL/none"]).failure().stderr(contains("no subvolume none"));
     run(&["get", "all", "POOL/none"]).failure().stderr(contains("there is no none"));
     run(&["get", "all"]).failure().stderr(contains("needs a name"));
+    run(&["get", "all", "POOL/mail#mark"]).failure().stderr(contains("is a bookmark"));
+    run(&["get", "compresion", "POOL/mail"]).failure().stderr(contains("compresion"));
     let output = run(&["get", "-j", "POOL/mail"]).success();
     let all: Value = serde_json::from_slice(&output.get_output().stdout).unwrap();
     let find = |name: &str| {

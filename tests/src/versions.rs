@@ -24,7 +24,7 @@ use fs_core::error::Errno;
 use fs_core::format::pool::{Settings, UserProperties};
 use fs_core::platform::Platform;
 use fs_core::units::TreeId;
-use fs_core::vfs::{AccessTime, Filesystem, Volume};
+use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -523,9 +523,13 @@ impl World {
     /// # Errors
     /// When that fails.
     pub fn set_property(&mut self, id: u64) -> Result<(), String> {
+        let which = self.extra.below(4);
+        if which == 2 {
+            self.refuse_changes(id)?;
+        }
         let (settings, user) = &mut self.labels.get_mut(&id).expect("it is there").2;
         let mut changes = Vec::new();
-        match self.extra.below(4) {
+        match which {
             0 => {
                 let (kind, level) = *self.extra.pick(&[(0, 0), (1, 0), (2, 0), (2, 3)]);
                 (settings.compression, settings.level) = (kind, level);
@@ -553,6 +557,21 @@ impl World {
         }
         changes.push(PropertyChange::User(name, value));
         self.change(VersionOp::SetProperties { id, changes })?;
+        self.all_durable()?;
+        self.remember();
+        Ok(())
+    }
+
+    /// Sets a subvolume read-only, and tries to change it.
+    fn refuse_changes(&mut self, id: u64) -> Result<(), String> {
+        self.change(VersionOp::SetProperties { id, changes: vec![PropertyChange::ReadOnly(2)] })?;
+        self.labels.get_mut(&id).expect("it is there").2 .0.read_only = 2;
+        let volume = &self.heads[&id].volume;
+        let root = Caller { uid: 0, gid: 0, umask: 0 };
+        let tried = volume.mkdir(volume.root(), b"refused", 0o755, &root);
+        if tried.err().map(|error| error.errno()) != Some(Errno::RoFs) {
+            return Err(format!("{id} is read-only and took a change"));
+        }
         self.all_durable()?;
         self.remember();
         Ok(())

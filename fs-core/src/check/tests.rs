@@ -10,10 +10,12 @@ use crate::format::chunk::{DeviceItem, Profile};
 use crate::format::dead::{key as dead_key, DeadHeader, DeadRef, Part};
 use crate::format::dir::{encode_cookies, name_hash, Entry};
 use crate::format::extent::Extent;
+use crate::format::features;
 use crate::format::inode::{mode, LinkItem};
 use crate::format::key::kind;
 use crate::format::label::{label_areas, ring_slot};
-use crate::format::pool::{INO_MAX, ROOT_INO};
+use crate::format::node::VALUE_BYTES_MAX;
+use crate::format::pool::{encode_user, property, Settings, INO_MAX, ROOT_INO};
 use crate::format::ptr::CompressionKind;
 use crate::format::space::RefItem;
 use crate::format::superblock::LogStart;
@@ -526,6 +528,62 @@ fn a_single_wrong_field_is_a_single_finding() {
         let report = report_of(damage);
         assert_eq!(report.findings.len(), 1, "{}:\n{}", rule.id, text(&report));
     }
+}
+
+#[test]
+fn properties_that_are_not_as_they_must_be_are_found() {
+    let key = |id: u64| Key::new(id, kind::PROPERTY, property::USER);
+    let good = encode_user(&[(b"a:b".to_vec(), b"c".to_vec())].into_iter().collect());
+    let found = |declared: bool, change: &dyn Fn(&mut Forge)| {
+        let mut forge = Forge::sound(Profile::Single);
+        if declared {
+            forge.change_superblock = Box::new(|s| s.features[2] |= features::PROPERTIES);
+        }
+        change(&mut forge);
+        let report = check_built(&forge.build());
+        report.findings.iter().map(|finding| finding.id).collect::<Vec<_>>()
+    };
+    let with = |key: Key, value: &[u8]| {
+        found(true, &|forge| drop(forge.pool_tree.insert(key, value.to_vec())))
+    };
+    let choose = |declared: bool, settings: Settings| {
+        found(declared, &|forge| forge.item.set_settings(settings))
+    };
+    let own = Settings { compression: 2, level: -7, checksum: 3, read_only: 2, access_time: 3 };
+    assert!(choose(true, own).is_empty() && with(key(SUBVOL.0), &good).is_empty());
+    assert_eq!(choose(false, own), [rules::VERSION.id]);
+    let undeclared =
+        found(false, &|forge| drop(forge.pool_tree.insert(key(SUBVOL.0), good.clone())));
+    assert_eq!(undeclared, [rules::VERSION.id]);
+    for bad in [
+        Settings { compression: 3, ..own },
+        Settings { level: 20, ..own },
+        Settings { level: -8, ..own },
+        Settings { compression: 1, ..own },
+        Settings { checksum: 4, ..own },
+        Settings { read_only: 3, ..own },
+        Settings { access_time: 4, ..own },
+    ] {
+        assert!(choose(true, bad).contains(&rules::ITEM.id), "{bad:?}");
+    }
+    let long = [&[255][..], &[b'a'; 254], b":", &[0xff, 0x0f], &[b'x'; 4095]].concat();
+    for bad in [
+        &b""[..],
+        &good[..good.len() - 1],
+        &[&good[..], &good].concat(),
+        b"\x03A:b\x01\0c",
+        b"\x03abc\x01\0c",
+        b"\x00\x01\0c",
+        b"\x03a:b\x01\0\xff",
+        b"\x03a:b\x01\0\n",
+        b"\x03a:b\xff\xffc",
+        &long[..VALUE_BYTES_MAX],
+    ] {
+        assert!(with(key(SUBVOL.0), bad).contains(&rules::ITEM.id), "{bad:?}");
+    }
+    // Of nothing that is there; and of no kind that there is.
+    assert!(with(key(999), &good).contains(&rules::ITEM.id));
+    assert_eq!(with(Key { offset: 6, ..key(SUBVOL.0) }, &good), [rules::ITEM_KIND.id]);
 }
 
 #[test]

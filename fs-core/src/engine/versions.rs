@@ -982,6 +982,9 @@ impl Draft<'_> {
         changes: &[PropertyChange],
     ) -> Result<()> {
         let version = self.there(versions, id)?;
+        if version.item.is_receiving() {
+            return Err(being_received());
+        }
         let is_of_users = |change: &PropertyChange| matches!(change, PropertyChange::User(..));
         if version.item.is_snapshot() && !changes.iter().all(is_of_users) {
             let what = "of a snapshot, only properties of users can be set: MODULE:NAME";
@@ -992,7 +995,8 @@ impl Draft<'_> {
         if encode_user(&user).len() > USER_BYTES_MAX {
             return Err(Error::Argument { what: TOO_MUCH });
         }
-        (self.has_properties, self.settles) = (true, true);
+        self.has_properties |= settings != Settings::default() || !user.is_empty();
+        self.settles |= settings != version.item.settings();
         versions.change(id, |item| item.set_settings(settings))?;
         versions.set_user(id, user)
     }
@@ -1052,6 +1056,8 @@ impl Draft<'_> {
             versions.set_user(id, user)?;
         }
         self.fresh.push((id, None));
+        // There may be some below it already.
+        self.settles = true;
         Ok(id)
     }
 

@@ -17,6 +17,7 @@ proptest! {
         let _ = space::Residue::decode(&bytes, 1);
         let _ = log::LogRecord::decode(&bytes);
         let _ = pool::SubvolItem::decode(&bytes);
+        let _ = pool::decode_user(&bytes);
         let _ = label::Label::decode(&bytes);
         let _ = superblock::Superblock::decode(&bytes);
     }
@@ -119,6 +120,45 @@ proptest! {
             record.encode_to(&mut again);
             prop_assert_eq!(&again[..], &bytes[..len]);
         }
+    }
+}
+
+fn user_properties() -> impl Strategy<Value = pool::UserProperties> {
+    let property = ("[a-z0-9+._-]{0,9}:[a-z0-9:+._-]{0,20}", "[a-z\u{e9}\u{4e2d} =]{0,60}");
+    proptest::collection::btree_map(property.0, property.1, 1..12).prop_map(|all| {
+        let bytes = |(name, value): (alloc::string::String, alloc::string::String)| {
+            (name.into_bytes(), value.into_bytes())
+        };
+        all.into_iter().map(bytes).collect()
+    })
+}
+
+proptest! {
+    #[test]
+    fn properties_of_users_decode_to_what_was_encoded_and_to_nothing_else(
+        all in user_properties(),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut bytes = pool::encode_user(&all);
+        prop_assert_eq!(pool::decode_user(&bytes), Ok(all.clone()));
+        if let Ok(fewer) = pool::decode_user(&bytes[..cut.index(bytes.len())]) {
+            prop_assert!(fewer.len() < all.len());
+        }
+        for (at, byte) in damage {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Ok(other) = pool::decode_user(&bytes) {
+            prop_assert_eq!(pool::encode_user(&other), bytes);
+        }
+    }
+
+    #[test]
+    fn packed_settings_are_what_they_were(numbers in any::<[u8; 4]>(), level in any::<i8>()) {
+        let [compression, checksum, read_only, access_time] = numbers;
+        let all = pool::Settings { compression, level, checksum, read_only, access_time };
+        prop_assert_eq!(pool::Settings::unpack(all.pack()), all);
     }
 }
 

@@ -2,9 +2,9 @@
 
 use super::{Destination, Receiver};
 use crate::check::{check, CheckOptions, Quiet};
-use crate::engine::versions::VersionOp;
+use crate::engine::versions::{PropertyChange, VersionOp};
 use crate::engine::{format, FormatOptions, OpenOptions};
-use crate::error::Error;
+use crate::error::{Errno, Error};
 use crate::format::inode::{mode, InodeItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::platform::{Result, Timestamp};
@@ -425,6 +425,7 @@ fn what_is_being_received_can_be_deleted_and_nothing_else() {
         VersionOp::Rename { id, name: b"x".to_vec() },
         VersionOp::SetDefault { subvolume: id },
         VersionOp::SetLimits { subvolume: id, referenced: 1, own: 1 },
+        VersionOp::SetProperties { id, changes: vec![PropertyChange::ReadOnly(1)] },
         VersionOp::Delete { id },
     ];
     for op in refused {
@@ -633,6 +634,28 @@ fn a_subvolume_follows_unless_it_changed_meanwhile() {
     to.change(VersionOp::Follow { snapshot: here, root: written }).unwrap();
     assert_eq!(pathless(look(&enter(into))), pathless(from.look(second)));
     assert_eq!(to.names().len(), 4, "what it was is gone: {:?}", to.names());
+    to.settle();
+    to.check();
+}
+
+#[test]
+fn what_is_received_where_changes_are_refused_comes_and_is_read_only() {
+    let (from, to) = (Host::new(&options(0)), Host::new(&options(1)));
+    let file = from.fs.mknod(from.fs.root(), b"f", 0o100644, 0, &ROOT).unwrap().ino;
+    from.fs.write(file, 0, &pattern(200_000, 3), WriteFlags::default()).unwrap();
+    let first = from.snapshot("first");
+    from.fs.mkdir(from.fs.root(), b"d", 0o755, &ROOT).unwrap();
+    let second = from.snapshot("second");
+    to.change(VersionOp::SetProperties { id: HOME, changes: vec![PropertyChange::ReadOnly(2)] })
+        .unwrap();
+    let here = to.receive(&new("in"), &from.send(None, first));
+    let into = to.fs.engine().with_versions(|v| v.get(here).unwrap().item.owner);
+    let there = to.receive(&Destination::Existing(into), &from.send(Some(first), second));
+    assert_eq!(to.identity(there), from.identity(second));
+    let volume = Volume::of_version(to.fs.engine().clone(), into, AccessTime::Never).unwrap();
+    let tried = volume.mkdir(volume.root(), b"x", 0o755, &ROOT);
+    assert_eq!(tried.unwrap_err().errno(), Errno::RoFs);
+    drop(volume);
     to.settle();
     to.check();
 }

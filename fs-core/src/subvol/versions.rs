@@ -512,6 +512,10 @@ impl Versions {
     /// The subvolume whose settings hold where a version chooses nothing: that which it, or the
     /// subvolume that a snapshot was taken of, is in. `None` for the root subvolume.
     pub fn above(&self, id: u64) -> Option<u64> {
+        // Whatever a crafted pool calls it: nothing may be above itself.
+        if id == TreeId::FIRST_SUBVOL.0 {
+            return None;
+        }
         let mut version = self.get(id)?;
         if version.item.is_snapshot() {
             version = self.get(version.item.owner)?;

@@ -269,8 +269,9 @@ pub trait Filesystem: Send + Sync {
         let _ = (ino, bytes);
         Ok(())
     }
-    /// Whether an inode is one of a snapshot in a mount that otherwise takes changes: a driver must
-    /// not let it be opened for writing. May be called by `each` of a listing.
+    /// Whether an inode is one of a snapshot, or of a subvolume that was set read-only, in a mount
+    /// that otherwise takes changes: a driver must not let it be opened for writing, nor written to
+    /// where it is open. May be called by `each` of a listing.
     fn never_changes(&self, ino: Ino) -> bool {
         let _ = ino;
         false

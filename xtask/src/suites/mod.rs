@@ -15,9 +15,10 @@
 //! | `versions` | does a snapshot stay what it was, whatever goes on around it? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
+//! | `properties` | does what is set for a subvolume hold, below it too? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last seven also run on other
+//! Each ends with the image unmounted and checked. All but the last nine also run on other
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
@@ -32,6 +33,7 @@ mod loops;
 mod memory;
 mod pjdfstest;
 mod programs;
+mod properties;
 mod python;
 mod scrub;
 mod send;
@@ -104,6 +106,7 @@ const OWN: &[(&str, Run)] = &[
     ("devices", devices::run),
     ("limits", full::limits),
     ("clone", clone::run),
+    ("properties", properties::run),
     ("memory", memory::run),
     ("user", user::run),
 ];

@@ -867,6 +867,12 @@ fn what_a_subvolume_does_not_choose_it_takes_from_the_next_above_that_does() {
     one(&engine, set(HOME, vec![PropertyChange::Compression(0, 0), PropertyChange::Checksum(0)]));
     assert_eq!(settings(&engine, "other/c"), Settings::default());
     assert_eq!(settings(&engine, "a/b"), Settings { checksum: 0, ..below });
+    // And one that comes to be above it, between it and what was.
+    let b_then = one(&engine, VersionOp::Snapshot { subvolume: b, name: "s".into() });
+    one(&engine, subvolume("other/d/e"));
+    one(&engine, VersionOp::Clone { snapshot: b_then, name: "other/d".into() });
+    assert_eq!(settings(&engine, "other/d/e"), Settings { checksum: 0, ..below });
+    assert_eq!(settings(&engine, "other/c"), Settings::default());
     engine.close().unwrap();
     is_sound(&device, &test);
 }
