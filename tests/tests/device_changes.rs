@@ -347,6 +347,62 @@ fn what_is_taken_apart_meanwhile_is_not_lost() {
     }
 }
 
+#[test]
+fn a_device_that_comes_back_gets_what_is_left_of_a_tree_that_is_taken_apart() {
+    let mut half_gone = 0;
+    for seed in seeds(12, 200) {
+        let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+        pool.format.chunk_bytes = Some(2 << 20);
+        pool.open.deletion_refs = 1;
+        let mut world = world(&pool, seed);
+        world.close();
+        let away = world.rams.remove(1);
+        world.pool.open.degraded = true;
+        world.open().unwrap();
+        let engine = world.engine().clone();
+        let (name, mode) = (b"filled".to_vec(), 0o755);
+        let made = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
+        let id = engine.change_versions(vec![made]).unwrap()[0];
+        let filled = Volume::of_version(engine.clone(), id, AccessTime::Relative).unwrap();
+        for n in 0..300 {
+            let name = format!("a name that takes some room in a leaf, number {n}");
+            filled.mknod(filled.root(), name.as_bytes(), 0o100644, 0, &ROOT).unwrap();
+        }
+        drop(filled);
+        world.volume().sync().unwrap();
+        engine.change_versions(vec![VersionOp::Delete { id }]).unwrap();
+        (0..seed * 8).for_each(|_| world.let_time_pass());
+        let is_there = engine.with_versions(|all| all.get(id).is_some());
+        half_gone += u32::from(is_there && engine.given_up_bytes() > 0);
+        drop(engine);
+        // As slow as it is, it is not at its end before the device has everything else.
+        world.close();
+        world.rams.push(away);
+        world.open().unwrap();
+        for _ in 0..500 {
+            world.let_time_pass();
+            if world.engine().store.pool.behind().is_empty() {
+                break;
+            }
+        }
+        assert_eq!(world.engine().store.pool.behind(), [0; 0], "seed {seed}");
+        world.close();
+        // It has to be as good as the other, from here on.
+        let other = world.rams.remove(0);
+        world.open().unwrap();
+        world.engine().destroy_all().unwrap();
+        assert_eq!(world.engine().stopped_deletions(), [0; 0], "seed {seed}");
+        world.close();
+        world.rams.insert(0, other);
+        world.open().unwrap();
+        for _ in 0..500 {
+            world.let_time_pass();
+        }
+        world.judge(&format!("seed {seed}"));
+    }
+    assert!(half_gone > 3, "{half_gone}");
+}
+
 /// What is done to the devices, in a run that power cuts short.
 fn act(world: &mut World, seed: u64) {
     let engine = world.engine().clone();

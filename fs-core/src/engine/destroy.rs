@@ -64,7 +64,7 @@ use crate::format::space::{Run, REGION_BYTES};
 use crate::space::Class;
 use crate::subvol::extents::last_named;
 use crate::subvol::store::Result;
-use crate::subvol::versions::Version;
+use crate::subvol::versions::Versions;
 use crate::units::{Ino, TreeId, Txg, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::BTreeSet;
@@ -160,6 +160,17 @@ enum Tried {
     TooMuch,
 }
 
+/// From where on the tree of a version has all that the version refers to; `None` when nobody reads
+/// its tree any more.
+pub(super) fn left_from(versions: &Versions, id: u64, item: &SubvolItem) -> Option<Key> {
+    if item.flags & version::STARTED == 0 {
+        return Some(Key::MIN);
+    }
+    // Between two others, what only it has is given up by list.
+    let is_read = versions.child_count(id) == 0 && item.cursor != TREE_GONE;
+    is_read.then(|| Key::peek(&item.cursor))
+}
+
 impl Engine {
     /// Whether something that was deleted can be taken apart further.
     pub(super) fn has_to_destroy(&self) -> bool {
@@ -234,8 +245,6 @@ impl Engine {
             let stopped = self.stopped.lock();
             closed.extend(stopped.iter().copied());
         }
-        // The tree of one that ends is read, and is not carried over when chunks move.
-        let may_begin = self.store.pool.moves() == 0;
         let versions = self.versions.read();
         let is_started = |id: u64| versions.started().contains(&id);
         let is_deleted = |id: u64| versions.deleted().contains(&id);
@@ -245,9 +254,6 @@ impl Engine {
             child.is_some_and(|child| !is_started(child) || versions.child_count(child) > 0)
         };
         let is_end = |id: u64| {
-            if !is_started(id) && !may_begin {
-                return false;
-            }
             let parent = versions.get(id).map_or(0, |version| version.item.parent);
             versions.child_count(id) == 0
                 && (is_started(id) || !is_deleted(parent) || versions.child_count(parent) > 1)
@@ -258,16 +264,6 @@ impl Engine {
             return Some(*id);
         }
         versions.deleted().iter().find(can_go_on).copied()
-    }
-
-    /// Whether the tree of something is given up, and not at its end yet.
-    pub(super) fn tree_is_taken_apart(&self) -> bool {
-        let versions = self.versions.read();
-        let mut started = versions.started().iter();
-        started.any(|id| {
-            let is_there = |version: &Version| version.item.cursor != TREE_GONE;
-            versions.child_count(*id) == 0 && versions.get(*id).is_some_and(is_there)
-        })
     }
 
     /// Goes on with what was deleted, in group `txg`, after the subvolumes changed their dead

@@ -574,17 +574,6 @@ impl Engine {
         if !self.store.pool.moves_begun() {
             return Ok((Work::Settle, false));
         }
-        // What is half taken apart is not carried over, and must not be lost: it goes on to its
-        // end, and no other begins as long as chunks are in two places.
-        if self.tree_is_taken_apart() {
-            return match self.stopped_deletions().is_empty() {
-                true => Ok((Work::Settle, false)),
-                false => Err(Error::Argument {
-                    what: "something that was deleted is damaged, and its space cannot be freed: \
-                           check the pool with fsck.cairn",
-                }),
-            };
-        }
         // What the group that is open now has, may have been written before.
         self.want_commit();
         self.commit_upto(self.store.groups.open())?;

@@ -14,9 +14,11 @@
 //!   middle of which the pass is, all of that version is looked at again, after the snapshot: else
 //!   what they have in common would be seen by nobody if the snapshot were deleted meanwhile.
 //! - So it does no harm when a snapshot is deleted: what is left of it was either seen with it, or
-//!   belongs to a version that was not looked at yet. One that is being taken apart counts as gone:
-//!   what goes on from it is looked at as far as it is younger than what comes before. So does one
-//!   whose root makes no sense.
+//!   belongs to a version that was not looked at yet. One that is being taken apart between two
+//!   others counts as gone, since nobody reads its tree any more: what goes on from it is looked at
+//!   as far as it is younger than what comes before. So does one whose root makes no sense.
+//! - The tree of one that ends is read to take it apart, from its beginning on. What is left of it
+//!   is looked at, and nothing before: that may be another's by now.
 //! - A rollback puts an older tree in the place of one that may have been seen: whoever goes on
 //!   with a pass must begin again when [`Engine::turns`] has changed.
 
@@ -24,7 +26,7 @@
 mod tests;
 
 use crate::btree::{Node, Tree};
-use crate::engine::{data, Engine};
+use crate::engine::{data, destroy, Engine};
 use crate::error::Error;
 use crate::format::extent::Extent;
 use crate::format::key::{kind, Key};
@@ -44,6 +46,8 @@ struct Part {
     tree: core::result::Result<Tree, Error>,
     /// What is not younger is another part's.
     since: Txg,
+    /// What is before it is gone.
+    from: Key,
     /// The part that has to be looked at before.
     after: u64,
 }
@@ -179,7 +183,7 @@ impl Engine {
         let committer = self.committer();
         let view = self.store.space_view();
         let (txg, roots) = (committer.superblock.txg, &committer.roots);
-        let own = |tree: Tree| Part { tree: Ok(tree), since: Txg(0), after: 0 };
+        let own = |tree: Tree| Part { tree: Ok(tree), since: Txg(0), from: Key::MIN, after: 0 };
         let mut by_id = BTreeMap::new();
         for tree in [roots.pool, roots.chunk, view.tree, roots.refs, roots.dead] {
             by_id.insert(tree.id.0, own(tree));
@@ -187,15 +191,13 @@ impl Engine {
         let versions = self.versions.read();
         for (id, version) in versions.iter() {
             let item = &version.item;
-            if item.flags & version::STARTED != 0 {
-                continue;
-            }
+            let Some(from) = destroy::left_from(&versions, id, item) else { continue };
             let tree = match item.root(txg) {
                 Ok(root) => Ok(Tree { id: item.lineage(TreeId(id)), root }),
                 Err(bad) => Err(bad.in_item(TreeId::POOL, id)),
             };
             let (after, since) = before(&versions, id, txg);
-            by_id.insert(id, Part { tree, since, after });
+            by_id.insert(id, Part { tree, since, from, after });
         }
         drop(versions);
         Parts { txg, by_id, residue: roots.residue, _view: view }
@@ -281,7 +283,9 @@ impl Pass {
             }
         };
         self.at = Some(Spot { id, since: part.since, key: from });
-        let mut walk = Walk { id: TreeId(id), since: part.since, blob: Logical(0), visitor };
+        let from = from.max(part.from);
+        let blob = Logical(0);
+        let mut walk = Walk { id: TreeId(id), since: part.since, from: part.from, blob, visitor };
         let since = part.since.max(self.least);
         let next = tree.patrol(store, since, from, &mut |ptr, node| {
             walk.visitor.block(&Seen { id: walk.id, ptr, error: node.err() })?;
@@ -323,6 +327,8 @@ impl Pass {
 struct Walk<'a> {
     id: TreeId,
     since: Txg,
+    /// What is before it is gone.
+    from: Key,
     /// The blob shown last: neighbouring items name the same.
     blob: Logical,
     visitor: &'a mut dyn Visitor,
@@ -335,7 +341,7 @@ impl Walk<'_> {
         }
         for index in 0..node.count() {
             let key = node.key(index);
-            if key.kind == kind::EXTENT {
+            if key.kind == kind::EXTENT && key >= self.from {
                 self.extent(&key, node.value(index), node.birth())?;
             }
         }
