@@ -44,6 +44,6 @@ impl Pool {
         if taken != mapped {
             return Err(format!("{taken} bytes are taken on devices, chunks map {mapped}"));
         }
-        Ok(())
+        ledger.rooms.iter().try_for_each(super::room::Room::check)
     }
 }

@@ -291,7 +291,7 @@ fn keeps_supply(
 
 /// The rooms when those stripes are taken.
 fn after(rooms: &[Room], stripes: &[Stripe], bytes: u64) -> Option<Vec<Room>> {
-    let mut after = rooms.to_vec();
+    let mut after: Vec<Room> = rooms.iter().map(Room::outline).collect();
     for stripe in stripes {
         let room = &mut after[usize::from(stripe.device)];
         room.take(stripe.physical, bytes, crate::units::Logical(0)).ok()?;

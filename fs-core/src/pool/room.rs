@@ -6,6 +6,9 @@ use crate::format::label::{data_end, DATA_START};
 use crate::platform::Result;
 use crate::units::{align_down, align_up, Logical, Physical, SECTOR_BYTES};
 use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
 use core::ops::Range;
 
 /// The space for chunks on one device.
@@ -15,6 +18,8 @@ pub struct Room {
     end: u64,
     /// Taken runs: start to end. They do not overlap and lie in `DATA_START..end`.
     taken: BTreeMap<u64, u64>,
+    /// What lies between them, start to end, each as long as it goes: there are far fewer of these.
+    gaps: BTreeMap<u64, u64>,
     /// No new chunk gets anything at or behind this byte.
     limit: u64,
 }
@@ -22,7 +27,23 @@ pub struct Room {
 impl Room {
     /// The room of a device of `bytes` bytes, all of it free.
     pub fn new(bytes: u64) -> Room {
-        Room { end: data_end(bytes), taken: BTreeMap::new(), limit: u64::MAX }
+        let end = data_end(bytes);
+        let mut gaps = BTreeMap::new();
+        if DATA_START < end {
+            gaps.insert(DATA_START, end);
+        }
+        Room { end, taken: BTreeMap::new(), gaps, limit: u64::MAX }
+    }
+
+    /// The same room, to try things out in: what is taken cannot be given back there, and what is
+    /// tried costs as much as there are gaps.
+    pub fn outline(&self) -> Room {
+        Room { taken: BTreeMap::new(), gaps: self.gaps.clone(), ..*self }
+    }
+
+    /// The first byte that new chunks are kept from.
+    pub fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// Keeps new chunks from everything at or behind a byte.
@@ -44,7 +65,12 @@ impl Room {
     pub fn set_bytes(&mut self, bytes: u64) {
         self.end = data_end(bytes);
         self.limit = u64::MAX;
-        assert!(self.is_free_from(self.end), "chunks end beyond {}", self.end);
+        let last = self.taken_end().max(DATA_START);
+        assert!(last <= self.end.max(DATA_START), "chunks end beyond {}", self.end);
+        self.gaps.split_off(&last);
+        if last < self.end {
+            self.gaps.insert(last, self.end);
+        }
     }
 
     /// Takes a run for the chunk at `owner`.
@@ -59,9 +85,16 @@ impl Room {
         if at.0 < DATA_START || end > self.end || bytes == 0 {
             return corrupt("chunk outside the device's space for chunks");
         }
-        let before = self.taken.range(..end).next_back();
-        if before.is_some_and(|(_, taken_end)| *taken_end > at.0) {
+        let around = self.gaps.range(..=at.0).next_back().map(|(start, end)| (*start, *end));
+        let Some((start, gap_end)) = around.filter(|(_, gap_end)| end <= *gap_end) else {
             return corrupt("chunk overlaps another on its device");
+        };
+        self.gaps.remove(&start);
+        if start < at.0 {
+            self.gaps.insert(start, at.0);
+        }
+        if end < gap_end {
+            self.gaps.insert(end, gap_end);
         }
         self.taken.insert(at.0, end);
         Ok(())
@@ -71,13 +104,20 @@ impl Room {
     pub fn give_back(&mut self, at: Physical, bytes: u64) {
         let end = self.taken.remove(&at.0);
         assert!(end == Some(at.0 + bytes), "gave back {at:?}+{bytes}, taken until {end:?}");
+        let (mut start, mut end) = (at.0, at.0 + bytes);
+        if let Some(after) = self.gaps.remove(&end) {
+            end = after;
+        }
+        let before = self.gaps.range(..start).next_back().map(|(start, end)| (*start, *end));
+        if let Some((first, _)) = before.filter(|(_, gap_end)| *gap_end == start) {
+            start = first;
+        }
+        self.gaps.insert(start, end);
     }
 
     /// Free runs, `(start, end)`, ascending.
     fn gaps(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        let starts = core::iter::once(DATA_START).chain(self.taken.values().copied());
-        let ends = self.taken.keys().copied().chain(core::iter::once(self.end));
-        starts.zip(ends).filter(|(start, end)| start < end)
+        self.gaps.iter().map(|(start, end)| (*start, *end))
     }
 
     /// What is free at or behind `from`, of the first free run that has at least `min_bytes` in
@@ -111,6 +151,28 @@ impl Room {
             let end = align_down(end.min(self.limit), CHUNK_BYTES_MIN);
             (start < end).then_some((start, end))
         })
+    }
+
+    /// Every byte is either taken or in a gap, and gaps are as long as they go.
+    ///
+    /// # Errors
+    /// One sentence on the first contradiction.
+    pub fn check(&self) -> core::result::Result<(), String> {
+        let mut runs: Vec<(u64, u64, bool)> =
+            self.taken.iter().map(|(start, end)| (*start, *end, true)).collect();
+        runs.extend(self.gaps().map(|(start, end)| (start, end, false)));
+        runs.sort_unstable();
+        let (mut at, mut was_gap) = (DATA_START, false);
+        for (start, end, is_taken) in runs {
+            if start != at || end <= start || (was_gap && !is_taken) {
+                return Err(format!("the run {start}..{end} of a device follows {at}"));
+            }
+            (at, was_gap) = (end, !is_taken);
+        }
+        match at == self.end.max(DATA_START) {
+            true => Ok(()),
+            false => Err(format!("runs of a device end at {at} instead of {}", self.end)),
+        }
     }
 
     /// Bytes that chunks have.
