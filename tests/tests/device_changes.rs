@@ -9,12 +9,13 @@ use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
 use cairn_tests::world::World;
 use fs_core::engine::versions::VersionOp;
+use fs_core::engine::ChangeWait;
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::devices::DeviceChangeState;
 use fs_core::format::label::LABEL_AREA_BYTES;
 use fs_core::platform::DeviceRef;
-use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume};
+use fs_core::vfs::{AccessTime, Caller, Fallocate, Filesystem, Volume, WriteFlags};
 
 const DEVICE_BYTES: u64 = 24 << 20;
 const ROOT: Caller = Caller { uid: 0, gid: 0, umask: 0 };
@@ -555,4 +556,155 @@ fn a_device_that_was_removed_and_comes_back_is_left_out() {
         world.rams.remove(1);
         world.judge("without it");
     }
+}
+
+#[test]
+fn room_that_was_promised_meanwhile_is_not_taken_by_a_removal() {
+    let mut pool = Pool::on(2, Profile::Single, Profile::Single);
+    pool.format.chunk_bytes = Some(1 << 20);
+    let mut world = world(&pool, 4);
+    world.tell(usize::MAX / 2);
+    let want = Tree::of_state(&world.model.state());
+    let engine = world.engine().clone();
+    let volume = world.volume().clone();
+    engine.remove_device(1).unwrap();
+    // Nothing has moved yet.
+    let file = volume.mknod(volume.root(), b"promised", 0o100_644, 0, &ROOT).unwrap().ino;
+    let promised = engine.room().available / 4096 * 4096 - (256 << 10);
+    volume.fallocate(file, Fallocate::Allocate { keep_size: false }, 0, promised).unwrap();
+    for _ in 0..40 {
+        world.let_time_pass();
+    }
+    let status = engine.device_change().unwrap();
+    assert_eq!(status.state, DeviceChangeState::Running);
+    assert_eq!(status.waits_for, Some(ChangeWait::Failure(Error::NoSpace)));
+    // What was promised is there.
+    let mut content = vec![0; 1 << 20];
+    Rng::new(1).fill(&mut content);
+    for at in (0..promised).step_by(1 << 20) {
+        let part = &content[..(promised - at).min(1 << 20) as usize];
+        volume.write(file, at, part, WriteFlags::default()).unwrap();
+    }
+    volume.sync().unwrap();
+    // When there is room, it goes on.
+    volume.unlink(volume.root(), b"promised").unwrap();
+    volume.forget(file, 1);
+    volume.sync().unwrap();
+    for _ in 0..2000 {
+        world.platform.clock.advance_ms(1000);
+        world.let_time_pass();
+        if world.state() == DeviceChangeState::Finished {
+            break;
+        }
+    }
+    let status = engine.device_change().unwrap();
+    assert_eq!(status.state, DeviceChangeState::Finished, "{status:?}, {:?}", engine.room());
+    let found = Tree::read(&**world.volume()).unwrap();
+    assert_eq!(want.difference(&found), None);
+    drop((engine, volume));
+    world.rams.remove(1);
+    world.judge("in the end");
+}
+
+#[test]
+fn a_replacement_that_is_refused_gives_the_new_device_back() {
+    for seed in seeds(4, 100) {
+        let mut pool = Pool::on(2, Profile::Mirror, Profile::Mirror);
+        pool.format.chunk_bytes = Some(1 << 20);
+        let mut world = world(&pool, seed);
+        world.tell(usize::MAX / 2);
+        let (engine, volume) = (world.engine().clone(), world.volume().clone());
+        let make =
+            |name: &[u8]| volume.mknod(volume.root(), name, 0o100_644, 0, &ROOT).unwrap().ino;
+        let (promised, written) = (make(b"promised"), make(b"written"));
+        let mut content = vec![0; 6 << 20];
+        Rng::new(seed).fill(&mut content);
+        volume.write(written, 0, &content, WriteFlags::default()).unwrap();
+        volume.sync().unwrap();
+        let promise = engine.room().available / 4096 * 4096 - (4 << 20);
+        let op = Fallocate::Allocate { keep_size: false };
+        volume.fallocate(promised, op, 0, promise).unwrap();
+        let devices = world.rams.len();
+        // It has more room than the others, until what they have would be there as well.
+        let new = world.new_ram(DEVICE_BYTES - (6 << 20));
+        // There is something to write for the commits on the way.
+        let more = &content[..3 << 20];
+        volume.write(written, 6 << 20, more, WriteFlags::default()).unwrap();
+        let refused = engine.replace_device(0, new).unwrap_err();
+        assert_eq!(refused, Error::NoSpace, "seed {seed}");
+        assert!(!engine.store.pool.has_device(devices as u16), "seed {seed}: it is in the pool");
+        assert!(is_blank(&world.rams.pop().unwrap()), "seed {seed}: it has labels");
+        volume.sync().unwrap();
+        for file in [&b"promised"[..], b"written"] {
+            volume.unlink(volume.root(), file).unwrap();
+        }
+        volume.forget(promised, 1);
+        volume.forget(written, 1);
+        drop((engine, volume));
+        world.judge(&format!("seed {seed}"));
+    }
+}
+
+#[test]
+fn a_device_that_could_not_be_added_is_not_taken_for_one_of_the_pool_later() {
+    let mut labelled = 0;
+    for (devices, profile) in [(1, Profile::Single), (2, Profile::Mirror)] {
+        for nth in 0..12 {
+            let mut pool = Pool::on(devices, profile, profile);
+            pool.format.chunk_bytes = Some(2 << 20);
+            let mut world = world(&pool, 7);
+            let bad = world.new_ram(DEVICE_BYTES);
+            let stray = world.rams.pop().unwrap();
+            stray.arm(Fault::from_nth(FaultKind::Gone, Access::Write, nth));
+            if world.engine().add_device(bad).is_ok() {
+                // One area is enough.
+                continue;
+            }
+            // As it is when it is there again.
+            let stray = RamDevice::of("stray", stray.image());
+            let new = world.new_ram(DEVICE_BYTES);
+            let index = world.engine().add_device(new).unwrap();
+            assert_eq!(usize::from(index), devices, "write {nth}");
+            let epoch = |ram: &RamDevice| fs_core::device::probe(ram, 0).unwrap().identity.epoch;
+            if !is_blank(&stray) {
+                labelled += 1;
+                let epochs = (epoch(&stray), epoch(&world.rams[0]));
+                assert!(epochs.0 < epochs.1, "write {nth}: {epochs:?}");
+            }
+            world.tell(10);
+            if !is_blank(&stray) {
+                world.close();
+                world.rams.insert(0, stray);
+                world.open().unwrap();
+                assert_eq!(world.engine().store.pool.members().len(), devices + 1);
+                world.rams.remove(0);
+            }
+            world.judge(&format!("write {nth}"));
+        }
+    }
+    assert!(labelled > 0, "none had a label");
+}
+
+#[test]
+fn a_change_that_waits_for_readers_says_so() {
+    let mut pool = Pool::on(2, Profile::Single, Profile::Single);
+    pool.format.chunk_bytes = Some(2 << 20);
+    let mut world = world(&pool, 3);
+    let engine = world.engine().clone();
+    let reader = engine.store.space_view();
+    engine.remove_device(1).unwrap();
+    for _ in 0..100 {
+        world.let_time_pass();
+    }
+    let status = engine.device_change().unwrap();
+    assert_eq!(
+        (status.state, status.waits_for),
+        (DeviceChangeState::Running, Some(ChangeWait::Readers))
+    );
+    drop(reader);
+    world.finish();
+    assert_eq!(engine.device_change().unwrap().waits_for, None);
+    drop(engine);
+    world.rams.remove(1);
+    world.judge("in the end");
 }

@@ -24,7 +24,8 @@ use crate::properties::PropertyInfo;
 use crate::streams::{Received, Sending, Sent};
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
-use fs_core::engine::{DeviceChangeStatus, ScrubEnd, ScrubStatus};
+use fs_core::engine::{ChangeWait, DeviceChangeStatus, ScrubEnd, ScrubStatus};
+use fs_core::error::Error;
 use fs_core::format::devices::{DeviceChangeKind, DeviceChangeState};
 use fs_core::format::scrub::ScrubState;
 use serde::{Deserialize, Serialize};
@@ -359,7 +360,17 @@ impl DeviceChangeInfo {
             DeviceChangeState::Finished => "finished",
             DeviceChangeState::Cancelled => "cancelled",
         };
-        let waits_for = status.waits_for.as_ref().map(ToString::to_string);
+        let waits_for = status.waits_for.as_ref().map(|wait| match wait {
+            ChangeWait::Failure(Error::NoSpace) => {
+                "the other devices have not enough room for what \
+                 is on it and what was promised; delete something or add a device"
+                    .into()
+            }
+            ChangeWait::Failure(error) => error.to_string(),
+            ChangeWait::Readers => "something reads what the pool was before, such as a snapshot \
+                 that is being sent; it goes on when that has ended"
+                .into(),
+        });
         DeviceChangeInfo {
             kind: kind.into(),
             state: state.into(),

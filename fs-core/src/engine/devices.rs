@@ -53,6 +53,8 @@ const BUDGET_NS: u64 = 200_000_000;
 const STEP_BYTES: u64 = 4 << 20;
 /// How long it waits when something could not be done, in nanoseconds.
 const PAUSE_NS: u64 = 10_000_000_000;
+/// How long it waits for others before it says so, in nanoseconds.
+const WAIT_SHOWN_NS: u64 = 3_000_000_000;
 /// A batch is so much of the whole, and not less than a number of chunks.
 const BATCHES: u64 = 16;
 const BATCH_CHUNKS_MIN: u64 = 8;
@@ -69,12 +71,16 @@ pub(super) struct DeviceChanges {
 struct State {
     item: Option<DeviceChangeItem>,
     is_unsaved: bool,
+    /// It is looked whether one can begin.
+    is_beginning: bool,
     has_timer: bool,
     /// Counts changes from outside: whoever is at work sees that what he does is of no use.
     generation: u64,
     work: Work,
     rests_until_ns: u64,
     waits_for: Option<Error>,
+    /// Since when it waits for somebody who reads or writes what there was, uptime.
+    waits_since_ns: Option<u64>,
 }
 
 /// Where it is.
@@ -115,7 +121,16 @@ pub struct DeviceChangeStatus {
     /// Bytes that are in the way yet.
     pub left_bytes: u64,
     /// Why it waits, if it does.
-    pub waits_for: Option<Error>,
+    pub waits_for: Option<ChangeWait>,
+}
+
+/// Why a change of the devices waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChangeWait {
+    /// Something could not be done; it is tried again.
+    Failure(Error),
+    /// Somebody reads what there was some time ago, such as a snapshot that is being sent.
+    Readers,
 }
 
 impl DeviceChangeStatus {
@@ -125,7 +140,11 @@ impl DeviceChangeStatus {
         Some(DeviceChangeStatus::of(pool, &item, None))
     }
 
-    fn of(pool: &Pool, item: &DeviceChangeItem, waits_for: Option<Error>) -> DeviceChangeStatus {
+    fn of(
+        pool: &Pool,
+        item: &DeviceChangeItem,
+        waits_for: Option<ChangeWait>,
+    ) -> DeviceChangeStatus {
         let is_running = item.state() == DeviceChangeState::Running;
         let left = || pool.bytes_to_evict(&eviction(item)).min(item.total_bytes);
         DeviceChangeStatus {
@@ -181,6 +200,7 @@ impl State {
         self.generation += 1;
         self.work = Work::Choose;
         self.waits_for = None;
+        self.waits_since_ns = None;
     }
 }
 
@@ -200,12 +220,16 @@ impl Engine {
     /// Those of [`Pool::add_device`] and of
     /// [`Store::writable`](crate::subvol::store::Store::writable); [`Error::Failed`].
     pub fn add_device(&self, device: DeviceRef) -> Result<u16> {
+        self.add_device_as(device, false)
+    }
+
+    fn add_device_as(&self, device: DeviceRef, closed: bool) -> Result<u16> {
         self.store.writable()?;
         self.announce(0)?;
         let index = {
             // No superblock is written meanwhile.
             let committer = self.committer();
-            self.store.pool.add_device(device, &committer.superblock)?
+            self.store.pool.add_device(device, &committer.superblock, closed)?
         };
         self.want_commit();
         self.commit()?;
@@ -259,14 +283,19 @@ impl Engine {
         if device.geometry().bytes < needed {
             return Err(Error::TooSmall { minimum: needed.max(ADDED_BYTES_MIN) });
         }
-        let target = self.add_device(device)?;
+        // Nothing is put there before the change has begun, so that it can be let go.
+        let target = self.add_device_as(device, true)?;
         let begun = self.begin_change(DeviceChangeKind::Replace, index, 0, Some(target));
-        if begun.is_err() {
-            // Unless something was written to it already: it stays then, like any that was added.
+        if begun.is_err() && !self.is_target(target) {
             let _ = self.let_device_go(target, None);
-            self.store.pool.limit_device(target, None);
         }
         begun.map(|()| target)
+    }
+
+    fn is_target(&self, index: u16) -> bool {
+        let state = self.device_changes.state.lock();
+        let item = state.item.filter(|_| state.is_running());
+        item.is_some_and(|item| eviction(&item).target == Some(index))
     }
 
     /// Whether a change of a device can begin.
@@ -301,32 +330,39 @@ impl Engine {
         // First what is promised is brought down to what there is.
         self.commit()?;
         self.release();
-        let former = {
-            let mut state = self.device_changes.state.lock();
-            if state.is_running() {
-                return Err(Error::Argument { what: "another change of the devices is under way" });
-            }
-            let former = (state.item, state.is_unsaved);
-            state.begin(item);
-            // No commit is to store what may be refused.
-            state.is_unsaved = false;
-            former
-        };
-        pool.limit_device(device, Some(eviction.from));
-        let possible = pool.check_eviction(&eviction, self.store.space.owed_bytes());
         {
             let mut state = self.device_changes.state.lock();
-            match possible {
-                Ok(()) => state.is_unsaved = true,
-                Err(_) => (state.item, state.is_unsaved) = former,
+            if state.is_running() || core::mem::replace(&mut state.is_beginning, true) {
+                return Err(Error::Argument { what: "another change of the devices is under way" });
             }
         }
-        if let Err(error) = possible {
-            pool.limit_device(device, None);
-            return Err(error);
+        let check = || {
+            pool.check_eviction(&eviction)?;
+            // What was promised meanwhile counts.
+            self.store.space.with_owed(|owed| pool.begin_eviction(&eviction, owed))
+        };
+        let possible = match check() {
+            Err(Error::NoSpace) => self.drop_empty_chunks().and_then(|()| check()),
+            other => other,
+        };
+        {
+            let mut state = self.device_changes.state.lock();
+            state.is_beginning = false;
+            if possible.is_ok() {
+                state.begin(item);
+            }
         }
+        possible?;
         self.keep_changing();
         self.save_device_change()
+    }
+
+    /// Gives the room back of chunks that have become empty, which commits do, to those that there
+    /// is no other room for.
+    fn drop_empty_chunks(&self) -> Result<()> {
+        self.release();
+        self.want_commit();
+        self.commit()
     }
 
     /// Ends a change that is under way. What was moved stays where it is; a device that was to be
@@ -358,7 +394,11 @@ impl Engine {
     pub fn device_change(&self) -> Option<DeviceChangeStatus> {
         let state = self.device_changes.state.lock();
         let item = state.item?;
-        let waits_for = state.waits_for.clone();
+        let now_ns = self.store.platform.clock.uptime_ns();
+        let waits_for = state.waits_for.clone().map(ChangeWait::Failure).or_else(|| {
+            let since = state.waits_since_ns.filter(|_| state.is_running())?;
+            (now_ns.saturating_sub(since) >= WAIT_SHOWN_NS).then_some(ChangeWait::Readers)
+        });
         drop(state);
         Some(DeviceChangeStatus::of(&self.store.pool, &item, waits_for))
     }
@@ -460,6 +500,10 @@ impl Engine {
             Ok((work, goes_on)) => {
                 state.work = work;
                 state.waits_for = None;
+                match goes_on {
+                    true => state.waits_since_ns = None,
+                    false => state.waits_since_ns = state.waits_since_ns.or(Some(now_ns)),
+                }
                 goes_on
             }
             Err(error) => {
@@ -491,12 +535,19 @@ impl Engine {
             if self.device_changes.state.lock().generation != generation {
                 return Ok((Work::Choose, true));
             }
-            match pool.begin_moves(&eviction(item), batch) {
+            let eviction = eviction(item);
+            let begin = |owed| pool.begin_moves(&eviction, batch, owed);
+            match self.store.space.with_owed(begin) {
                 // What was left may be what there is no room for yet.
                 Err(Error::NoSpace) if !has_all_back => return Ok((Work::Choose, false)),
-                other => other?,
+                other => other,
             }
         };
+        if bytes == Err(Error::NoSpace) {
+            // For the next time.
+            self.drop_empty_chunks()?;
+        }
+        let bytes = bytes?;
         match bytes {
             0 if has_all_back => {
                 self.finish_change(item, generation).map(|()| (Work::Choose, false))
@@ -520,6 +571,8 @@ impl Engine {
             _ if !self.let_device_go(item.device, Some(generation))? => return Ok(()),
             _ => {}
         }
+        // Before another can begin, whose target may get the place.
+        self.store.pool.limit_device(item.device, None);
         {
             let ended = self.store.now().secs;
             let mut state = self.device_changes.state.lock();
@@ -527,7 +580,6 @@ impl Engine {
                 state.end(DeviceChangeState::Finished, ended);
             }
         }
-        self.store.pool.limit_device(item.device, None);
         self.save_device_change()
     }
 
@@ -652,16 +704,33 @@ impl Engine {
     }
 }
 
-/// Carries contents over, several times if some could not be read.
+/// Carries contents over, several times if some could not be read; so many bytes at once, since a
+/// single leaf may name a thousand times as much as it has.
 fn carry_over(pool: &Pool, contents: &[Content]) -> Result<Vec<(usize, Lost)>> {
-    let mut lost = Vec::new();
-    for _ in 0..3 {
-        lost = pool.carry_over(contents)?;
-        if lost.is_empty() {
-            break;
+    let (mut lost, mut first) = (Vec::new(), 0);
+    while first < contents.len() {
+        let end = first + at_once(&contents[first..]);
+        let mut left = Vec::new();
+        for _ in 0..3 {
+            left = pool.carry_over(&contents[first..end])?;
+            if left.is_empty() {
+                break;
+            }
         }
+        lost.extend(left.into_iter().map(|(number, lost)| (first + number, lost)));
+        first = end;
     }
     Ok(lost)
+}
+
+/// How many of the first have no more than [`STEP_BYTES`]; at least one.
+fn at_once(contents: &[Content]) -> usize {
+    let mut bytes = 0u64;
+    let is_within = |content: &&Content| {
+        bytes = bytes.saturating_add(content.run().bytes);
+        bytes <= STEP_BYTES
+    };
+    contents.iter().take_while(is_within).count().max(1)
 }
 
 /// What a step of a pass comes to.
@@ -710,5 +779,33 @@ impl Visitor for Gathering {
 
     fn has_enough(&self) -> bool {
         self.bytes >= STEP_BYTES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::ptr::{BlockPtr, CompressionKind};
+    use crate::units::Logical;
+
+    #[test]
+    fn what_is_carried_over_at_once_has_a_bound() {
+        let content = |mib: u32| {
+            Content::Block(BlockPtr {
+                addr: Logical(1 << 20),
+                birth: Txg(1),
+                stored: mib << 20,
+                logical: mib << 20,
+                compression: CompressionKind::None,
+                level: 0,
+                checksum: [0; 32],
+            })
+        };
+        let of =
+            |sizes: &[u32]| at_once(&sizes.iter().map(|mib| content(*mib)).collect::<Vec<_>>());
+        assert_eq!(of(&[1; 500]), 4);
+        assert_eq!(of(&[2, 2, 1]), 2);
+        assert_eq!(of(&[9, 1]), 1);
+        assert_eq!(of(&[1]), 1);
     }
 }

@@ -43,7 +43,7 @@ pub mod versions;
 #[cfg(test)]
 mod tests;
 
-pub use devices::DeviceChangeStatus;
+pub use devices::{ChangeWait, DeviceChangeStatus};
 pub use format::{format, FormatOptions, FormatSummary};
 pub use open::{open, OpenOptions};
 pub use resilver::ResilverProgress;
@@ -282,6 +282,8 @@ impl Engine {
             let _ = self.commit();
         }
         self.release();
+        // Chunks moved, or were not to after all, and somebody still looked there.
+        self.store.pool.give_back_left();
     }
 
     /// Reserves room for an operation; commits, which makes freed space usable and turns estimates

@@ -8,6 +8,7 @@ use crate::space::{Class, Reservation};
 use crate::testing::{RamDevice, TestPlatform};
 use crate::units::{Ino, Txg};
 use crate::vfs::*;
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::vec::Vec;
 
@@ -969,4 +970,39 @@ mod room {
         }
         commits(fs, &device, &test);
     }
+}
+
+#[test]
+fn room_of_a_change_that_was_cancelled_comes_back_when_nobody_writes_there_any_more() {
+    let (device, test) = new_pool(32 << 20);
+    let fs = mount(&device, &test);
+    let engine = fs.engine().clone();
+    let file = create(&fs, fs.root(), b"a");
+    fs.write(file, 0, &noise(1 << 20, 1), WriteFlags::default()).unwrap();
+    fs.sync().unwrap();
+    let pool = engine.store.pool.clone();
+    engine.add_device(RamDevice::new(32 << 20).device()).unwrap();
+    let before = pool.unallocated_bytes();
+    // Somebody reads what there was, so that chunks do not just move.
+    let view = engine.store.space_view();
+    engine.remove_device(0).unwrap();
+    engine.change_some();
+    assert!(pool.moves() > 0);
+    let chunks = pool.chunks();
+    let chunk = chunks.iter().find(|chunk| chunk.kind == ChunkKind::Data).unwrap();
+    let addr = crate::units::Logical(chunk.logical.0 + chunk.length - 4096);
+    let bufs = std::vec![crate::buf::Buf::zeroed(4096).unwrap().into_slice()];
+    let (cancels, tells) = (engine.clone(), std::sync::Arc::new(AtomicU64::new(0)));
+    let told = tells.clone();
+    device.on_next_write(move || {
+        cancels.cancel_device_change().unwrap();
+        tells.store(cancels.store.pool.unallocated_bytes(), Ordering::SeqCst);
+    });
+    // The last sector of a chunk is nobody's yet.
+    pool.write(std::vec![crate::pool::RunWrite { addr, bufs }]).unwrap();
+    assert!(told.load(Ordering::SeqCst) < before, "nobody wrote there");
+    drop(view);
+    engine.tick();
+    assert_eq!(pool.unallocated_bytes(), before);
+    fs.close().unwrap();
 }

@@ -201,6 +201,12 @@ impl Ledger {
     }
 }
 
+fn restore(rooms: &mut [Room], limits: &[(u16, u64)]) {
+    for (device, limit) in limits.iter().rev() {
+        rooms[usize::from(*device)].set_limit(*limit);
+    }
+}
+
 fn give_back(rooms: &mut [Room], stripes: &[Stripe], bytes: u64) {
     for stripe in stripes {
         rooms[usize::from(stripe.device)].give_back(stripe.physical, bytes);
@@ -232,13 +238,21 @@ impl Pool {
         map.iter().map(in_the_way).fold(0, u64::saturating_add)
     }
 
-    /// Whether all that is in the way has another place, and so many bytes are left to make chunks
-    /// of then. Whatever is to be kept from new chunks was said before.
+    /// Whether all that is in the way has another place, as far as can be seen now.
     ///
     /// # Errors
     /// [`Error::Argument`] when profiles need more devices; [`Error::NoSpace`].
-    pub fn check_eviction(&self, eviction: &Eviction, owed: u64) -> Result<()> {
-        let (complete, demand) = (self.complete(), self.demand());
+    pub fn check_eviction(&self, eviction: &Eviction) -> Result<()> {
+        let demand = self.demand();
+        // Tried on a copy: nobody is to see it.
+        let mut trial = Ledger::new(core::iter::empty(), Logical(0));
+        let complete = {
+            let mut ledger = self.ledger.lock();
+            let (complete, former) = self.limit_rooms(&mut ledger.rooms, eviction);
+            trial.rooms = ledger.rooms.iter().map(Room::outline).collect();
+            restore(&mut ledger.rooms, &former);
+            complete
+        };
         let map = self.chunk_map();
         let whole = complete.iter().filter(|complete| **complete).count() as u64;
         let in_the_way = || map.iter().filter(|mapped| eviction.concerns_any(&mapped.chunk));
@@ -249,26 +263,60 @@ impl Pool {
                         or replace this one";
             return Err(Error::Argument { what });
         }
-        // Tried on a copy: nobody is to see it.
-        let rooms = self.ledger.lock().rooms.clone();
-        let mut trial = Ledger::new(core::iter::empty(), Logical(0));
-        trial.rooms = rooms;
         for mapped in in_the_way() {
             let placed = trial.place_again(&mapped.chunk, eviction, &complete, &demand);
             placed.ok_or(Error::NoSpace)?;
         }
-        match layout::supply(&trial.rooms, &complete, &demand) >= owed {
-            true => Ok(()),
-            false => Err(Error::NoSpace),
+        Ok(())
+    }
+
+    /// Keeps new chunks from what is to be evicted, and lets them on the device that is to have it
+    /// instead, if `owed` bytes are left then to make chunks of. Nothing may be promised meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`]; everything is as before then.
+    pub fn begin_eviction(&self, eviction: &Eviction, owed: u64) -> Result<()> {
+        let mut ledger = self.ledger.lock();
+        let (complete, former) = self.limit_rooms(&mut ledger.rooms, eviction);
+        if layout::supply(&ledger.rooms, &complete, &self.demand()) < owed {
+            restore(&mut ledger.rooms, &former);
+            return Err(Error::NoSpace);
         }
+        if let Some(target) = eviction.target {
+            self.closed.fetch_and(!(1 << target), Ordering::AcqRel);
+        }
+        if eviction.from == 0 {
+            self.closed.fetch_or(1 << eviction.device, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    /// Limits rooms as an eviction asks for. Returns which devices may have chunks then, and the
+    /// former limits.
+    fn limit_rooms(&self, rooms: &mut [Room], eviction: &Eviction) -> (Vec<bool>, Vec<(u16, u64)>) {
+        let mut complete = self.complete();
+        let mut former = Vec::new();
+        let mut limit = |device: u16, from: u64| {
+            let room = &mut rooms[usize::from(device)];
+            former.push((device, room.limit()));
+            room.set_limit(from);
+        };
+        limit(eviction.device, eviction.from);
+        complete[usize::from(eviction.device)] &= eviction.from > 0;
+        if let Some(target) = eviction.target {
+            limit(target, u64::MAX);
+            complete[usize::from(target)] = self.member(target).is_complete();
+        }
+        (complete, former)
     }
 
     /// Doubles chunks that are in the way, of about `bytes_max` together, and at least one. Returns
-    /// the bytes of devices that this will make free; zero when nothing is in the way.
+    /// the bytes of devices that this will make free; zero when nothing is in the way. What is
+    /// `owed` is left: nothing may be promised meanwhile.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when there is no place for any; [`Error::ReadOnly`].
-    pub fn begin_moves(&self, eviction: &Eviction, bytes_max: u64) -> Result<u64> {
+    pub fn begin_moves(&self, eviction: &Eviction, bytes_max: u64, owed: u64) -> Result<u64> {
         self.check_writable()?;
         let (complete, demand) = (self.complete(), self.demand());
         let mut ledger = self.ledger.lock();
@@ -289,6 +337,14 @@ impl Pool {
             let next = Arc::new(next);
             let doubled =
                 Mapped { chunk: mapped.chunk.clone(), next: Some(next), is_sealed: false };
+            if layout::supply(&ledger.rooms, &complete, &demand) < owed {
+                for segment in doubled.further_stripes() {
+                    let room = &mut ledger.rooms[usize::from(segment.device)];
+                    room.give_back(segment.at, segment.bytes);
+                }
+                has_room = false;
+                break;
+            }
             let target = |segment: Segment| {
                 bytes += segment.bytes;
                 (segment.device, self.member(segment.device).failures())

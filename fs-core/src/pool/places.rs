@@ -36,13 +36,19 @@ pub const ADDED_BYTES_MIN: u64 =
 
 impl Pool {
     /// Adds a device; whatever it holds is gone. Returns its index. Nobody may write superblocks
-    /// meanwhile; `superblock` is the one that is published.
+    /// meanwhile; `superblock` is the one that is published. If it is `closed`, it gets no chunk
+    /// before an eviction that has it for its target begins.
     ///
     /// # Errors
     /// [`Error::ReadOnly`]; [`Error::TooSmall`]; [`Error::Argument`] when the pool has as many as
     /// it can have; those of the device, of which the pool is as before. When labels of others
     /// cannot be written, those of devices that cannot be done without.
-    pub fn add_device(&self, device: DeviceRef, superblock: &Superblock) -> Result<u16> {
+    pub fn add_device(
+        &self,
+        device: DeviceRef,
+        superblock: &Superblock,
+        closed: bool,
+    ) -> Result<u16> {
         self.check_writable()?;
         let geometry = device.geometry();
         if geometry.read_only {
@@ -61,6 +67,11 @@ impl Pool {
         let index = place?;
         let mut ledger = self.ledger.lock();
         ledger.set_room(index, bytes);
+        let bit = 1 << index;
+        match closed {
+            true => self.closed.fetch_or(bit, Ordering::AcqRel),
+            false => self.closed.fetch_and(!bit, Ordering::AcqRel),
+        };
         self.lost.fetch_and(!(1 << index), Ordering::AcqRel);
         self.place_of(index).set_standing(Standing::Complete);
         self.places.fetch_max(usize::from(index) + 1, Ordering::AcqRel);
@@ -89,13 +100,25 @@ impl Pool {
             .and_then(|()| member.complete_superblock(superblock))
             .and_then(|()| member.write_labels());
         if let Err(error) = labelled {
-            // What it may have of a label would lead to nothing.
+            // What it may have of a label would lead to nothing. Should that survive, it must not
+            // count for more than what the others say next, nor for as much.
             let _ = member.wipe_labels();
             member.vacate();
+            self.pass_over_epoch(&roll);
             return Err(error);
         }
         *self.roll.lock() = *roll;
         Ok(index)
+    }
+
+    /// No label of this opening gets the epoch of `tried`, and those there are get a greater one.
+    #[inline(never)]
+    fn pass_over_epoch(&self, tried: &Identity) {
+        let mut roll = self.roll.lock();
+        if roll.table.is_empty() {
+            roll.table.extend(tried.table.first());
+        }
+        roll.epoch = roll.epoch.max(tried.epoch.saturating_add(1));
     }
 
     /// The first place without a device.

@@ -568,11 +568,12 @@ impl Space {
         state.data_left(&*self.chunks)
     }
 
-    /// Device bytes to make chunks of that promises and the reserve need.
-    pub fn owed_bytes(&self) -> u64 {
+    /// Tells how many device bytes to make chunks of promises and the reserve need. Nothing is
+    /// promised before that returns, so it may take away what is not needed. It may not call back.
+    pub fn with_owed<T>(&self, take: impl FnOnce(u64) -> T) -> T {
         let state = self.state.lock();
         let room = state.room(&*self.chunks);
-        room.owed(&state.promised).saturating_add(state.reserve_device_bytes(&room))
+        take(room.owed(&state.promised).saturating_add(state.reserve_device_bytes(&room)))
     }
 
     /// Forgets every bitmap: memory is short. They are read again when needed.
