@@ -9,7 +9,7 @@ use crate::engine::references;
 use crate::engine::versions::Comings;
 use crate::engine::{Engine, Roots};
 use crate::error::Error;
-use crate::format::chunk::ChunkKind;
+use crate::format::chunk::{ChunkHeader, ChunkKind, StripeItem, STRIPES_MAX};
 use crate::format::dead::DeadRef;
 use crate::format::features;
 use crate::format::key::Key;
@@ -349,7 +349,8 @@ impl Engine {
         self.take_over_promises(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
-        store.space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, store)?;
+        let need = self.chunk_tree_bytes(&old.chunk)?;
+        store.space.ensure_free(ChunkKind::System, need, txg, store)?;
         let space_tree = store.space_view().tree;
         let need = self.space_tree_bytes(&space_tree, txg)?;
         store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
@@ -405,6 +406,17 @@ impl Engine {
             self.store.space.free(run, txg);
         }
         Ok((refs, settled.dead_given_up))
+    }
+
+    /// A bound of what writing the chunk tree takes, with some more chunks than are known of now.
+    fn chunk_tree_bytes(&self, tree: &Tree) -> Result<u64> {
+        let (edits, bytes) = self.store.pool.chunk_edits_bound();
+        if edits <= FEW_CHUNK_EDITS {
+            return Ok(CHUNK_TREE_BYTES);
+        }
+        let (edits, bytes) = (edits + FEW_CHUNK_EDITS, bytes + FEW_CHUNK_EDITS * CHUNK_VALUE_MAX);
+        let nodes = tree.apply_bound_exact(&*self.store, edits, bytes)?;
+        Ok((nodes * self.store.node_bytes as u64).max(CHUNK_TREE_BYTES))
     }
 
     /// A bound of what writing the space tree takes after the cut.
@@ -554,8 +566,12 @@ impl Engine {
     }
 }
 
-/// Bytes set aside for the nodes of the chunk tree that one group rewrites.
+/// Bytes set aside for the nodes of the chunk tree that one group rewrites, at least.
 const CHUNK_TREE_BYTES: u64 = 8 * 65536;
+/// For so many edits of the chunk tree, that is enough.
+const FEW_CHUNK_EDITS: usize = 8;
+/// Bytes of the item of a chunk, at most.
+const CHUNK_VALUE_MAX: usize = ChunkHeader::BYTES + STRIPES_MAX * StripeItem::BYTES;
 /// Runs the residue may name besides nodes: its own block, twice.
 const RESIDUE_SLACK: u64 = 4;
 

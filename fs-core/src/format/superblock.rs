@@ -57,7 +57,8 @@ disk_struct! {
         0x05f metadata_copies: u8,
         /// Logical address of the next new chunk.
         0x060 next_chunk: u64,
-        /// Bytes of a new chunk.
+        /// Bytes of a new chunk that promises of space count on; in a pool that has grown, new
+        /// chunks may be larger.
         0x068 chunk_bytes: u64,
         /// Id of the next new subvolume.
         0x070 next_subvol: u64,

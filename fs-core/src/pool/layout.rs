@@ -196,6 +196,35 @@ pub fn place_promised(
     place_on_paper(rooms, (&whole, &others), profile, length).or(placed)
 }
 
+/// As [`place`], for a chunk of more than `least` bytes, and of at most `length`, which is larger
+/// than those that promises count on: it takes a small part of what is not owed, or there is none.
+/// So a pool that has grown is not made of chunks for a small one, of which the chunk tree could
+/// not name enough; and what is left when it is nearly full is shared out as ever.
+pub fn place_large(
+    rooms: &[Room],
+    complete: &[bool],
+    demand: &Demand,
+    (profile, least, length): (Profile, u64, u64),
+    owed: u64,
+) -> Option<(u64, Vec<Stripe>)> {
+    let spare = supply(rooms, complete, demand).saturating_sub(owed);
+    let mut length = length;
+    while length > least && length * profile.copies() > spare / LARGE_PART {
+        length /= 2;
+    }
+    if length <= least {
+        return None;
+    }
+    let (placed, stripes) = place(rooms, complete, demand, profile, length)?;
+    let columns = stripes.len() as u64 / profile.copies();
+    let after = after(rooms, &stripes, placed / columns)?;
+    let is_large = placed > least && supply(&after, complete, demand) >= owed;
+    is_large.then_some((placed, stripes))
+}
+
+/// A large chunk takes no more of what is not owed.
+const LARGE_PART: u64 = 8;
+
 /// One copy on a device that is `whole`, the others on any, in that order.
 fn place_on_paper(
     rooms: &[Room],
@@ -426,6 +455,32 @@ mod tests {
                     take(&mut rooms, &stripes, length / columns);
                     left -= length;
                 }
+            }
+        }
+
+        #[test]
+        fn chunks_that_are_larger_leave_what_is_owed(
+            free in proptest::collection::vec(0u64..400, 1..7),
+            data in profile(),
+            metadata in profile(),
+            large in 1u32..8,
+            owed in 0u64..400,
+        ) {
+            let demand = Demand::new(data, metadata, MIB);
+            let complete = vec![true; free.len()];
+            let mut rooms = rooms(&free);
+            let mut before = supply(&rooms, &complete, &demand);
+            let owed = owed * MIB;
+            for profile in [data, metadata].into_iter().cycle() {
+                let wanted = (profile, MIB, MIB << large);
+                let Some((length, stripes)) =
+                    place_large(&rooms, &complete, &demand, wanted, owed) else { break };
+                prop_assert!(length > MIB && length <= MIB << large);
+                let columns = stripes.len() as u64 / profile.copies();
+                take(&mut rooms, &stripes, length / columns);
+                let after = supply(&rooms, &complete, &demand);
+                prop_assert!(after >= owed && after <= before, "{after} of {before}, {owed} owed");
+                before = after;
             }
         }
 

@@ -137,8 +137,9 @@ impl Ledger {
         }
     }
 
-    /// Makes a chunk of at most `length` bytes: the largest power of two that fits somewhere. It is
-    /// told which `devices` are complete, and on which what is `owed` was promised.
+    /// Makes a chunk of at most `length` bytes: the largest power of two that fits somewhere; or
+    /// one of up to `large` bytes when there is plenty of room beyond what is `kept`. It is told
+    /// which `devices` are complete, and on which what is `owed` was promised.
     ///
     /// # Errors
     /// [`Error::NoSpace`].
@@ -146,15 +147,25 @@ impl Ledger {
         &mut self,
         map: &ChunkMap,
         kind: ChunkKind,
-        (profile, length): (Profile, u64),
+        (profile, length, large): (Profile, u64, u64),
         (devices, demand): ((&[bool], &[bool]), &Demand),
-        (owed, txg): (u64, Txg),
+        (owed, kept, txg): (u64, u64, Txg),
     ) -> Result<(ChunkMap, Chunk)> {
         if kind == ChunkKind::System && system_chunks(map).count() >= SYSTEM_CHUNKS_MAX {
             return Err(Error::NoSpace);
         }
-        let length = length.min(CHUNK_BYTES_MAX);
-        let placed = layout::place_promised(&self.rooms, devices, demand, (profile, length), owed);
+        let (length, large) = (length.min(CHUNK_BYTES_MAX), large.min(CHUNK_BYTES_MAX));
+        let (complete, counted) = devices;
+        let placed = match large > length && complete == counted {
+            true => {
+                let wanted = (profile, length, large);
+                layout::place_large(&self.rooms, complete, demand, wanted, kept)
+            }
+            false => None,
+        };
+        let placed = placed.or_else(|| {
+            layout::place_promised(&self.rooms, devices, demand, (profile, length), owed)
+        });
         let (length, stripes) = placed.ok_or(Error::NoSpace)?;
         let logical = self.next_chunk;
         let next = logical.checked_add(length).ok_or(Error::NoSpace)?;
@@ -201,6 +212,25 @@ impl Ledger {
 
     fn is_erased(&self, chunk: &Chunk) -> bool {
         self.dropped.get(&chunk.logical).is_some_and(|drop| drop.erased)
+    }
+
+    /// A bound of the edits that [`take_edits`](Self::take_edits) would return now, and of their
+    /// bytes.
+    pub fn edits_bound(&self, map: &ChunkMap) -> (usize, usize) {
+        let value = |logical: &Logical| {
+            let mapped = map.get(*logical);
+            mapped.map_or(0, |mapped| {
+                let next = mapped.next.as_ref().map_or(0, |next| next.encoded_bytes());
+                mapped.chunk.encoded_bytes().max(next)
+            })
+        };
+        let new = self.unpublished.iter().filter(|(_, recorded)| recorded.is_none());
+        let new = new.map(|(logical, _)| value(logical));
+        let moved = self.moves.ripe().map(|logical| value(&logical));
+        let devices = self.device_items.iter().map(|_| DeviceItem::BYTES);
+        let gone = self.dropped.values().filter(|drop| !drop.erased).map(|_| 0);
+        let all = new.chain(moved).chain(devices).chain(gone);
+        all.fold((0, 0), |(count, bytes), value| (count + 1, bytes + value))
     }
 
     /// Edits that the chunk tree of group `txg` needs, sorted by key.
@@ -301,6 +331,20 @@ impl Ledger {
         Some(map.without(|chunk| gone.binary_search(&chunk.logical).is_ok()))
     }
 }
+
+/// Bytes of the next system chunk. There are at most [`SYSTEM_CHUNKS_MAX`] of them; so the first
+/// few are small, and each further one as large as all before it, if there is plenty of room.
+pub(super) fn system_chunk_bytes(map: &ChunkMap) -> u64 {
+    let sizes = system_chunks(map).map(|chunk| chunk.length);
+    let (count, bytes) = sizes.fold((0, 0u64), |(count, sum), bytes| (count + 1, sum + bytes));
+    match count < SMALL_SYSTEM_CHUNKS {
+        true => CHUNK_BYTES_MIN,
+        false => (1 << bytes.ilog2()).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX),
+    }
+}
+
+/// So many system chunks are of the smallest size.
+const SMALL_SYSTEM_CHUNKS: usize = 4;
 
 fn system_chunks(map: &ChunkMap) -> impl Iterator<Item = &Chunk> {
     map.iter().map(|mapped| &mapped.chunk).filter(|chunk| chunk.kind == ChunkKind::System)

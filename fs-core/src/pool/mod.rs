@@ -195,6 +195,9 @@ pub struct DamagedLabel {
     pub error: Error,
 }
 
+/// So much is left for chunks of the pool's own size, at most.
+const KEPT_BYTES_MAX: u64 = 2 << 30;
+
 /// Chunks of the smallest size that a pool needs beyond one of each kind: metadata is copied before
 /// the old copy is free.
 const SPARE_CHUNKS: u64 = 1;
@@ -555,28 +558,38 @@ impl Pool {
         Ok(())
     }
 
-    /// Makes a chunk and maps it. It has the pool's chunk size (system chunks the smallest), or
-    /// when there is no room for that the largest power of two for which there is. `owed` device
-    /// bytes are promised besides: see [`Pool::promised_bytes`].
+    /// Makes a chunk and maps it. It has the pool's chunk size, or when there is no room for that
+    /// the largest power of two for which there is; in a pool that has grown the size for a pool of
+    /// its size, as long as there is plenty of room. `owed` device bytes are promised besides: see
+    /// [`Pool::promised_bytes`].
     ///
     /// # Errors
     /// [`Error::NoSpace`], [`Error::ReadOnly`].
     pub fn create_chunk(&self, kind: ChunkKind, txg: Txg, owed: u64) -> Result<Chunk> {
         self.check_writable()?;
-        let length = match kind {
-            ChunkKind::System => CHUNK_BYTES_MIN,
-            ChunkKind::Data | ChunkKind::Metadata => self.settings.chunk_bytes,
-        };
         let mut ledger = self.ledger.lock();
+        let map = self.chunk_map();
+        let (length, large) = match kind {
+            ChunkKind::System => (CHUNK_BYTES_MIN, ledger::system_chunk_bytes(&map)),
+            ChunkKind::Data | ChunkKind::Metadata => {
+                (self.settings.chunk_bytes, Pool::default_chunk_bytes(self.device_bytes()))
+            }
+        };
         let (map, chunk) = ledger.create(
-            &self.chunk_map(),
+            &map,
             kind,
-            (self.profile(kind), length),
+            (self.profile(kind), length, large),
             ((&self.complete(), &self.counted()), &self.demand()),
-            (owed, txg),
+            (owed, owed.saturating_add(self.kept_from_large()), txg),
         )?;
         self.set_map(map);
         Ok(chunk)
+    }
+
+    /// Device bytes that large chunks leave besides what is owed: more than the reserve for
+    /// deletes, and the last part of a pool goes in small pieces.
+    fn kept_from_large(&self) -> u64 {
+        (self.device_bytes() / 16).min(KEPT_BYTES_MAX)
     }
 
     /// Gives up the chunk at `logical`, in which group `txg` has nothing left. It stays readable,
@@ -598,8 +611,17 @@ impl Pool {
     /// may be put there: see [`Pool::is_recorded`].
     pub fn take_chunk_edits(&self, txg: Txg) -> Vec<ChunkEdit> {
         let mut ledger = self.ledger.lock();
+        let bound = ledger.edits_bound(&self.chunk_map());
         self.seal_moves(&mut ledger, txg);
-        ledger.take_edits(&self.chunk_map(), self.members(), txg)
+        let edits = ledger.take_edits(&self.chunk_map(), self.members(), txg);
+        let bytes: usize = edits.iter().filter_map(|(_, value)| Some(value.as_ref()?.len())).sum();
+        debug_assert!(edits.len() <= bound.0 && bytes <= bound.1, "{} of {bound:?}", edits.len());
+        edits
+    }
+
+    /// A bound of the edits that [`Pool::take_chunk_edits`] would return now, and of their bytes.
+    pub fn chunk_edits_bound(&self) -> (usize, usize) {
+        self.ledger.lock().edits_bound(&self.chunk_map())
     }
 
     /// Whether the chunk that covers `addr` is in the chunk tree, counting edits that have been

@@ -97,6 +97,12 @@ impl Moves {
         sealed.map(|(logical, _)| *logical).collect()
     }
 
+    /// Chunks whose next places the next edits have.
+    pub(super) fn ripe(&self) -> impl Iterator<Item = Logical> + '_ {
+        let ripe = self.by_chunk.iter().filter(|(_, one)| self.is_ripe && one.sealed.is_none());
+        ripe.map(|(logical, _)| *logical)
+    }
+
     /// What chunks have left and is taken yet.
     pub(super) fn leaving(&self) -> impl Iterator<Item = Segment> + '_ {
         self.left.iter().flat_map(|left| left.segments.iter().copied())

@@ -438,6 +438,17 @@ fn the_superblock_never_gets_more_system_chunks_than_it_can_embed() {
 }
 
 #[test]
+fn system_chunks_become_larger_when_there_are_many() {
+    let options = FormatOptions { metadata_profile: Profile::Single, ..Default::default() };
+    let fixture = Fixture::with(64 * MIB, options.clone());
+    let lengths: Vec<u64> =
+        (0..10).map(|_| fixture.chunk(ChunkKind::System).length / MIB).collect();
+    assert_eq!(lengths, [1, 1, 1, 1, 4, 4, 4, 4, 4, 4]);
+    let small = Fixture::with(14 * MIB, options.clone());
+    assert!((0..8).all(|_| small.chunk(ChunkKind::System).length == MIB));
+}
+
+#[test]
 fn a_dropped_chunk_is_readable_and_its_room_taken_until_its_group_is_published() {
     let fixture = Fixture::new(16 * MIB);
     let system = fixture.chunk(ChunkKind::System);
