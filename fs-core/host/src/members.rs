@@ -38,15 +38,25 @@ pub fn read_label(path: &Path) -> Option<Found> {
         return None;
     }
     let mut file = File::open(path).ok()?;
-    let areas = label_areas(file.seek(SeekFrom::End(0)).ok()?)?;
-    let read = |at: u64| {
+    let bytes = file.seek(SeekFrom::End(0)).ok()?;
+    let areas = label_areas(bytes)?;
+    let sector = |at: u64| {
         let mut bytes = vec![0; Label::BYTES];
-        file.read_exact_at(&mut bytes, at).ok()?;
+        file.read_exact_at(&mut bytes, at).ok().map(|()| bytes)
+    };
+    let read = |at: u64| {
+        let bytes = sector(at)?;
         let label = Label::decode(&bytes).ok()?;
         let members = decode_members(&label, &bytes).ok()?;
         Some(Found { label, members })
     };
-    areas.into_iter().filter_map(|area| read(area.0)).max_by_key(|found| found.label.sequence)
+    let found = areas.iter().filter_map(|area| read(area.0));
+    found.max_by_key(|found| found.label.sequence).or_else(|| {
+        // The first is torn, and the pool takes the device for smaller than it is.
+        let hint = Label::device_bytes_of(&sector(areas[0].0)?).filter(|hint| *hint < bytes)?;
+        let [_, second] = label_areas(hint)?;
+        read(second.0).filter(|found| found.label.device_bytes == hint)
+    })
 }
 
 /// All block devices of the system.
@@ -222,6 +232,7 @@ mod tests {
     use crate::{create_image, host_platform, open_devices, Access, OpenOptions};
     use fs_core::engine::{format, FormatOptions};
     use fs_core::format::chunk::Profile;
+    use fs_core::format::label::LABEL_AREA_0;
     use fs_core::platform::DeviceRef;
 
     fn pool(directory: &Path, names: &[&str]) -> Vec<PathBuf> {
@@ -247,6 +258,24 @@ mod tests {
         std::fs::copy(&ours[1], dir.path().join("b-backup")).unwrap();
         assert_eq!(complete(&ours[..1]), ours[..1]);
         assert_eq!(complete(&ours), ours);
+    }
+
+    #[test]
+    fn a_torn_label_leads_to_the_other_on_a_device_that_has_grown() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = pool(dir.path(), &["a", "b"]);
+        let file = fs::OpenOptions::new().write(true).open(&ours[1]).unwrap();
+        let label = read_label(&ours[1]).unwrap().label;
+        file.set_len(32 << 20).unwrap();
+        // As a torn write leaves it: the beginning is whole.
+        file.write_all_at(&[0xff; 64], LABEL_AREA_0 + 600).unwrap();
+        assert_eq!(read_label(&ours[1]).unwrap().label.device_id, label.device_id);
+        assert_eq!(complete(&ours[..1]), ours);
+        let device = open_devices(&ours[1..], OpenOptions::new(Access::ReadOnly), &Wait::none());
+        let areas = crate::stored::read_areas(&*device.unwrap()[0]);
+        let found = crate::stored::best_label(&areas).unwrap();
+        assert_eq!(found.device_id, label.device_id);
+        assert!(crate::stored::newest_superblock(&areas).is_some());
     }
 
     #[test]

@@ -21,12 +21,24 @@ pub struct Area {
 }
 
 /// Reads both label areas. The second is where the first label says the device ends, or without it
-/// where the device ends now.
+/// where the device ends now; or where what is left of the first says, if one is there.
 pub fn read_areas(device: &dyn Device) -> Vec<Area> {
     let first = read_area(device, Physical(LABEL_AREA_0));
     let bytes = first.label.as_ref().map_or(device.geometry().bytes, |label| label.device_bytes);
-    let second = label_areas(bytes).map(|[_, second]| read_area(device, second));
+    let mut second = label_areas(bytes).map(|[_, second]| read_area(device, second));
+    if first.label.is_err() && second.as_ref().is_none_or(|area| area.label.is_err()) {
+        second = area_by_hint(device).or(second);
+    }
     std::iter::once(first).chain(second).collect()
+}
+
+fn area_by_hint(device: &dyn Device) -> Option<Area> {
+    let torn = read_sector(device, Physical(LABEL_AREA_0)).ok()?;
+    let hint = Label::device_bytes_of(&torn).filter(|hint| *hint < device.geometry().bytes)?;
+    let [_, second] = label_areas(hint)?;
+    let area = read_area(device, second);
+    let is_right = area.label.as_ref().is_ok_and(|label| label.device_bytes == hint);
+    is_right.then_some(area)
 }
 
 /// The valid label of a device; of two, the one rewritten last.
