@@ -91,43 +91,97 @@ fn change(
     match target {
         Target::Mounted(mount) => {
             let (info, _) = of_target(Target::Mounted(mount.clone()))?;
-            let asked = Request::Device(request(&info)?);
-            match ask(&mount, asked) {
-                Ok(Reply::Changed) if wait => wait_for(&mount),
-                Ok(Reply::Changed) => {
-                    tell_running(&mount);
+            let request = request(&info)?;
+            let asked = Asked::new(&request, &info);
+            match ask(&mount, Request::Device(request)) {
+                Ok(Reply::Changed) => {}
+                Ok(_) => return Err(Failure::new("the daemon answered another question")),
+                Err(error) => return Err(ask_failed(&mount, &error)),
+            }
+            let (info, _) = of_target(Target::Mounted(mount.clone()))?;
+            let begun = info.device_change.as_deref().filter(|change| asked.is_begun_as(change));
+            match begun {
+                Some(change) if wait => wait_for(&mount, change, Some(&asked)),
+                Some(change) if change.state == "running" => {
+                    say!("it goes on in the background; cairn device status shows how far it is");
                     Ok(Done::Whole)
                 }
-                Ok(_) => Err(Failure::new("the daemon answered another question")),
-                Err(error) => Err(ask_failed(&mount, &error)),
+                _ => Ok(Done::Whole),
             }
         }
         Target::Devices(_) => {
             let (info, _) = of_target(Target::Devices(paths.to_vec()))?;
             let request = request(&info)?;
+            let asked = Asked::new(&request, &info);
             let engine = open_degraded(&paths, changes::may_lack(&info, &request))?;
             let outcome = changes::carry_out(&engine, &request)
                 .map_err(Failure::new)
-                .and_then(|()| run_to_end(&engine));
+                .and_then(|()| run_to_end(&engine, &asked));
             let closed = engine.close().map_err(Failure::new);
             outcome.and_then(|done| closed.map(|()| done))
         }
     }
 }
 
-fn tell_running(mount: &Mount) {
-    let Ok((info, _)) = of_target(Target::Mounted(mount.clone())) else { return };
-    if info.device_change.is_some_and(|change| change.state == "running") {
-        say!("it goes on in the background; cairn device status shows how far it is");
+/// A change that was asked for, and how things were before.
+struct Asked {
+    kind: &'static str,
+    index: u16,
+    /// The id of the device, if it is to go.
+    leaves: Option<String>,
+    before: Option<DeviceChangeInfo>,
+}
+
+impl Asked {
+    fn new(request: &DeviceRequest, info: &PoolInfo) -> Asked {
+        let (kind, index) = match request {
+            DeviceRequest::Remove { index } => ("remove", *index),
+            DeviceRequest::Replace { index, .. } => ("replace", *index),
+            DeviceRequest::Resize { index, .. } => ("shrink", *index),
+            // These are done when they are answered.
+            DeviceRequest::Add { .. } | DeviceRequest::Cancel => ("", 0),
+        };
+        let device = info.devices.iter().find(|device| device.index == index && kind != "shrink");
+        let leaves = device.filter(|_| !kind.is_empty()).map(|device| device.id.clone());
+        Asked { kind, index, leaves, before: info.device_change.as_deref().cloned() }
+    }
+
+    /// Whether this is the change that was asked for, and not one that the pool had before. One of
+    /// the same device that is under way can be no other.
+    fn is_begun_as(&self, change: &DeviceChangeInfo) -> bool {
+        let is_kind = change.kind == self.kind && change.device == self.index;
+        is_kind && (change.state == "running" || self.before.as_ref() != Some(change))
+    }
+
+    /// What is known of it when another has begun since.
+    fn done_since(&self, info: &PoolInfo) -> Done {
+        let is_there = |id: &String| info.devices.iter().any(|device| device.id == *id);
+        match self.leaves.as_ref().is_some_and(is_there) {
+            true => Done::Partly,
+            false => Done::Whole,
+        }
     }
 }
 
-/// Waits until no change of a mounted pool is under way.
-fn wait_for(mount: &Mount) -> Result<Done, Failure> {
+/// Whether two reports are about one change.
+fn is_one(a: &DeviceChangeInfo, b: &DeviceChangeInfo) -> bool {
+    (&a.kind, a.device, a.target, a.began) == (&b.kind, b.device, b.target, b.began)
+}
+
+/// Waits until a change of a mounted pool has ended.
+fn wait_for(
+    mount: &Mount,
+    which: &DeviceChangeInfo,
+    asked: Option<&Asked>,
+) -> Result<Done, Failure> {
     let bar = percent_bar(false);
     loop {
         let (info, _) = of_target(Target::Mounted(mount.clone()))?;
-        let Some(change) = &info.device_change else { return Ok(Done::Whole) };
+        let Some(change) = info.device_change.as_deref().filter(|change| is_one(change, which))
+        else {
+            bar.finish_and_clear();
+            return Ok(asked.map_or(Done::Whole, |asked| asked.done_since(&info)));
+        };
         if change.state != "running" {
             bar.finish_and_clear();
             return Ok(done_of(change));
@@ -140,12 +194,15 @@ fn wait_for(mount: &Mount) -> Result<Done, Failure> {
     }
 }
 
-/// Waits until the change of a pool that is open here has ended.
-fn run_to_end(engine: &Arc<Engine>) -> Result<Done, Failure> {
+/// Waits until the change that was asked for of a pool that is open here has ended.
+fn run_to_end(engine: &Arc<Engine>, asked: &Asked) -> Result<Done, Failure> {
     let bar = percent_bar(false);
     loop {
         let Some(status) = engine.device_change() else { return Ok(Done::Whole) };
         let change = DeviceChangeInfo::of(&status);
+        if !asked.is_begun_as(&change) {
+            return Ok(Done::Whole);
+        }
         if change.state != "running" {
             bar.finish_and_clear();
             return Ok(done_of(&change));
@@ -172,7 +229,7 @@ fn done_of(change: &DeviceChangeInfo) -> Done {
 fn status(of: &OfPool, wait: bool) -> Result<Done, Failure> {
     let target = Target::find(&of.pool)?;
     let done = match &target {
-        Target::Mounted(mount) if wait => wait_for(mount)?,
+        Target::Mounted(mount) if wait => wait_for_any(mount)?,
         _ => Done::Whole,
     };
     let (info, whole) = of_target(target)?;
@@ -182,6 +239,15 @@ fn status(of: &OfPool, wait: bool) -> Result<Done, Failure> {
         cairn_host::output::text(&table(&info));
     }
     Ok(if whole == Done::Whole { done } else { whole })
+}
+
+/// Waits for what is under way, if anything is. What ended before says nothing about now.
+fn wait_for_any(mount: &Mount) -> Result<Done, Failure> {
+    let (info, _) = of_target(Target::Mounted(mount.clone()))?;
+    match info.device_change.as_deref().filter(|change| change.state == "running") {
+        Some(change) => wait_for(mount, change, None),
+        None => Ok(Done::Whole),
+    }
 }
 
 fn table(info: &PoolInfo) -> String {
@@ -258,6 +324,37 @@ mod tests {
         for name in ["1", "/dev/zero", ""] {
             assert!(find(&info, name).is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_change_is_told_from_those_that_the_pool_had_before() {
+        let former = DeviceChangeInfo {
+            kind: "shrink".into(),
+            state: "cancelled".into(),
+            device: 1,
+            began: 100,
+            ended: 200,
+            ..DeviceChangeInfo::default()
+        };
+        let device = |index, id: &str| DeviceInfo { index, id: id.into(), ..DeviceInfo::default() };
+        let info = PoolInfo {
+            device_change: Some(Box::new(former.clone())),
+            devices: vec![device(0, "a"), device(1, "b")],
+            ..PoolInfo::default()
+        };
+        // It has become larger, at once.
+        let asked = Asked::new(&DeviceRequest::Resize { index: 1, bytes: None }, &info);
+        assert!(!asked.is_begun_as(&former));
+        let begun = DeviceChangeInfo { state: "running".into(), began: 300, ..former.clone() };
+        assert!(asked.is_begun_as(&begun) && !is_one(&begun, &former));
+        for request in [DeviceRequest::Cancel, DeviceRequest::Remove { index: 1 }] {
+            assert!(!Asked::new(&request, &info).is_begun_as(&begun));
+        }
+        // It went, before anybody looked, and another began.
+        let asked = Asked::new(&DeviceRequest::Remove { index: 0 }, &info);
+        assert_eq!(asked.done_since(&info), Done::Partly);
+        let after = PoolInfo { devices: vec![device(0, "c")], ..PoolInfo::default() };
+        assert_eq!(asked.done_since(&after), Done::Whole);
     }
 
     #[test]
