@@ -5,7 +5,9 @@ use crate::info::of_target;
 use crate::target::{ask, ask_failed, Target};
 use crate::versions::{open, utc};
 use crate::{output, Done, Failure};
-use cairn_host::admin::{Reply, Request, ScrubChange, ScrubDeviceInfo, ScrubEndInfo, ScrubInfo};
+use cairn_host::admin::{
+    DeviceState, PoolInfo, Reply, Request, ScrubChange, ScrubDeviceInfo, ScrubEndInfo, ScrubInfo,
+};
 use cairn_host::mounts::Mount;
 use cairn_host::parse::format_size;
 use cairn_host::say;
@@ -64,13 +66,13 @@ fn wait_if(wait: bool, mount: &Mount) -> Result<Done, Failure> {
     if !wait {
         return Ok(Done::Whole);
     }
-    let scrub = wait_for(mount)?;
-    lines(&scrub, false).iter().for_each(|line| say!("{line}"));
+    let (scrub, info) = wait_for(mount)?;
+    lines(&scrub, &info).iter().for_each(|line| say!("{line}"));
     Ok(done_of(&scrub))
 }
 
 /// Waits until the scrub of a mounted pool does not run any more.
-fn wait_for(mount: &Mount) -> Result<ScrubInfo, Failure> {
+fn wait_for(mount: &Mount) -> Result<(ScrubInfo, Box<PoolInfo>), Failure> {
     let bar = Bar::new(false);
     loop {
         let info = match ask(mount, Request::Info) {
@@ -78,10 +80,11 @@ fn wait_for(mount: &Mount) -> Result<ScrubInfo, Failure> {
             Ok(_) => return Err(Failure::new("the daemon answered another question")),
             Err(error) => return Err(ask_failed(mount, &error)),
         };
-        let scrub = info.scrub.ok_or_else(|| Failure::new("the pool was never scrubbed"))?;
+        let scrub = info.scrub.as_deref().cloned();
+        let scrub = scrub.ok_or_else(|| Failure::new("the pool was never scrubbed"))?;
         if scrub.state != "running" {
             bar.finish();
-            return Ok(*scrub);
+            return Ok((scrub, Box::new(info)));
         }
         if info.read_only {
             return Err(Failure::new("the pool is read-only: the scrub does not go on"));
@@ -101,7 +104,7 @@ fn status(pool: &[PathBuf], wait: bool, json: bool) -> Result<Done, Failure> {
         _ if json => output::json(&info.scrub),
         None => say!("never scrubbed"),
         Some(scrub) => {
-            lines(scrub, info.read_only).iter().for_each(|line| say!("{line}"));
+            lines(scrub, &info).iter().for_each(|line| say!("{line}"));
             for (index, device) in scrub.devices.iter().enumerate() {
                 let named = info.devices.iter().find(|named| usize::from(named.index) == index);
                 let name = named.map_or(format!("device {index}"), |d| output::printable(&d.name));
@@ -125,7 +128,7 @@ fn offline(arguments: &ScrubOffline) -> Result<Done, Failure> {
     if arguments.json {
         output::json(&scrub);
     } else {
-        lines(&scrub, false).iter().for_each(|line| say!("{line}"));
+        lines(&scrub, &PoolInfo::default()).iter().for_each(|line| say!("{line}"));
         for file in damaged {
             let path = String::from_utf8_lossy(&file.path).into_owned();
             say!("damaged: {} (subvolume {})", output::printable(&path), file.tree);
@@ -212,8 +215,8 @@ pub(crate) fn clock(seconds: u64) -> String {
     }
 }
 
-/// How it stands, and if it has not ended, how the one before did.
-pub(crate) fn lines(scrub: &ScrubInfo, read_only: bool) -> Vec<String> {
+/// How it stands, and if it has not ended, how the one before did; and what it has no look at.
+pub(crate) fn lines(scrub: &ScrubInfo, info: &PoolInfo) -> Vec<String> {
     let [done, total, repaired] =
         [scrub.done_bytes, scrub.total_bytes, scrub.repaired_bytes].map(format_size);
     let errors = errors(scrub.lost_count);
@@ -227,7 +230,7 @@ pub(crate) fn lines(scrub: &ScrubInfo, read_only: bool) -> Vec<String> {
             }
             line += &format!(", {repaired} repaired, {errors}");
             match scrub.seconds_left {
-                _ if read_only => line += "; it goes on when the pool is mounted for writing",
+                _ if info.read_only => line += "; it goes on when the pool is mounted for writing",
                 Some(left) => line += &format!(", {} to go", clock(left)),
                 None => {}
             }
@@ -247,7 +250,16 @@ pub(crate) fn lines(scrub: &ScrubInfo, read_only: bool) -> Vec<String> {
     if let Some(last) = &scrub.last {
         lines.push(end_line(last));
     }
+    lines.extend(not_looked_at(info));
     lines
+}
+
+/// Which devices a scrub cannot look at now.
+fn not_looked_at(info: &PoolInfo) -> Option<String> {
+    let missing = info.devices.iter().filter(|device| device.state == DeviceState::Missing);
+    let names: Vec<String> = missing.map(|device| output::printable(&device.name)).collect();
+    let is_any = !names.is_empty();
+    is_any.then(|| format!("not looked at, since it is not there: {}", names.join(", ")))
 }
 
 fn end_line(end: &ScrubEndInfo) -> String {
@@ -276,6 +288,7 @@ fn device_line(device: &ScrubDeviceInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cairn_host::admin::DeviceInfo;
 
     fn info() -> ScrubInfo {
         ScrubInfo {
@@ -302,14 +315,23 @@ mod tests {
         let mut scrub = info();
         let want = "scrub in progress since 2024-02-29 23:59:59, 12.0 GiB of 40.0 GiB scanned at \
                     210 MiB/s, 0 B repaired, 0 errors, 00:02:11 to go";
-        assert_eq!(lines(&scrub, false), [want]);
+        let mut pool = PoolInfo::default();
+        assert_eq!(lines(&scrub, &pool), [want]);
         scrub.state = "paused".into();
         let end = ScrubEndInfo { run_ms: 9_100, lost_count: 1, ..ScrubEndInfo::default() };
         scrub.last = Some(end);
-        let shown = lines(&scrub, false);
+        let shown = lines(&scrub, &pool);
         assert!(shown[0].starts_with("scrub paused"), "{shown:?}");
         assert_eq!(shown[1], "scrub repaired 0 B in 00:00:10 with 1 error on 1970-01-01 00:00:00");
         assert_eq!(done_of(&scrub), Done::Partly);
+        let gone = DeviceInfo {
+            name: "device 1 (missing)".into(),
+            state: DeviceState::Missing,
+            ..DeviceInfo::default()
+        };
+        pool.devices = vec![DeviceInfo::default(), gone];
+        let shown = lines(&scrub, &pool);
+        assert_eq!(shown[2], "not looked at, since it is not there: device 1 (missing)");
         assert_eq!(clock(200_000), "2 days 07:33:20");
     }
 }

@@ -130,7 +130,7 @@ fn table(row: &Row) -> String {
         text.push_str(&format!("  move: {}\n", device::line(info, change)));
     }
     if let Some(scrub) = &info.scrub {
-        scrub::lines(scrub, info.read_only).iter().for_each(|line| {
+        scrub::lines(scrub, info).iter().for_each(|line| {
             text.push_str(&format!("  scan: {line}\n"));
         });
     }

@@ -12,7 +12,7 @@ pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, 
         say!("{:#}", json(report, devices, seconds));
         return;
     }
-    report.findings.iter().for_each(|finding| say!("{finding}"));
+    lines(report).iter().for_each(|line| say!("{line}"));
     for (id, more) in not_listed(report) {
         say!("... and {more} more of {id}");
     }
@@ -39,6 +39,26 @@ pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, 
     }
 }
 
+/// What is listed: of what one file or tree has in a row, the first few, and how many more.
+fn lines(report: &CheckReport) -> Vec<String> {
+    let is_same = |a: &Finding, b: &Finding| {
+        (a.id, a.spot.tree, a.spot.object) == (b.id, b.spot.tree, b.spot.object)
+    };
+    let mut lines = Vec::new();
+    for row in report.findings.chunk_by(is_same) {
+        let shown = if row.len() > ROW_MAX { 1 } else { row.len() };
+        lines.extend(row[..shown].iter().map(ToString::to_string));
+        if row.len() > shown {
+            let id = row[0].id;
+            lines.push(format!("... and {} more of {id} in the same place", row.len() - shown));
+        }
+    }
+    lines
+}
+
+/// Findings of one rule about one thing that are listed in full.
+const ROW_MAX: usize = 3;
+
 /// A pool that cannot even be opened.
 pub(crate) fn print_unopenable(error: &Error, arguments: &Arguments, devices: &str) {
     if arguments.json {
@@ -62,11 +82,16 @@ fn not_listed(report: &CheckReport) -> impl Iterator<Item = (&'static str, u64)>
     })
 }
 
-/// How many findings of a severity there were, listed or not.
-fn count(report: &CheckReport, severity: Severity) -> u64 {
+/// How many findings of a severity there were, listed or not, that are about devices which are
+/// missing or behind, or about anything else.
+fn count(report: &CheckReport, severity: Severity, of_devices: bool) -> u64 {
     let of_severity =
         |id: &str| rules::TABLE.iter().any(|rule| rule.id == id && rule.severity == severity);
-    report.counts.iter().filter(|(id, _)| of_severity(id)).map(|(_, count)| count).sum()
+    let is_of_devices =
+        |id: &str| [rules::DEVICE_MISSING.id, rules::DEVICE_BEHIND.id].contains(&id);
+    let counts = report.counts.iter();
+    let counts = counts.filter(|(id, _)| of_severity(id) && is_of_devices(id) == of_devices);
+    counts.map(|(_, count)| count).sum()
 }
 
 fn verdict(report: &CheckReport) -> String {
@@ -74,13 +99,14 @@ fn verdict(report: &CheckReport) -> String {
         return "no errors".into();
     }
     let words = [
-        (Severity::Loss, "with loss of data"),
-        (Severity::Error, "without loss of data"),
-        (Severity::Warning, "of no consequence to users"),
+        (Severity::Loss, false, "with loss of data"),
+        (Severity::Error, false, "without loss of data"),
+        (Severity::Warning, true, "of devices that are missing or behind: less may fail now"),
+        (Severity::Warning, false, "of no consequence to users"),
     ];
     let parts: Vec<String> = words
         .into_iter()
-        .map(|(severity, word)| (count(report, severity), word))
+        .map(|(severity, of_devices, word)| (count(report, severity, of_devices), word))
         .filter(|(count, _)| *count > 0)
         .map(|(count, word)| format!("{count} {word}"))
         .collect();
@@ -163,6 +189,30 @@ mod tests {
         );
         let more: Vec<_> = not_listed(&found).collect();
         assert_eq!(more, [("E-LINK-COUNT", 499), ("W-SPACE-LEAK", 1)]);
+    }
+
+    #[test]
+    fn a_device_that_is_missing_is_not_called_of_no_consequence() {
+        let found = report(&[(&rules::DEVICE_MISSING, 1), (&rules::SPACE_LEAK, 2)]);
+        assert_eq!(
+            verdict(&found),
+            "errors left: 1 of devices that are missing or behind: less may fail now, \
+             2 of no consequence to users"
+        );
+    }
+
+    #[test]
+    fn what_one_file_has_in_a_row_is_gathered() {
+        let mut found = report(&[(&rules::DATA, 1), (&rules::LINK_COUNT, 1)]);
+        let (row, last) = (found.findings[0].clone(), found.findings.pop().unwrap());
+        found.findings = vec![row.clone(); 3];
+        assert_eq!(lines(&found).len(), 3);
+        found.findings.extend(vec![row.clone(); 497]);
+        found.findings.push(last);
+        let listed = lines(&found);
+        assert_eq!(listed.len(), 3, "{listed:?}");
+        assert_eq!(listed[0], row.to_string());
+        assert_eq!(listed[1], "... and 499 more of E-DATA in the same place");
     }
 
     #[test]

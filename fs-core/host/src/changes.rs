@@ -2,6 +2,7 @@
 //! when there is none.
 
 use crate::admin::{DeviceRequest, DeviceState, PoolInfo};
+use crate::parse::format_size;
 use crate::{mounts, probe, Access, FileDevice, OpenOptions, Wait};
 use fs_core::engine::Engine;
 use fs_core::error::Error;
@@ -34,7 +35,12 @@ pub fn carry_out(engine: &Arc<Engine>, request: &DeviceRequest) -> Result<(), St
             engine.remove_device(*index).map_err(|error| sentence(&error))
         }
         DeviceRequest::Resize { index, bytes } => {
-            engine.resize_device(*index, *bytes).map_err(|error| sentence(&error))
+            engine.resize_device(*index, *bytes).map_err(|error| match error {
+                Error::Truncated { found, .. } => {
+                    format!("the device itself has only {}", format_size(found))
+                }
+                error => sentence(&error),
+            })
         }
         DeviceRequest::Cancel => engine.cancel_device_change().map_err(|error| sentence(&error)),
     }
@@ -56,7 +62,9 @@ fn on(path: &Path, error: &Error) -> String {
 
 fn sentence(error: &Error) -> String {
     match error {
-        Error::NoSpace => "the other devices have not enough room for what is on it".into(),
+        Error::NoSpace => "the other devices have not enough room for what is on it and what was \
+             promised to files"
+            .into(),
         other => other.to_string(),
     }
 }
@@ -88,4 +96,28 @@ fn open_new(path: &Path, force: bool) -> Result<DeviceRef, String> {
         }
     }
     Ok(Arc::new(device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{create_image, host_platform, open_devices};
+    use fs_core::engine::{self, format, FormatOptions};
+
+    #[test]
+    fn a_size_beyond_the_end_of_a_device_is_refused_by_its_own_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = [dir.path().join("a")];
+        create_image(&paths[0], 16 << 20).unwrap();
+        let options = OpenOptions::new(Access::ReadWrite);
+        let devices = open_devices(&paths, options, &Wait::none()).unwrap();
+        let devices: Vec<DeviceRef> = devices.into_iter().map(|d| d as DeviceRef).collect();
+        format(devices.clone(), host_platform(), &FormatOptions::default()).unwrap();
+        let options = engine::OpenOptions::default();
+        let engine = engine::open(devices, host_platform(), &options).unwrap();
+        let request = DeviceRequest::Resize { index: 0, bytes: Some(1 << 30) };
+        let refused = carry_out(&engine, &request).unwrap_err();
+        assert_eq!(refused, "the device itself has only 16.0 MiB");
+        engine.close().unwrap();
+    }
 }
