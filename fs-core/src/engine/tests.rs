@@ -1006,3 +1006,20 @@ fn room_of_a_change_that_was_cancelled_comes_back_when_nobody_writes_there_any_m
     assert_eq!(pool.unallocated_bytes(), before);
     fs.close().unwrap();
 }
+
+#[test]
+fn who_has_the_times_of_a_write_keeps_them() {
+    let (device, test) = new_pool(64 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"f");
+    let written = |flags| {
+        test.clock.advance(1_000_000_000);
+        fs.write(file, 0, b"x", flags).unwrap();
+        fs.getattr(file).unwrap()
+    };
+    let first = written(WriteFlags::default());
+    let kept = written(WriteFlags { keeps_times: true, ..WriteFlags::default() });
+    assert_eq!((kept.mtime, kept.ctime), (first.mtime, first.ctime));
+    let later = written(WriteFlags::default());
+    assert!(later.mtime > first.mtime && later.ctime > first.ctime);
+}
