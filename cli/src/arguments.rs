@@ -597,6 +597,9 @@ pub(crate) struct Send {
     /// Send the snapshots in between as well, one after the other; without -i, all older ones
     #[arg(short = 'R', long)]
     pub(crate) replicate: bool,
+    /// Go on where a receive broke off, which says this token; the pool is enough of a name then
+    #[arg(short, long, value_name = "TOKEN", conflicts_with_all = ["from", "replicate"])]
+    pub(crate) token: Option<String>,
     /// Write to a file instead of standard output; it gets its name when all is in it
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,

@@ -27,9 +27,13 @@ const COPY_BYTES: usize = 256 << 10;
 
 pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
     let (place, name) = versions::find(&arguments.at)?;
-    let snapshot = versions::part(name)?;
+    let snapshot = match arguments.token {
+        None => versions::part(name)?,
+        Some(_) => name,
+    };
     let from = arguments.from.as_deref().map(|from| earlier(&place, &snapshot, from, arguments));
-    let what = Sending { snapshot, from: from.transpose()?, replicate: arguments.replicate };
+    let token = arguments.token.clone();
+    let what = Sending { snapshot, from: from.transpose()?, replicate: arguments.replicate, token };
     let output = arguments.output.as_deref().filter(|path| *path != Path::new("-"));
     let mut unfinished = None;
     let mut out: Box<dyn Write> = match output {
@@ -356,6 +360,9 @@ fn show(stream: &StreamInfo) {
             row("which holds", identity);
         }
         _ => row("goes on from", "nothing: all is there"),
+    }
+    if let Some(next) = stream.resumes {
+        row("resumes", &format!("with inode {next}: what is before came with another stream"));
     }
     row("identity", &stream.identity);
     row("inodes", &format!("{} new or changed, {} gone", stream.inodes, stream.gone));

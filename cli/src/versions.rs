@@ -546,6 +546,7 @@ fn show(of: &Shown) -> Result<Done, Failure> {
         ("inodes", (found.inodes != 0).then(|| found.inodes.to_string())),
         ("default", found.is_default.then(|| "yes".to_string())),
         ("receiving", found.is_receiving.then(|| "yes, nobody can look into it".to_string())),
+        ("go on with", found.token.clone()),
         ("held by", (!found.holds.is_empty()).then(|| found.holds.join(", "))),
     ];
     for (label, value) in lines.into_iter().filter_map(|(label, v)| Some((label, v?))) {

@@ -1121,7 +1121,8 @@ mod tests {
             reply
         };
         let name = VersionName::default();
-        let sending = Sending { snapshot: name.clone(), from: None, replicate: false };
+        let snapshot = name.clone();
+        let sending = Sending { snapshot, from: None, replicate: false, token: None };
         let reply = talk(&Request::Send(sending), &|parts| {
             let mut all = Vec::new();
             assert_eq!(parts.read_to_end(&mut all).unwrap(), 600_000);

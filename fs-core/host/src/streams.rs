@@ -9,11 +9,11 @@ use crate::parse::format_uuid;
 use crate::versions::{self, VersionName};
 use fs_core::engine::versions::VersionOp;
 use fs_core::engine::Engine;
-use fs_core::error::Error;
+use fs_core::error::{Errno, Error};
 use fs_core::format::pool::SubvolItem;
 use fs_core::platform::{Codecs, Timestamp};
 use fs_core::receive::{content_after, content_of, is_untouched, Destination, Receiver};
-use fs_core::stream::record::{Begin, Decoder, Encoder, Record, FOLLOWED};
+use fs_core::stream::record::{Begin, Decoder, Encoder, Mark, Record, FOLLOWED};
 use fs_core::stream::send::{Parent, Sender, Shipment};
 use fs_core::stream::verify::Verifier;
 use fs_core::stream::{Content, Source};
@@ -37,6 +37,96 @@ pub struct Sending {
     pub from: Option<VersionName>,
     /// Send all snapshots of the subvolume in between as well, or all that are older.
     pub replicate: bool,
+    /// Go on with what a receiver has a part of, instead of all that.
+    pub token: Option<String>,
+}
+
+/// Where a sender can go on after a receiver broke off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Token {
+    /// The snapshot, as the sender knows it.
+    snapshot: [u8; 16],
+    /// The snapshot that the receiver has, and the identity of its content.
+    base: Option<([u8; 16], [u8; 32])>,
+    /// The inode to go on with, and where in its data.
+    next: (u64, u64),
+}
+
+impl Token {
+    /// What was received in part in a subvolume.
+    fn of(engine: &Engine, working: u64) -> Result<Token, Error> {
+        let Mark { ino, offset } = fs_core::receive::position(engine, working)?;
+        engine.with_versions(|all| {
+            let item = all.get(working).map(|version| version.item);
+            let item = item.ok_or(Error::Posix(Errno::NoEnt))?;
+            let base = all.get(item.parent).map(|base| {
+                let sent = [base.item.origin, base.item.id];
+                let id = sent.into_iter().find(|id| *id != [0; 16]).unwrap_or_default();
+                (id, base.item.content)
+            });
+            Ok(Token { snapshot: item.origin, base, next: (ino, offset) })
+        })
+    }
+
+    fn encode(&self) -> String {
+        let mut all =
+            bincode::serde::encode_to_vec(self, bincode::config::standard()).unwrap_or_default();
+        all.extend_from_slice(&crc32c::crc32c(&all).to_le_bytes());
+        all.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn decode(text: &str) -> Result<Token, String> {
+        let wrong = || "this is not a token of cairn receive, or not all of it".to_string();
+        let digits = text.trim().as_bytes().chunks(2);
+        let byte = |digits: &[u8]| {
+            let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.len() == 2)?;
+            u8::from_str_radix(digits, 16).ok()
+        };
+        let all: Vec<u8> = digits.map(byte).collect::<Option<_>>().ok_or_else(wrong)?;
+        let (body, sum) = all.split_last_chunk::<4>().ok_or_else(wrong)?;
+        if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
+            return Err(wrong());
+        }
+        let limits = bincode::config::standard().with_limit::<1024>();
+        match bincode::serde::decode_from_slice(body, limits) {
+            Ok((token, used)) if used == body.len() => Ok(token),
+            _ => Err(wrong()),
+        }
+    }
+
+    /// The snapshot that it names, and the one that the receiver has.
+    fn find(&self, engine: &Engine) -> Result<(u64, Option<u64>), String> {
+        engine.with_versions(|all| {
+            let there = || {
+                all.iter()
+                    .filter(|(_, version)| version.item.is_snapshot() && !version.item.is_deleted())
+            };
+            let find =
+                |id: [u8; 16]| there().find(|(_, version)| version.item.id == id).map(|(id, _)| id);
+            let what = "the snapshot that the token goes on with is not here";
+            let snapshot = find(self.snapshot).ok_or(what)?;
+            let base = match self.base {
+                None => None,
+                Some((id, content)) => {
+                    let same = || {
+                        let is_same =
+                            |item: &SubvolItem| content != [0; 32] && item.content == content;
+                        there().find(|(_, version)| is_same(&version.item)).map(|(id, _)| id)
+                    };
+                    let what = "the snapshot that the receiver goes on from is not here any more";
+                    Some(find(id).or_else(same).ok_or(what)?)
+                }
+            };
+            Ok((snapshot, base))
+        })
+    }
+}
+
+/// Adds to what is being received where it can be gone on with.
+pub(crate) fn add_tokens(engine: &Engine, all: &mut [crate::versions::VersionInfo]) {
+    for info in all.iter_mut().filter(|info| info.is_receiving) {
+        info.token = Token::of(engine, info.number).ok().map(|token| token.encode());
+    }
 }
 
 /// What was sent.
@@ -72,6 +162,8 @@ pub struct StreamInfo {
     pub base: Option<String>,
     /// Identity of the content of that.
     pub base_identity: Option<String>,
+    /// The stream goes on where another broke off, with this inode.
+    pub resumes: Option<u64>,
     /// Identity of the content.
     pub identity: String,
     /// How many elements the content has.
@@ -196,10 +288,19 @@ pub fn send(
     what: &Sending,
     out: &mut dyn Write,
 ) -> Result<Sent, String> {
-    let said = |error: Error| versions::said(&error, &what.snapshot);
-    let last = versions::snapshot(engine, base, &what.snapshot)?;
-    let from = what.from.as_ref();
-    let from = from.map(|from| versions::snapshot(engine, base, from)).transpose()?;
+    let token = what.token.as_deref().map(Token::decode).transpose()?;
+    let (last, from) = match &token {
+        Some(token) => token.find(engine)?,
+        None => {
+            let from = what.from.as_ref();
+            let from = from.map(|from| versions::snapshot(engine, base, from)).transpose()?;
+            (versions::snapshot(engine, base, &what.snapshot)?, from)
+        }
+    };
+    let resumes = token.map(|token| Mark { ino: token.next.0, offset: token.next.1 });
+    let shown = engine.with_versions(|all| versions::name_of(all, last));
+    let shown = shown.unwrap_or_else(|| what.snapshot.clone());
+    let said = |error: Error| versions::said(&error, &shown);
     let mut old = from.map(|id| Known::open(engine, id, None)).transpose().map_err(said)?;
     let mut out = Counted { out: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0 };
     let mut sent = Sent::default();
@@ -208,9 +309,10 @@ pub fn send(
         let new = Known::open(engine, id, old.as_ref()).map_err(said)?;
         if old.as_ref().is_some_and(|old| old.subvol.view().tree.id != new.subvol.view().tree.id) {
             let from = what.from.as_ref().map_or(String::new(), ToString::to_string);
-            return Err(format!("{from} and {} do not go back to one subvolume", what.snapshot));
+            return Err(format!("{from} and {shown} do not go back to one subvolume"));
         }
-        send_one(engine, old.as_ref(), (&new, is_followed), &mut out, &said)?;
+        let how = How { is_followed, resumes };
+        send_one(engine, old.as_ref(), (&new, how), &mut out, &said)?;
         sent.snapshots += 1;
         old = Some(new);
     }
@@ -228,7 +330,7 @@ fn steps(
     if from == Some(last) {
         return Err(format!("{} cannot go on from itself", what.snapshot));
     }
-    if !what.replicate {
+    if !what.replicate || what.token.is_some() {
         return Ok(vec![last]);
     }
     engine.with_versions(|all| {
@@ -249,10 +351,17 @@ fn steps(
     })
 }
 
+/// How a stream begins and ends.
+#[derive(Clone, Copy)]
+struct How {
+    is_followed: bool,
+    resumes: Option<Mark>,
+}
+
 fn send_one(
     engine: &Engine,
     old: Option<&Known>,
-    (new, is_followed): (&Known, bool),
+    (new, how): (&Known, How),
     out: &mut Counted<'_>,
     said: &dyn Fn(Error) -> String,
 ) -> Result<(), String> {
@@ -270,7 +379,8 @@ fn send_one(
         tree: new.subvol.view().tree,
         content: &new.content,
         base,
-        is_followed,
+        is_followed: how.is_followed,
+        resumes: how.resumes,
     };
     let mut sender = Sender::new(Source::of(&engine.store), &shipment);
     let mut encoder = Encoder::default();
@@ -390,6 +500,7 @@ pub fn look(codecs: &dyn Codecs, input: &mut dyn Read) -> Result<Vec<StreamInfo>
             created: begin.created.secs,
             base: begin.base.as_ref().map(|base| format_uuid(&base.id)),
             base_identity: begin.base.as_ref().map(|base| base.identity.to_string()),
+            resumes: begin.resumes.map(|mark| mark.ino),
             identity,
             elements,
             inodes: summary.inodes,
@@ -431,7 +542,12 @@ pub fn receive(
         let receiver = Receiver::begin(engine, &destination, &begin, &mut |_| Ok(()));
         let receiver = receiver.map_err(said)?;
         let mut attempt = Attempt { engine, working: Some(receiver.working()) };
-        let receiver = take_all(receiver, &mut records, changes, &said)?;
+        let mut receiver = receiver;
+        match take_all(&mut receiver, &mut records, changes) {
+            Ok(()) => {}
+            Err(Stop::Refused(error)) => return Err(said(error)),
+            Err(Stop::BrokenOff(why)) => return Err(attempt.keep(receiver, &why, to)),
+        }
         let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
         let identity = fs_core::stream::Identity(arrival.identity).to_string();
         let published = changes.change(vec![VersionOp::Publish(*arrival)]).map_err(said)?;
@@ -454,6 +570,25 @@ struct Attempt<'a> {
     working: Option<u64>,
 }
 
+impl Attempt<'_> {
+    /// The stream broke off: keeps what came of it, if that is anything, and says how to go on.
+    fn keep(&mut self, receiver: Receiver, why: &str, to: &VersionName) -> String {
+        let Some(working) = self.working else { return why.into() };
+        let token = receiver.pause().and_then(|()| Token::of(self.engine, working));
+        match token {
+            Ok(token) if token.next.0 > 0 => {
+                self.working = None;
+                let token = token.encode();
+                format!(
+                    "{why}; what came before is kept: go on with cairn send -t {token}, or delete \
+                     what cairn subvolume list shows as receiving in {to}"
+                )
+            }
+            _ => why.into(),
+        }
+    }
+}
+
 impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let Some(id) = self.working else { return };
@@ -466,21 +601,28 @@ impl Drop for Attempt<'_> {
     }
 }
 
+/// Why a stream is not received to its end.
+enum Stop {
+    /// It ends too early, or cannot be read.
+    BrokenOff(String),
+    /// What it says cannot be.
+    Refused(Error),
+}
+
 fn take_all(
-    mut receiver: Receiver,
+    receiver: &mut Receiver,
     records: &mut Records<'_>,
     changes: &dyn Changes,
-    said: &dyn Fn(Error) -> String,
-) -> Result<Receiver, String> {
+) -> Result<(), Stop> {
     let mut asked = Instant::now();
-    while let Some((record, at)) = records.next()? {
+    while let Some((record, at)) = records.next().map_err(Stop::BrokenOff)? {
         if asked.elapsed() >= ASK_EVERY {
-            changes.writable().map_err(said)?;
+            changes.writable().map_err(Stop::Refused)?;
             asked = Instant::now();
         }
-        receiver.take(record, at).map_err(said)?;
+        receiver.take(record, at).map_err(Stop::Refused)?;
     }
-    Ok(receiver)
+    Ok(())
 }
 
 /// Lets a subvolume go on from a snapshot of it that was received, if it is what an older one is.

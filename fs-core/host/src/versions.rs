@@ -185,6 +185,8 @@ pub struct VersionInfo {
     pub is_default: bool,
     /// Whether it is being received, or a part of it was: nobody can look into it.
     pub is_receiving: bool,
+    /// Where a sender can go on with what was received in part.
+    pub token: Option<String>,
     /// Tags that keep it from being deleted.
     pub holds: Vec<String>,
 }
@@ -723,7 +725,7 @@ pub fn page(all: Vec<VersionInfo>, skip: u64) -> Vec<VersionInfo> {
 pub fn list(engine: &Engine) -> Vec<VersionInfo> {
     let default = engine.default_subvol().map_or(0, |subvol| subvol.id.0);
     let counts = engine.counts_versions();
-    engine.with_versions(|versions| {
+    let mut all = engine.with_versions(|versions| {
         let live = versions.iter().filter(|(_, version)| !version.item.is_deleted());
         let heads = live.filter(|(_, version)| !version.item.is_snapshot());
         let mut heads: Vec<(Vec<u8>, u64)> = heads.map(|(id, v)| (v.name.clone(), id)).collect();
@@ -755,15 +757,18 @@ pub fn list(engine: &Engine) -> Vec<VersionInfo> {
                     inodes: 0,
                     is_default: false,
                     is_receiving: false,
+                    token: None,
                     holds: Vec::new(),
                 })
             }));
         }
         all
-    })
+    });
+    crate::streams::add_tokens(engine, &mut all);
+    all
 }
 
-fn name_of(versions: &Versions, id: u64) -> Option<VersionName> {
+pub(crate) fn name_of(versions: &Versions, id: u64) -> Option<VersionName> {
     let version = versions.get(id).filter(|version| !version.item.is_deleted())?;
     let name = text(&version.name);
     Some(match version.item.is_snapshot() {
@@ -796,6 +801,7 @@ fn info(versions: &Versions, id: u64, (default, counts): (u64, bool)) -> Option<
         inodes: item.inodes,
         is_default: id == default,
         is_receiving: item.is_receiving(),
+        token: None,
         holds: version.holds.iter().map(|tag| text(tag)).collect(),
     })
 }

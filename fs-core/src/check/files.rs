@@ -14,6 +14,7 @@ use crate::format::dir::{decode_cookies, Entry};
 use crate::format::inode::{mode, InodeItem, LinkItem};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{INO_MAX, ROOT_INO};
+use crate::format::received::Mark;
 use crate::platform::Result;
 use crate::units::{Ino, TreeId, Txg};
 use alloc::boxed::Box;
@@ -140,6 +141,10 @@ impl Scan {
     }
 
     fn orphan(&mut self, checker: &mut Checker<'_>, key: Key, value: &[u8]) -> Result<()> {
+        if key == Key::new(0, kind::RECEIVED, 0) && self.is_receiving {
+            Mark::decode(value).map_err(|bad| bad.in_item(self.tree, 0))?;
+            return Ok(());
+        }
         if key.kind != kind::ORPHAN || !value.is_empty() {
             checker.findings.add(&rules::ITEM_KIND, self.spot(0), format!("{key:?}"));
             return Ok(());

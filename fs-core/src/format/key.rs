@@ -17,6 +17,8 @@ pub mod kind {
     pub const EXTENT: u8 = 0x20;
     /// Object zero; offset is the inode number of a file without a name.
     pub const ORPHAN: u8 = 0x30;
+    /// Object zero, offset zero: how far the subvolume has been received.
+    pub const RECEIVED: u8 = 0x31;
     // Pool tree.
     pub const SUBVOL: u8 = 0x40;
     pub const NAME: u8 = 0x41;
@@ -81,6 +83,14 @@ pub mod kind {
             "`ExtentHeader` and checksums or inline data",
         ),
         (ORPHAN, "ORPHAN", "subvolume", "0", "inode", "empty: the inode has no name left"),
+        (
+            RECEIVED,
+            "RECEIVED",
+            "subvolume",
+            "0",
+            "0",
+            "inode and offset in it, 8 bytes each: all before has been received",
+        ),
         (SUBVOL, "SUBVOL", "pool", "subvolume id", "0", "`SubvolItem`"),
         (NAME, "NAME", "pool", "subvolume or snapshot id", "0", "its name"),
         (HOLDS, "HOLDS", "pool", "snapshot id", "0", "tags that keep it from being deleted"),

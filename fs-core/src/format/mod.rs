@@ -21,6 +21,7 @@ pub mod log;
 pub mod node;
 pub mod pool;
 pub mod ptr;
+pub mod received;
 pub mod scrub;
 pub mod space;
 pub mod superblock;

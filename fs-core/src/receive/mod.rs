@@ -26,6 +26,17 @@
 //!   end there must be none.
 //! - no directory has two names or comes to be below itself: each name of one is looked at.
 //!
+//! # Going on
+//!
+//! A RECEIVED item in the working subvolume says how far it has come: before the first inode is
+//! described nothing, then the inode that is being described, and in a large one how much of its
+//! data there is. It is written with or after what it speaks of, so it holds of every group that
+//! all before it has been received. When a stream breaks off the working subvolume stays, and
+//! another stream of the same snapshot goes on from there, beginning with that inode. To receive an
+//! inode twice is to receive it once; names that go twice went the first time. The content is
+//! computed from what is stored, so whatever went wrong on the way cannot become a snapshot that is
+//! not what was sent.
+//!
 //! Memory: one record, whatever the stream says.
 
 mod base;
@@ -43,15 +54,15 @@ use crate::format::inode::{mode, InodeItem};
 use crate::format::key::{kind, Key};
 use crate::format::pool::{NAME_BYTES_MAX, ROOT_INO};
 use crate::format::{rule, BadBytes};
-use crate::platform::Result;
+use crate::platform::{Result, Timestamp};
 use crate::space::{Class, Reservation};
 use crate::stream::content::Progress;
-use crate::stream::record::{Begin, Record};
+use crate::stream::record::{Begin, Mark, Record};
 use crate::stream::verify::{Summary, Verifier};
 use crate::stream::{Content, Identity, Source};
 use crate::subvol::change::Change;
 use crate::subvol::Subvol;
-use crate::units::Ino;
+use crate::units::{Ino, TreeId};
 use crate::vfs::{check_attribute, Caller, Fallocate, Filesystem, SetAttr, Volume, WriteFlags};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -63,6 +74,10 @@ pub use base::{content_after, content_of, is_untouched};
 pub const WORKING_NAME: &[u8] = b"%receiving";
 /// Inodes without names that are looked at together.
 const ORPHANS_AT_ONCE: usize = 512;
+/// After so many bytes of one file it is noted how far that came.
+const NOTE_EVERY: u64 = 16 << 20;
+/// Where it says how far a subvolume has been received.
+const POSITION: Key = Key { object: 0, kind: kind::RECEIVED, offset: 0 };
 /// Who changes what is received. Nobody asks.
 const NOBODY: Caller = Caller { uid: 0, gid: 0, umask: 0 };
 
@@ -94,20 +109,27 @@ pub struct Receiver {
     current: Option<Current>,
     /// Inodes that were named and are yet to be described.
     undescribed: u64,
+    /// What went may have gone already.
+    went_before: bool,
     end: Option<(Identity, u64)>,
     /// Where the record under way begins.
     at: u64,
+    /// How far the data of the inode under way has come.
+    data_to: u64,
+    /// And how far it had when that was noted.
+    noted: u64,
 }
 
 impl Receiver {
-    /// Begins to receive. What is left of an earlier attempt at the same place is deleted.
-    /// `progress` is called now and then if the content of the base is not known and has to be
-    /// read; an error of it ends that.
+    /// Begins to receive, or goes on. Unless the stream goes on, what is left of an earlier attempt
+    /// at the same place is deleted. `progress` is called now and then if the content of the base
+    /// is not known and has to be read; an error of it ends that.
     ///
     /// # Errors
     /// EEXIST when there is a subvolume at a new place, or a snapshot of that name;
-    /// [`Error::Argument`] when the base is missing, or holds something else; EBUSY when somebody
-    /// receives at that place; those of [`Engine::change_versions`].
+    /// [`Error::Argument`] when the base is missing, or holds something else, or there is nothing
+    /// to go on with; EBUSY when somebody receives at that place; those of
+    /// [`Engine::change_versions`].
     pub fn begin(
         engine: &Arc<Engine>,
         destination: &Destination,
@@ -133,11 +155,21 @@ impl Receiver {
                 return Err(Error::Argument { what: "a full stream makes a new subvolume" })
             }
         };
-        discard(engine, &name)?;
-        let from = base.as_ref().map(|base| base.snapshot.id.0);
-        let op = VersionOp::Receive { name, base: from, origin: begin.id };
-        let made = engine.change_versions(alloc::vec![op])?;
-        let working = made.first().copied().unwrap_or(0);
+        let volume = match begin.resumes {
+            Some(next) => left(engine, &name, begin.id, next)?,
+            None => {
+                discard(engine, &name)?;
+                let from = base.as_ref().map(|base| base.snapshot.id.0);
+                let op = VersionOp::Receive { name, base: from, origin: begin.id };
+                let made = engine.change_versions(alloc::vec![op])?;
+                Volume::of_receiving(engine.clone(), made.first().copied().unwrap_or(0))?
+            }
+        };
+        let working = volume.version();
+        let undescribed = match begin.resumes {
+            Some(_) => undescribed_in(volume.subvol(), base.as_ref())?,
+            None => 0,
+        };
         let into = match destination {
             Destination::New(_) => working,
             Destination::Existing(id) => *id,
@@ -146,15 +178,18 @@ impl Receiver {
         order.take(&*engine.store.platform.codecs, &Record::Begin(Box::new(begin.clone())), 0)?;
         Ok(Receiver {
             engine: engine.clone(),
-            volume: Volume::of_receiving(engine.clone(), working)?,
+            volume,
             into,
             begin: Box::new(begin.clone()),
             base,
             order,
             current: None,
-            undescribed: 0,
+            undescribed,
+            went_before: begin.resumes.is_some(),
             end: None,
             at: 0,
+            data_to: 0,
+            noted: 0,
         })
     }
 
@@ -180,11 +215,13 @@ impl Receiver {
             Record::Unattribute { name } => self.attribute(&name, None),
             Record::Data { offset, bytes } => {
                 let ino = self.current()?;
-                self.volume.write(ino, offset, &bytes, WriteFlags::default()).map(|_| ())
+                self.volume.write(ino, offset, &bytes, WriteFlags::default())?;
+                self.came_to(ino, offset + bytes.len() as u64)
             }
             Record::Hole { offset, bytes } => {
                 let ino = self.current()?;
-                self.volume.fallocate(ino, Fallocate::PunchHole, offset, bytes)
+                self.volume.fallocate(ino, Fallocate::PunchHole, offset, bytes)?;
+                self.came_to(ino, offset + bytes)
             }
             Record::End { identity, elements } => {
                 self.finish_inode()?;
@@ -245,6 +282,7 @@ impl Receiver {
             return Err(self.wrong("the stream is cut off"));
         };
         self.remove_nameless()?;
+        self.forget_position()?;
         self.engine.commit()?;
         let content = self.stored(progress)?;
         let found = (content.identity(), content.elements());
@@ -301,13 +339,60 @@ impl Receiver {
         self.volume.reserve(0, items, Class::Normal)
     }
 
+    /// Data of an inode is there up to an offset.
+    fn came_to(&mut self, ino: Ino, offset: u64) -> Result<()> {
+        self.data_to = offset;
+        match offset - self.noted >= NOTE_EVERY {
+            true => self.note(ino),
+            false => Ok(()),
+        }
+    }
+
+    #[inline(never)]
+    fn note(&mut self, ino: Ino) -> Result<()> {
+        let reservation = self.reserve(1)?;
+        let mut change = Change::begin(self.subvol());
+        let mark = Mark { ino: ino.0, offset: self.data_to };
+        change.put(POSITION, mark.encode().to_vec());
+        self.engine.keep(change.txg(), reservation);
+        change.finish();
+        self.noted = self.data_to;
+        Ok(())
+    }
+
+    /// The stream broke off: what came of it stays, durable, for another that goes on.
+    ///
+    /// # Errors
+    /// No room; errors of devices and trees.
+    pub fn pause(mut self) -> Result<()> {
+        if let Some(ino) = self.current.as_ref().map(|current| current.ino) {
+            self.note(ino)?;
+        }
+        self.engine.commit()
+    }
+
+    /// What was received is complete: how far it came is of no interest any more.
+    #[inline(never)]
+    fn forget_position(&self) -> Result<()> {
+        let reservation = self.reserve(1)?;
+        let mut change = Change::begin(self.subvol());
+        change.delete(POSITION);
+        self.engine.keep(change.txg(), reservation);
+        change.finish();
+        Ok(())
+    }
+
     /// An inode has these fields. Its flags come last: one may keep it from being changed.
     fn inode(&mut self, ino: Ino, fields: Box<InodeItem>) -> Result<()> {
         self.finish_inode()?;
         let there = self.there(ino, fields.file_type())?;
         let mut is_new = there.is_none();
-        let reservation = self.reserve(6)?;
+        let reservation = self.reserve(7)?;
         let subvol = self.subvol().clone();
+        let offset =
+            self.begin.resumes.filter(|mark| mark.ino == ino.0).map_or(0, |mark| mark.offset);
+        (self.data_to, self.noted) = (offset, offset);
+        let position = Mark { ino: ino.0, offset }.encode().to_vec();
         match there {
             None => {
                 self.holds(ino.0 != ROOT_INO, "the root is something else than a directory")?;
@@ -316,6 +401,7 @@ impl Receiver {
                 item.generation = change.txg().0;
                 self.set_fields(&mut item, &fields);
                 change.put(Key::new(0, kind::ORPHAN, ino.0), Vec::new());
+                change.put(POSITION, position);
                 subvol.saw_ino(ino);
                 subvol.new_inode(&mut change, ino, *item);
                 self.engine.keep(change.txg(), reservation);
@@ -325,8 +411,10 @@ impl Receiver {
                 let mut state = inode.state.write();
                 let mut change = Change::begin(&subvol);
                 let mut item = Box::new(state.item);
+                change.put(POSITION, position);
+                // One that has been described before, and was not finished, has no time yet.
+                is_new = item.atime() == Timestamp::default();
                 if item.generation == 0 {
-                    is_new = true;
                     item.generation = change.txg().0;
                     self.undescribed = self.undescribed.saturating_sub(1);
                 }
@@ -410,6 +498,57 @@ impl Receiver {
         change.finish();
         Ok(())
     }
+}
+
+/// How far a subvolume has been received: all that comes before in a stream.
+///
+/// # Errors
+/// ENOENT when it is not being received; errors of devices and trees.
+pub fn position(engine: &Engine, id: u64) -> Result<Mark> {
+    let subvol = engine.subvol(TreeId(id)).filter(|subvol| subvol.is_receiving());
+    position_of(&*subvol.ok_or(Error::Posix(Errno::NoEnt))?)
+}
+
+fn position_of(subvol: &Subvol) -> Result<Mark> {
+    match subvol.get_item(&POSITION)? {
+        None => Ok(Mark::default()),
+        Some(value) => Mark::decode(&value).map_err(|bad| bad.in_item(subvol.id, 0)),
+    }
+}
+
+/// What is left of an earlier attempt to receive a snapshot, if that came as far as `next`.
+fn left(engine: &Arc<Engine>, name: &[u8], origin: [u8; 16], next: Mark) -> Result<Arc<Volume>> {
+    let id = engine.with_versions(|versions| {
+        let is_it = |id: &u64| {
+            versions.is_receiving(*id)
+                && versions.get(*id).is_some_and(|version| version.item.origin == origin)
+        };
+        versions.subvolume(name).filter(is_it)
+    });
+    let what = "nothing was begun here that the stream could go on with: send all of it";
+    let volume = Volume::of_receiving(engine.clone(), id.ok_or(Error::Argument { what })?)?;
+    let position = position_of(volume.subvol())?;
+    // What went before the first inode has not gone in a stream that begins behind.
+    if next > position || (next.ino == 0) != (position.ino == 0) {
+        let what = "the stream does not go on where receiving stopped: ask for the token again";
+        return Err(Error::Argument { what });
+    }
+    Ok(volume)
+}
+
+/// How many inodes of what is left have been named and not described.
+fn undescribed_in(subvol: &Subvol, base: Option<&Base>) -> Result<u64> {
+    let view = subvol.view();
+    let old = base.map_or(Tree::empty(view.tree.id), |base| base.snapshot.view().tree);
+    let mut differences = old.differences(&view.tree, Key::MIN);
+    let mut count = 0;
+    while let Some(found) = differences.next(&*subvol.store)? {
+        let (Some(value), kind::INODE) = (found.new, found.key.kind) else { continue };
+        let item = InodeItem::decode(&value);
+        let item = item.map_err(|bad| bad.in_item(subvol.id, found.key.object))?;
+        count += u64::from(item.generation == 0);
+    }
+    Ok(count)
 }
 
 /// Deletes what is left of an earlier attempt.

@@ -147,14 +147,14 @@ impl Receiver {
     pub(super) fn unname(&mut self, dir: Ino, ino: Ino, name: &[u8]) -> Result<()> {
         self.holds(ino != dir, "a name of a directory in itself")?;
         let (Some(parent), Some(child)) = (self.find(dir)?, self.find(ino)?) else {
-            return Err(self.wrong("a name goes that was not there"));
+            return self.holds(self.went_before, "a name goes that was not there");
         };
         let reservation = self.reserve(8)?;
         let subvol = self.subvol().clone();
         let mut both = Both::lock(&parent, Some(&child));
         let found = subvol.find_name(dir, name)?.filter(|found| found.entry.ino == ino.0);
         let (Some(found), Some(state)) = (found, &mut both.child) else {
-            return Err(self.wrong("a name goes that was not there"));
+            return self.holds(self.went_before, "a name goes that was not there");
         };
         let (mut item, mut dir_item) = (Box::new(state.item), Box::new(both.parent.item));
         let mut change = Change::begin(&subvol);
@@ -180,7 +180,7 @@ impl Receiver {
     pub(super) fn gone(&mut self, ino: Ino) -> Result<()> {
         self.holds(ino.0 != ROOT_INO, "the root goes")?;
         let Some(inode) = self.find(ino)? else {
-            return Err(self.wrong("an inode goes that was not there"));
+            return self.holds(self.went_before, "an inode goes that was not there");
         };
         if !inode.state.read().item.is_dir() {
             return Ok(());

@@ -8,8 +8,8 @@ use crate::error::{Errno, Error};
 use crate::format::inode::{mode, InodeItem};
 use crate::format::ptr::{ChecksumKind, CompressionKind};
 use crate::platform::{Result, Timestamp};
-use crate::receive::{content_of, is_untouched};
-use crate::stream::record::{Begin, Decoder, Encoder, Record};
+use crate::receive::{content_of, is_untouched, position};
+use crate::stream::record::{Begin, Decoder, Encoder, Mark, Record};
 use crate::stream::send::{Parent, Sender, Shipment};
 use crate::stream::tests::{act, look, pattern, Seen, Step};
 use crate::stream::{Content, Identity, Source};
@@ -69,6 +69,10 @@ impl Host {
     }
 
     fn send(&self, base: Option<u64>, id: u64) -> Vec<u8> {
+        self.send_from(base, id, None)
+    }
+
+    fn send_from(&self, base: Option<u64>, id: u64, resumes: Option<Mark>) -> Vec<u8> {
         let engine = self.fs.engine();
         let item = |id| engine.with_versions(|versions| versions.get(id).unwrap().item);
         let open = |id| engine.open_version(id).unwrap();
@@ -88,6 +92,7 @@ impl Host {
             content: &content,
             base: parent,
             is_followed: false,
+            resumes,
         };
         let mut sender = Sender::new(Source::of(&engine.store), &what);
         let codecs = &*self.test.platform.codecs;
@@ -148,6 +153,45 @@ impl Host {
 
     fn receive(&self, to: &Destination, bytes: &[u8]) -> u64 {
         self.take_all(to, bytes).unwrap()
+    }
+
+    /// Receives a snapshot of another pool in so many parts and one, each but the last broken off;
+    /// in between the power may fail.
+    fn receive_in_parts(
+        &mut self,
+        (from, base, id): (&Host, Option<u64>, u64),
+        to: &Destination,
+        cuts: &[(u16, bool, bool)],
+    ) -> Result<u64> {
+        let mut resumes = None;
+        for (cut, commits, fails) in cuts {
+            let records = decode(from, &from.send_from(base, id, resumes));
+            let Record::Begin(begin) = &records[0] else { panic!("it begins") };
+            let engine = self.fs.engine().clone();
+            let mut receiver = Receiver::begin(&engine, to, begin, &mut |_| Ok(()))?;
+            let stop = 1 + usize::from(*cut) % records.len();
+            for (at, record) in records[..stop].iter().enumerate().skip(1) {
+                receiver.take(record.clone(), at as u64)?;
+            }
+            let working = receiver.working();
+            if *commits {
+                engine.commit()?;
+            }
+            if *fails {
+                engine.shutdown();
+            }
+            match fails {
+                false => receiver.pause()?,
+                true => drop(receiver),
+            }
+            drop(engine);
+            if *fails {
+                self.fs = Host::open(&self.device, &self.test);
+            }
+            self.check();
+            resumes = Some(position(self.fs.engine(), working)?);
+        }
+        self.take_all(to, &from.send_from(base, id, resumes))
     }
 
     fn look(&self, id: u64) -> Seen {
@@ -216,8 +260,10 @@ proptest! {
             proptest::collection::vec(any::<Step>(), 1..24), 1..5),
         keeps in any::<[bool; 5]>(),
         stops in any::<[u16; 5]>(),
+        cuts in any::<[[(u16, bool, bool); 2]; 5]>(),
+        broken in any::<[bool; 5]>(),
     ) {
-        let (from, to) = (Host::new(&options(which)), Host::new(&options(which + 1)));
+        let (from, mut to) = (Host::new(&options(which)), Host::new(&options(which + 1)));
         let mut held = BTreeSet::new();
         let mut sent: Vec<u64> = Vec::new();
         let mut into = 0;
@@ -237,7 +283,11 @@ proptest! {
                 Some(_) => Destination::Existing(into),
             };
             let stop = u64::from(stops[round]) % decode(&from, &stream).len() as u64;
-            let there = to.take_and_check(&destination, &stream, stop).unwrap();
+            let there = match broken[round] {
+                false => to.take_and_check(&destination, &stream, stop),
+                true => to.receive_in_parts((&from, base, id), &destination, &cuts[round]),
+            };
+            let there = there.unwrap();
             let owner = |v: &crate::subvol::versions::Versions| v.get(there).unwrap().item.owner;
             into = to.fs.engine().with_versions(owner);
             prop_assert_eq!(pathless(to.look(there)), pathless(from.look(id)));
@@ -408,7 +458,8 @@ fn what_an_incremental_stream_costs_is_what_changed() {
 
 fn begin_of(name: &[u8]) -> Begin {
     let created = Timestamp { secs: 1, nanos: 2 };
-    Begin { compat: 0, id: [3; 16], created, base: None, name: name.to_vec() }
+    let (base, resumes, name) = (None, None, name.to_vec());
+    Begin { compat: 0, id: [3; 16], created, base, resumes, name }
 }
 
 #[test]

@@ -19,6 +19,7 @@ use crate::format::dir::{self, name_is_valid};
 use crate::format::extent::FILE_BYTES_MAX;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::pool::{check_name, INO_MAX, NAME_BYTES_MAX};
+pub use crate::format::received::Mark;
 use crate::format::xattr::VALUE_BYTES_MAX;
 use crate::format::{rule, BadBytes};
 use crate::platform::{Codecs, Result, Timestamp};
@@ -58,6 +59,8 @@ mod kind {
     pub const END: u16 = 11;
 }
 
+/// Feature that a reader has to know: the stream begins at a later inode.
+const RESUMES: u64 = 1;
 /// Bit of [`Begin::compat`]: another stream follows this one. Where it does not, all are cut off.
 pub const FOLLOWED: u64 = 1;
 
@@ -72,6 +75,8 @@ pub struct Begin {
     pub created: Timestamp,
     /// What the stream goes on from; `None` for a full stream.
     pub base: Option<Base>,
+    /// The stream goes on where another of the same snapshot broke off.
+    pub resumes: Option<Mark>,
     /// Name of the snapshot.
     pub name: Vec<u8>,
 }
@@ -370,7 +375,8 @@ fn encode_begin(begin: &Begin, out: &mut Vec<u8>) {
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.extend_from_slice(&u32::from(begin.base.is_some()).to_le_bytes());
-    out.extend_from_slice(&0u64.to_le_bytes());
+    let features = if begin.resumes.is_some() { RESUMES } else { 0 };
+    out.extend_from_slice(&features.to_le_bytes());
     out.extend_from_slice(&begin.compat.to_le_bytes());
     out.extend_from_slice(&begin.id);
     out.extend_from_slice(&begin.created.secs.to_le_bytes());
@@ -378,6 +384,9 @@ fn encode_begin(begin: &Begin, out: &mut Vec<u8>) {
     out.extend_from_slice(&0u32.to_le_bytes());
     out.extend_from_slice(&base.id);
     out.extend_from_slice(&base.identity.0);
+    if let Some(mark) = begin.resumes {
+        out.extend_from_slice(&mark.encode());
+    }
     out.extend_from_slice(&begin.name);
 }
 
@@ -388,19 +397,24 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
     let has_base = body.u32()?;
     rule(has_base <= 1, "unknown kind of stream")?;
     let what = "the stream uses features that this build does not know; use a newer cairn";
-    rule(body.u64()? == 0, what)?;
+    let features = body.u64()?;
+    rule(features & !RESUMES == 0, what)?;
     let compat = body.u64()?;
     let (id, created) = (body.take()?, body.time()?);
     rule(body.u32()? == 0, "reserved field of a stream is not zero")?;
     let base = Base { id: body.take()?, identity: Identity(body.take()?) };
     let is_zero = base.id == [0; 16] && base.identity.0 == [0; 32];
     rule(has_base == 1 || is_zero, "full stream with a base")?;
+    let resumes = match features & RESUMES {
+        0 => None,
+        _ => Some(Mark::decode(body.slice(Mark::BYTES)?)?),
+    };
     let name = body.rest();
     rule((1..=NAME_BYTES_MAX).contains(&name.len()), "snapshot name of the wrong length")?;
     rule(!name.contains(&b'/'), "snapshot name not allowed")?;
     check_name(name)?;
     let base = (has_base == 1).then_some(base);
-    Ok(Box::new(Begin { compat, id, created, base, name: name.to_vec() }))
+    Ok(Box::new(Begin { compat, id, created, base, resumes, name: name.to_vec() }))
 }
 
 /// Where in a stream one is: what the next record follows.

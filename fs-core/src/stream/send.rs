@@ -18,7 +18,7 @@ mod tests;
 use super::compare::{Comparison, Event};
 use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
 use super::read::{self, File};
-use super::record::{Base, Begin, Record, FOLLOWED, TARGET_BYTES_MAX};
+use super::record::{Base, Begin, Mark, Record, FOLLOWED, TARGET_BYTES_MAX};
 use super::Source;
 use crate::btree::{Tree, Value};
 use crate::error::Error;
@@ -47,6 +47,8 @@ pub struct Shipment<'a> {
     pub base: Option<Parent>,
     /// Another stream will follow this one.
     pub is_followed: bool,
+    /// Where to go on, as [`Begin::resumes`].
+    pub resumes: Option<Mark>,
 }
 
 /// A state that the receiver has.
@@ -78,6 +80,8 @@ pub struct Sender<'a> {
     stage: Stage,
     begin: Option<Box<Begin>>,
     end: (Identity, u64),
+    /// What is sent begins here.
+    first: Mark,
     comparison: Comparison,
     ino: Ino,
     /// Whether the inode is in the new state.
@@ -99,14 +103,16 @@ impl<'a> Sender<'a> {
         let base = what.base.map(|parent| Base { id: parent.id, identity: parent.identity });
         let old = what.base.map_or(Tree::empty(what.tree.id), |parent| parent.tree);
         let compat = if what.is_followed { FOLLOWED } else { 0 };
+        let resumes = what.resumes;
         let (id, created, name) = (what.id, what.created, what.name.to_vec());
         Sender {
             source,
             old,
             new: what.tree,
             stage: Stage::Begin,
-            begin: Some(Box::new(Begin { compat, id, created, base, name })),
+            begin: Some(Box::new(Begin { compat, id, created, base, resumes, name })),
             end: (what.content.identity(), what.content.elements()),
+            first: resumes.unwrap_or_default(),
             comparison: Comparison::new(&old, &what.tree),
             ino: Ino(0),
             is_there: false,
@@ -135,15 +141,15 @@ impl<'a> Sender<'a> {
                 Stage::Begin => {
                     let begin = self.begin.take();
                     let has_base = begin.as_ref().is_some_and(|begin| begin.base.is_some());
-                    self.stage = if has_base { Stage::Went } else { Stage::Came };
+                    self.stage = match has_base && self.first.ino == 0 {
+                        true => Stage::Went,
+                        false => self.came_from(Ino(self.first.ino)),
+                    };
                     self.ready.extend(begin.map(Record::Begin));
                 }
                 Stage::Went => match self.comparison.next(self.source.nodes)? {
                     Some(event) => self.went(event)?,
-                    None => {
-                        self.comparison = Comparison::new(&self.old, &self.new);
-                        self.stage = Stage::Came;
-                    }
+                    None => self.stage = self.came_from(Ino(0)),
                 },
                 Stage::Came => match self.comparison.next(self.source.nodes)? {
                     Some(event) => self.came(event)?,
@@ -157,6 +163,12 @@ impl<'a> Sender<'a> {
                 Stage::Done => return Ok(None),
             }
         }
+    }
+
+    /// Tells of what is in the new state, from an inode on.
+    fn came_from(&mut self, first: Ino) -> Stage {
+        self.comparison = Comparison::from(&self.old, &self.new, first);
+        Stage::Came
     }
 
     fn went(&mut self, event: Event) -> Result<()> {
@@ -184,7 +196,9 @@ impl<'a> Sender<'a> {
             Event::Inode { ino, old, new } => self.inode(ino, old.as_deref(), new),
             Event::Item { key, old, new } if self.is_there => self.item(key, old, new)?,
             Event::Data { start, end } if self.is_there && start < self.size => {
-                self.range = Some((start, end.min(self.size)));
+                let is_first = self.ino.0 == self.first.ino;
+                let start = if is_first { start.max(self.first.offset) } else { start };
+                self.range = Some((start, end.min(self.size))).filter(|(start, end)| start < end);
             }
             _ => {}
         }

@@ -7,7 +7,7 @@
 //! Memory: one record of content, whatever the stream says.
 
 use super::content::{self, Content, Side, RECORD_BYTES};
-use super::record::{Begin, Record};
+use super::record::{Begin, Mark, Record};
 use crate::error::Error;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::{rule, BadBytes};
@@ -94,7 +94,9 @@ impl Verifier {
                 self.flush(codecs);
                 let said = content::fields(fields);
                 let fields = fields.clone();
-                self.current = Some(Current { ino: *ino, fields, data_to: 0, has_target: false });
+                let first = self.first();
+                let data_to = if first.ino == ino.0 { first.offset } else { 0 };
+                self.current = Some(Current { ino: *ino, fields, data_to, has_target: false });
                 self.element(1, &[], &[&said]);
                 self.summary.inodes += 1;
             }
@@ -117,7 +119,7 @@ impl Verifier {
                 self.flush(codecs);
                 self.has_ended = true;
                 let found = (self.content.identity(), self.content.elements());
-                if self.is_full() && self.is_summed && found != (*identity, *elements) {
+                if self.is_whole() && self.is_summed && found != (*identity, *elements) {
                     let what = "the stream does not hold the content that it says it holds";
                     return Err(Error::Stream { what, at });
                 }
@@ -145,6 +147,16 @@ impl Verifier {
         self.begin.as_ref().is_some_and(|begin| begin.base.is_none())
     }
 
+    /// Whether it says all of a snapshot.
+    fn is_whole(&self) -> bool {
+        self.is_full() && self.begin.as_ref().is_some_and(|begin| begin.resumes.is_none())
+    }
+
+    /// Where it begins.
+    fn first(&self) -> Mark {
+        self.begin.as_ref().and_then(|begin| begin.resumes).unwrap_or_default()
+    }
+
     /// Whether a record may come here.
     fn order(&mut self, record: &Record) -> core::result::Result<(), BadBytes> {
         rule(!self.has_ended, "a record after the end")?;
@@ -154,10 +166,14 @@ impl Verifier {
             Record::Begin(_) | Record::End { .. } => return Ok(()),
             Record::Gone { .. } | Record::Unname { .. } => {
                 rule(!is_full, "something goes in a full stream")?;
-                return rule(self.current.is_none(), "something goes after something came");
+                let has_come = self.current.is_some() || self.first().ino > 0;
+                return rule(!has_come, "something goes after something came");
             }
             Record::Inode { ino, .. } => {
-                let is_next = self.current.as_ref().is_none_or(|current| current.ino < *ino);
+                let is_next = match &self.current {
+                    Some(current) => current.ino < *ino,
+                    None => self.first().ino <= ino.0,
+                };
                 return rule(is_next, "inodes do not ascend");
             }
             Record::Hole { .. } => rule(!is_full, "a hole in a full stream")?,
@@ -190,7 +206,7 @@ impl Verifier {
 
     fn data(&mut self, codecs: &dyn Codecs, offset: u64, bytes: &[u8]) -> Result<()> {
         self.summary.data_bytes += bytes.len() as u64;
-        if !self.is_full() || !self.is_summed {
+        if !self.is_whole() || !self.is_summed {
             return Ok(());
         }
         if self.index != offset / RECORD_BYTES {

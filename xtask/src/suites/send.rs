@@ -9,7 +9,7 @@ use super::Suite;
 use crate::run::Cmd;
 use crate::steps::Outcome;
 use crate::{checkout, need};
-use anyhow::{ensure, Result};
+use anyhow::{bail, ensure, Result};
 use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::path::Path;
@@ -41,6 +41,7 @@ pub fn run(suite: &Suite<'_>) -> Result<Outcome> {
         compare(from.dir(), to.dir(), &new)?;
     }
     into_a_file(from.dir())?;
+    broken_off(from.dir(), to.dir())?;
     in_use(from.dir(), to.dir())?;
     // And from there on, all at once.
     let last = format!("{}/copy@{}", to.dir().display(), name_of(4));
@@ -85,15 +86,52 @@ fn refused(snapshot: &str, old: &str, to: &Path) -> Result<()> {
         text.lines().filter_map(last).collect()
     };
     let before = names(&Cmd::shell(&list).text()?);
-    for spoil in ["head -c -40", "head -c 5000", "sed s/cairn/Cairn/", "tr '\\000' '\\001'"] {
+    for spoil in ["sed s/cairn/Cairn/", "tr '\\000' '\\001'", "head -c 200", "head -c -40"] {
         let script =
             format!("{cairn} send -i @{old} {snapshot} | {spoil} | {cairn} receive -q {to}/copy");
         let out = Cmd::new("bash").args(["-c", &script]).output()?;
         ensure!(out.code == Some(1), "{spoil}: {}", out.both());
         ensure!(out.stderr.contains("the stream"), "{spoil}: {}", out.both());
     }
+    // What came before the last bytes is kept, hidden, to go on with.
+    Cmd::new(&cairn).args(["subvolume", "delete", &format!("{to}/copy/%receiving")]).quiet()?;
     let after = names(&Cmd::shell(&list).text()?);
     ensure!(before == after, "something is left: {before:?}, {after:?}");
+    Ok(())
+}
+
+/// What breaks off goes on where it broke off, full and incremental.
+fn broken_off(from: &Path, to: &Path) -> Result<()> {
+    let (cairn, from, to) = (cairn(), from.display(), to.display());
+    for (options, name, cut) in [("", "first", 900_000), ("-i @first", "round-3", 12_000)] {
+        let send = |what: &str| {
+            let script =
+                format!("{cairn} send -q {what} | head -c {cut} | {cairn} receive -q {to}/parts");
+            Cmd::new("bash").args(["-c", &script]).output()
+        };
+        let mut what = format!("{options} {from}@{name}");
+        let mut parts = 0;
+        loop {
+            let out = send(&what)?;
+            if out.code == Some(0) {
+                break;
+            }
+            parts += 1;
+            ensure!(parts < 100, "it does not come to an end: {}", out.both());
+            let token = out.stderr.split(" -t ").nth(1).and_then(|rest| rest.split(',').next());
+            let Some(token) = token else { bail!("there is no token: {}", out.both()) };
+            let listed = Cmd::new(&cairn).args(["subvolume", "list", &to.to_string()]).text()?;
+            ensure!(listed.contains("(receiving)"), "it is not listed: {listed}");
+            what = format!("-t {token} {from}");
+        }
+        ensure!(parts > 1, "{name}: {parts} parts are too few to show anything");
+        let id = |place: String| -> Result<String> {
+            let text = Cmd::new(&cairn).args(["id", &place]).text()?;
+            Ok(text.split_whitespace().next().unwrap_or("").to_string())
+        };
+        let (sent, received) = (id(format!("{from}@{name}"))?, id(format!("{to}/parts@{name}"))?);
+        ensure!(sent == received, "{name}: {received} instead of {sent}");
+    }
     Ok(())
 }
 

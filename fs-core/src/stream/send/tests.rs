@@ -30,7 +30,8 @@ fn send(fs: &Volume, old: Option<(&Tree, &Content)>, new: (&Tree, &Content)) -> 
     let created = Timestamp { secs: -5, nanos: 6 };
     let (tree, content) = (*new.0, new.1);
     let (id, name) = ([2; 16], b"tuesday");
-    let what = Shipment { id, created, name, tree, content, base, is_followed: false };
+    let what =
+        Shipment { id, created, name, tree, content, base, is_followed: false, resumes: None };
     let mut sender = Sender::new(Source::of(&fs.engine().store), &what);
     let (mut encoder, mut bytes) = (Encoder::default(), Vec::new());
     while let Some(record) = sender.next_record().unwrap() {
@@ -204,6 +205,7 @@ proptest! {
             id: [3; 16],
             created: Timestamp { secs: 0, nanos: 0 },
             base: None,
+            resumes: None,
             name: b"n".to_vec(),
         };
         let mut stream = encoder.put(&*codecs(), &Record::Begin(Box::new(begin)));
