@@ -620,7 +620,7 @@ pub(crate) struct Receive {
     #[arg(short, long, value_name = "FILE")]
     pub(crate) input: Option<PathBuf>,
     /// Only verify the stream, as far as that goes without the snapshot that it goes on from
-    #[arg(short = 'n', long)]
+    #[arg(short = 'n', long, conflicts_with = "name")]
     pub(crate) dry_run: bool,
     /// Print JSON
     #[arg(short, long)]

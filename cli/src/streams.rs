@@ -54,7 +54,7 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
         }
         None => Box::new(io::stdout().lock()),
     };
-    let bar = bar(arguments.quiet);
+    let bar = bar(arguments.quiet, || about(&place, &what));
     let mut out = bar.wrap_write(&mut *out);
     let sent = match &place {
         Place::Mounted(mount) => send_mounted(mount, what, &mut out),
@@ -249,7 +249,7 @@ fn pass_on(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
 
 pub(crate) fn receive(arguments: &Receive) -> Result<Done, Failure> {
     let mut input = input(arguments.input.as_deref())?;
-    let bar = bar(arguments.quiet);
+    let bar = bar(arguments.quiet, || None);
     let mut input = bar.wrap_read(&mut *input);
     if arguments.dry_run {
         let found = streams::look(&HostCodecs::new(), &mut input);
@@ -399,13 +399,32 @@ fn of_file(path: &Path, error: &io::Error) -> Failure {
     Failure::new(format_args!("{}: {error}", path.display()))
 }
 
-/// Hidden unless standard error is a terminal. How long a stream will be is not known before.
-fn bar(quiet: bool) -> ProgressBar {
-    if quiet {
+/// About how many bytes will be sent: the data of a snapshot that is sent whole. What came after
+/// another is not known before it is sent.
+fn about(place: &Place, what: &Sending) -> Option<u64> {
+    if what.from.is_some() || what.replicate || what.token.is_some() {
+        return None;
+    }
+    let (base, all) = versions::all(place).ok()?;
+    let subvolume = versions::join(&base, &what.snapshot.subvolume);
+    let wanted = VersionName { subvolume, ..what.snapshot.clone() };
+    all.into_iter().find(|version| version.name == wanted)?.logical
+}
+
+/// Hidden unless standard error is a terminal. `about` says how many bytes will pass, if that is
+/// known.
+fn bar(quiet: bool, about: impl FnOnce() -> Option<u64>) -> ProgressBar {
+    if quiet || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    let template = "{spinner} {bytes} in {elapsed}, {bytes_per_sec}";
+    let about = about();
+    let bar = ProgressBar::with_draw_target(about, ProgressDrawTarget::stderr());
+    let template = match about {
+        Some(_) => {
+            "{spinner} {bytes} of about {total_bytes} in {elapsed}, {bytes_per_sec}, {eta} left"
+        }
+        None => "{spinner} {bytes} in {elapsed}, {bytes_per_sec}",
+    };
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

@@ -413,7 +413,7 @@ fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
 }
 
 /// All versions of a pool, with the name of the subvolume that names begin at.
-fn all(place: &Place) -> Result<(String, Vec<VersionInfo>), Failure> {
+pub(crate) fn all(place: &Place) -> Result<(String, Vec<VersionInfo>), Failure> {
     let mount = match place {
         Place::Mounted(mount) => mount,
         Place::Devices(paths) => {
@@ -488,7 +488,7 @@ fn line(change: &Differing) -> String {
     }
 }
 
-fn join(base: &str, name: &str) -> String {
+pub(crate) fn join(base: &str, name: &str) -> String {
     match (base, name) {
         ("", name) | (name, "") => name.to_string(),
         (base, name) => format!("{base}/{name}"),

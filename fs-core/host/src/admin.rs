@@ -40,7 +40,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 8;
+pub const VERSION: u16 = 9;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -573,6 +573,8 @@ pub enum AdminError {
     Version(u16),
     /// Not a message of this protocol.
     Garbled,
+    /// The daemon ended, or hung up, before it answered.
+    Ended,
     /// The daemon says why it refuses.
     Refused(String),
     /// The system says why.
@@ -589,6 +591,10 @@ impl fmt::Display for AdminError {
                  use the cairn that mounted the pool"
             ),
             AdminError::Garbled => write!(f, "the daemon's answer makes no sense"),
+            AdminError::Ended => write!(
+                f,
+                "the daemon of this mount ended before it answered; the system log may say why"
+            ),
             AdminError::Refused(why) => write!(f, "{why}"),
             AdminError::Io(error) => write!(f, "cannot talk to the daemon: {error}"),
         }
@@ -666,7 +672,7 @@ fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Repl
     stream.set_write_timeout(Some(STALLED))?;
     stream.set_read_timeout(Some(request.patience()))?;
     send(&mut stream, &request)?;
-    match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
+    match answer(&mut stream)? {
         Reply::Failed(why) => Err(AdminError::Refused(why)),
         reply => Ok(reply),
     }
@@ -691,9 +697,22 @@ pub fn converse(
         Err(error) if !parts.is_broken => return Err(error.into()),
         _ => {}
     }
-    match receive(&mut stream)?.ok_or(AdminError::Garbled)? {
+    match answer(&mut stream)? {
         Reply::Failed(why) => Err(AdminError::Refused(why)),
         reply => Ok(reply),
+    }
+}
+
+/// The daemon's reply, or that it has none to give any more.
+fn answer(stream: &mut UnixStream) -> Result<Reply, AdminError> {
+    match receive(stream) {
+        Ok(reply) => reply.ok_or(AdminError::Ended),
+        Err(AdminError::Io(error))
+            if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) =>
+        {
+            Err(AdminError::Ended)
+        }
+        Err(error) => Err(error),
     }
 }
 

@@ -16,7 +16,7 @@ use fs_core::receive::{content_after, content_of, is_untouched, Destination, Rec
 use fs_core::stream::record::{Begin, Decoder, Encoder, Mark, Record, FOLLOWED};
 use fs_core::stream::send::{Parent, Sender, Shipment};
 use fs_core::stream::verify::Verifier;
-use fs_core::stream::{Content, Source};
+use fs_core::stream::{Content, Identity, Source};
 use fs_core::subvol::versions::Versions;
 use fs_core::subvol::Subvol;
 use fs_core::units::{TreeId, Txg};
@@ -535,6 +535,15 @@ pub fn receive(
     let mut received = Received::default();
     loop {
         let begin = records.begin()?;
+        if let Some(identity) = already(engine, base, to, &begin) {
+            pass_over(&mut records, &begin, identity)?;
+            let name = String::from_utf8_lossy(&begin.name).into_owned();
+            received.add(name, Identity(identity).to_string());
+            if !records.go_on()? {
+                return Ok(received);
+            }
+            continue;
+        }
         let destination = versions::destination(engine, base, to, begin.base.is_some())?;
         let name = String::from_utf8_lossy(&begin.name).into_owned();
         let shown = VersionName { snapshot: Some(name.clone()), ..to.clone() };
@@ -549,7 +558,7 @@ pub fn receive(
             Err(Stop::BrokenOff(why)) => return Err(attempt.keep(receiver, &why, to)),
         }
         let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
-        let identity = fs_core::stream::Identity(arrival.identity).to_string();
+        let identity = Identity(arrival.identity).to_string();
         let published = changes.change(vec![VersionOp::Publish(*arrival)]).map_err(said)?;
         attempt.working = None;
         let id = published.first().copied().unwrap_or(0);
@@ -560,6 +569,33 @@ pub fn receive(
         received.add(name, identity);
         if !records.go_on()? {
             return Ok(received);
+        }
+    }
+}
+
+/// The identity of a snapshot that was received before, or that went out from here.
+fn already(engine: &Engine, base: u64, to: &VersionName, begin: &Begin) -> Option<[u8; 32]> {
+    let subvolume = versions::subvolume(engine, base, to)?;
+    engine.with_versions(|all| {
+        let item = all.get(all.snapshot(subvolume, &begin.name)?)?.item;
+        let is_it = begin.id == item.origin || begin.id == item.id;
+        (is_it && item.content != [0; 32]).then_some(item.content)
+    })
+}
+
+/// Reads a stream that brings what is there already.
+fn pass_over(records: &mut Records<'_>, begin: &Begin, identity: [u8; 32]) -> Result<(), String> {
+    let mut found = None;
+    while let Some((record, _)) = records.next()? {
+        if let Record::End { identity: Identity(identity), .. } = record {
+            found = Some(identity);
+        }
+    }
+    match found == Some(identity) {
+        true => Ok(()),
+        false => {
+            let name = String::from_utf8_lossy(&begin.name);
+            Err(format!("@{name} is here already, and holds something else than the stream says"))
         }
     }
 }

@@ -433,6 +433,15 @@ pub(crate) fn snapshot(engine: &Engine, base: u64, name: &VersionName) -> Result
     engine.with_versions(|versions| Names { versions, base: &base, default: 0 }.snapshot(name))
 }
 
+/// The subvolume of a name, if there is one that anybody may look into.
+pub(crate) fn subvolume(engine: &Engine, base: u64, name: &VersionName) -> Option<u64> {
+    let at = name_at(engine, base);
+    engine.with_versions(|versions| {
+        let there = versions.subvolume(full(&at, &name.subvolume).as_bytes());
+        there.filter(|id| !versions.is_receiving(*id))
+    })
+}
+
 /// Where a snapshot is to be received that goes on from another, or from nothing.
 ///
 /// # Errors
