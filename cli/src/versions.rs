@@ -398,6 +398,8 @@ pub(crate) fn flush(mount: &Mount) -> Result<(), Failure> {
 fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
     let is_last = match change {
         Change::Snapshot { .. } | Change::Rollback { .. } => true,
+        // What it comes below may be read-only.
+        Change::Rename { .. } => true,
         Change::Set { properties, .. } => properties.iter().any(|(name, _)| name == "readonly"),
         _ => false,
     };

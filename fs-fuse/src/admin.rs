@@ -188,8 +188,8 @@ fn forgotten(forest: &Forest, kernel: &Kernel, subvolume: u64) -> Result<(), Err
         let name = |id| versions.get(id).map_or(&[][..], |version| &version.name);
         name(subvolume).strip_prefix(name(base)).unwrap_or_default().to_vec()
     });
-    // To be forgotten would unmount what is mounted on a directory of it.
-    if kernel.has_mounts_in(Path::new(OsStr::from_bytes(&path))) {
+    let path = Path::new(OsStr::from_bytes(&path));
+    if kernel.has_mounts_in(path) {
         return Err(Errno::Busy.into());
     }
     kernel.name_changed(dir.0, &name);
@@ -197,6 +197,7 @@ fn forgotten(forest: &Forest, kernel: &Kernel, subvolume: u64) -> Result<(), Err
     let begun = Instant::now();
     while forest.is_remembered(subvolume) {
         if begun.elapsed() >= FORGETTING {
+            kernel.look_up_again(path);
             return Err(Errno::Busy.into());
         }
         std::thread::sleep(Duration::from_millis(1));

@@ -5,13 +5,14 @@
 //! requests: those leave it to a thread of its own ([`Kernel::distrust`], [`Kernel::drop_pages`]).
 
 use crate::reply::Head;
+use cairn_host::mounts::Mount;
 use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::Dev;
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::io::IoSlice;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 /// Inodes that may wait to be told of. Of the rest the kernel learns when it asks.
@@ -76,18 +77,38 @@ impl Kernel {
         mounts.iter().find(|m| m.device == *device).is_some_and(|m| m.read_only_everywhere)
     }
 
-    /// Whether anything is mounted on a directory of this filesystem, or on one below it. `dir` is
-    /// its path from the root directory. True when that cannot be found out.
+    /// Whether anything is mounted on a directory of this filesystem, or on one below it, in any
+    /// mount namespace: the kernel unmounts what is on a name that it forgets. `dir` is the path
+    /// from the root directory. True when that cannot be found out.
     pub fn has_mounts_in(&self, dir: &Path) -> bool {
-        let Some(device) = self.mount.get() else { return false };
-        let Ok(mounts) = cairn_host::mounts::mounts() else { return true };
+        let Ok(tables) = cairn_host::mounts::tables() else { return true };
+        tables.iter().any(|mounts| {
+            self.places(mounts, dir)
+                .iter()
+                .any(|place| mounts.iter().any(|mount| mount.mount_point.starts_with(place)))
+        })
+    }
+
+    /// Has the kernel look up a path again, which programs that are in it may have lost sight of
+    /// when it was to forget it.
+    pub fn look_up_again(&self, dir: &Path) {
+        let Ok(mounts) = cairn_host::mounts::mounts() else { return };
+        for place in self.places(&mounts, dir) {
+            // Only that it was looked up counts.
+            let _ = std::fs::symlink_metadata(place);
+        }
+    }
+
+    /// Where a directory of this filesystem is seen.
+    fn places(&self, mounts: &[Mount], dir: &Path) -> Vec<PathBuf> {
+        let Some(device) = self.mount.get() else { return Vec::new() };
         let dir = Path::new("/").join(dir.strip_prefix("/").unwrap_or(dir));
         let own = mounts.iter().filter(|mount| mount.device == *device);
-        let mut places = own.filter_map(|own| {
+        let places = own.filter_map(|own| {
             let below = dir.strip_prefix(&own.root).ok()?;
             Some(own.mount_point.join(below))
         });
-        places.any(|place| mounts.iter().any(|mount| mount.mount_point.starts_with(&place)))
+        places.collect()
     }
 
     /// A name in a directory came, went, or leads elsewhere.

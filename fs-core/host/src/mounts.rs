@@ -140,6 +140,33 @@ fn seen_elsewhere(path: &Path) -> Option<String> {
     })
 }
 
+/// The mount tables of all mount namespaces, of those of others as far as this user may know.
+///
+/// # Errors
+/// What the system says when a table cannot be read that this user may read.
+pub fn tables() -> io::Result<Vec<Vec<Mount>>> {
+    let mut all = vec![mounts()?];
+    let mut namespaces = vec![std::fs::read_link("/proc/self/ns/mnt")?];
+    for process in std::fs::read_dir("/proc")? {
+        let process = process?;
+        if !process.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        // It may have ended since, and an ordinary user sees only into his own.
+        let Ok(namespace) = std::fs::read_link(process.path().join("ns/mnt")) else { continue };
+        if namespaces.contains(&namespace) {
+            continue;
+        }
+        match table_of(&process.path()) {
+            Ok(table) => all.push(table),
+            Err(_) if !process.path().exists() => continue,
+            Err(error) => return Err(error),
+        }
+        namespaces.push(namespace);
+    }
+    Ok(all)
+}
+
 /// The loop devices that stand on an image file.
 pub fn loop_devices_on(image: &Path) -> Vec<PathBuf> {
     let Ok(image) = image.canonicalize() else { return Vec::new() };

@@ -88,8 +88,13 @@ impl Token {
             return Err(wrong());
         }
         let limits = bincode::config::standard().with_limit::<1024>();
-        match bincode::serde::decode_from_slice(body, limits) {
-            Ok((token, used)) if used == body.len() => Ok(token),
+        // It comes from another machine.
+        match bincode::serde::decode_from_slice::<Token, _>(body, limits) {
+            Ok((token, used)) if used == body.len() => {
+                let (ino, offset) = token.next;
+                let mark = Mark::decode(&Mark { ino, offset }.encode());
+                mark.map(|_| token).map_err(|_| wrong())
+            }
             _ => Err(wrong()),
         }
     }
@@ -532,15 +537,32 @@ pub fn receive(
 ) -> Result<Received, String> {
     let codecs = engine.store.platform.codecs.clone();
     let mut records = Records::new(&*codecs, input);
-    let mut received = Received::default();
+    let (mut received, mut follows) = (Received::default(), None);
+    let all = receive_all(engine, (base, to), &mut records, changes, (&mut received, &mut follows));
+    // Once, to the newest: to follow is a burden for whoever uses the subvolume.
+    if let Some((into, id)) = follows {
+        received.stays = !go_on(engine, into, id, changes);
+    }
+    all.map(|()| received)
+}
+
+/// Receives one after the other. Notes what came, and the newest snapshot that the subvolume may
+/// follow to.
+fn receive_all(
+    engine: &Arc<Engine>,
+    (base, to): (u64, &VersionName),
+    records: &mut Records<'_>,
+    changes: &dyn Changes,
+    (received, follows): (&mut Received, &mut Option<(u64, u64)>),
+) -> Result<(), String> {
     loop {
         let begin = records.begin()?;
         if let Some(identity) = already(engine, base, to, &begin) {
-            pass_over(&mut records, &begin, identity)?;
+            pass_over(records, &begin, identity)?;
             let name = String::from_utf8_lossy(&begin.name).into_owned();
             received.add(name, Identity(identity).to_string());
             if !records.go_on()? {
-                return Ok(received);
+                return Ok(());
             }
             continue;
         }
@@ -550,11 +572,15 @@ pub fn receive(
         let said = |error: Error| versions::said(&error, &shown);
         let receiver = Receiver::begin(engine, &destination, &begin, &mut |_| Ok(()));
         let receiver = receiver.map_err(said)?;
-        let mut attempt = Attempt { engine, working: Some(receiver.working()) };
+        let mut attempt = Attempt { engine, changes, working: Some(receiver.working()) };
         let mut receiver = receiver;
-        match take_all(&mut receiver, &mut records, changes) {
+        match take_all(&mut receiver, records, changes) {
             Ok(()) => {}
-            Err(Stop::Refused(error)) => return Err(said(error)),
+            // What is wrong with the stream does not change when it is sent again; the rest may.
+            Err(Stop::Refused(error @ (Error::Stream { .. } | Error::Argument { .. }))) => {
+                return Err(said(error))
+            }
+            Err(Stop::Refused(error)) => return Err(attempt.keep(receiver, &said(error), to)),
             Err(Stop::BrokenOff(why)) => return Err(attempt.keep(receiver, &why, to)),
         }
         let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
@@ -562,13 +588,12 @@ pub fn receive(
         let published = changes.change(vec![VersionOp::Publish(*arrival)]).map_err(said)?;
         attempt.working = None;
         let id = published.first().copied().unwrap_or(0);
-        received.stays = match destination {
-            Destination::Existing(into) => !go_on(engine, into, id, changes),
-            Destination::New(_) => false,
-        };
+        if let Destination::Existing(into) = destination {
+            *follows = Some((into, id));
+        }
         received.add(name, identity);
         if !records.go_on()? {
-            return Ok(received);
+            return Ok(());
         }
     }
 }
@@ -603,6 +628,7 @@ fn pass_over(records: &mut Records<'_>, begin: &Begin, identity: [u8; 32]) -> Re
 /// Deletes what has been received of a snapshot unless it became one, whatever happens.
 struct Attempt<'a> {
     engine: &'a Engine,
+    changes: &'a dyn Changes,
     working: Option<u64>,
 }
 
@@ -610,7 +636,14 @@ impl Attempt<'_> {
     /// The stream broke off: keeps what came of it, if that is anything, and says how to go on.
     fn keep(&mut self, receiver: Receiver, why: &str, to: &VersionName) -> String {
         let Some(working) = self.working else { return why.into() };
-        let token = receiver.pause().and_then(|()| Token::of(self.engine, working));
+        let paused = match self.changes.writable() {
+            Ok(()) => receiver.pause(),
+            Err(_) => {
+                drop(receiver);
+                Ok(())
+            }
+        };
+        let token = paused.and_then(|()| Token::of(self.engine, working));
         match token {
             Ok(token) if token.next.0 > 0 => {
                 self.working = None;
@@ -629,7 +662,7 @@ impl Drop for Attempt<'_> {
     fn drop(&mut self) {
         let Some(id) = self.working else { return };
         let is_left = self.engine.with_versions(|versions| versions.is_receiving(id));
-        if is_left {
+        if is_left && self.changes.writable().is_ok() {
             // If that fails it stays hidden until somebody deletes it or tries again. Why it could
             // not be received is what has to be told.
             let _ = self.engine.change_versions(vec![VersionOp::Delete { id }]);

@@ -349,8 +349,7 @@ impl Engine {
         self.take_over_promises(store.take_reserved(txg));
         // From here on chunks may come and go only until their edits are taken.
         store.space.drop_empty(txg, store)?;
-        let need = self.chunk_tree_bytes(&old.chunk)?;
-        store.space.ensure_free(ChunkKind::System, need, txg, store)?;
+        self.ensure_system(&old.chunk, txg)?;
         let space_tree = store.space_view().tree;
         let need = self.space_tree_bytes(&space_tree, txg)?;
         store.space.ensure_free(ChunkKind::Metadata, need, txg, store)?;
@@ -406,6 +405,18 @@ impl Engine {
             self.store.space.free(run, txg);
         }
         Ok((refs, settled.dead_given_up))
+    }
+
+    /// Sets room aside for the chunk tree: if there is any, as much as it may take; but that is an
+    /// estimate, and no reason to fail where less is likely to do.
+    fn ensure_system(&self, tree: &Tree, txg: Txg) -> Result<()> {
+        let (need, space) = (self.chunk_tree_bytes(tree)?, &self.store.space);
+        match space.ensure_free(ChunkKind::System, need, txg, &*self.store) {
+            Err(Error::NoSpace) if need > CHUNK_TREE_BYTES => {
+                space.ensure_free(ChunkKind::System, CHUNK_TREE_BYTES, txg, &*self.store)
+            }
+            ensured => ensured,
+        }
     }
 
     /// A bound of what writing the chunk tree takes, with some more chunks than are known of now.

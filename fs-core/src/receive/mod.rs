@@ -107,8 +107,8 @@ pub struct Receiver {
     base: Option<Base>,
     order: Verifier,
     current: Option<Current>,
-    /// Inodes that were named and are yet to be described.
-    undescribed: u64,
+    /// Inodes that were named and are yet to be described, and links without a target.
+    unfinished: u64,
     /// What went may have gone already.
     went_before: bool,
     end: Option<(Identity, u64)>,
@@ -156,7 +156,11 @@ impl Receiver {
             }
         };
         let volume = match begin.resumes {
-            Some(next) => left(engine, &name, begin.id, next)?,
+            Some(next) => {
+                // What is left is looked at as it is stored.
+                engine.commit()?;
+                left(engine, &name, begin.id, next)?
+            }
             None => {
                 discard(engine, &name)?;
                 let from = base.as_ref().map(|base| base.snapshot.id.0);
@@ -166,8 +170,8 @@ impl Receiver {
             }
         };
         let working = volume.version();
-        let undescribed = match begin.resumes {
-            Some(_) => undescribed_in(volume.subvol(), base.as_ref())?,
+        let unfinished = match begin.resumes {
+            Some(_) => unfinished_in(volume.subvol(), base.as_ref())?,
             None => 0,
         };
         let into = match destination {
@@ -184,7 +188,7 @@ impl Receiver {
             base,
             order,
             current: None,
-            undescribed,
+            unfinished,
             went_before: begin.resumes.is_some(),
             end: None,
             at: 0,
@@ -226,7 +230,7 @@ impl Receiver {
             Record::End { identity, elements } => {
                 self.finish_inode()?;
                 self.end = Some((identity, elements));
-                self.holds(self.undescribed == 0, "a name of an inode that does not come")
+                self.holds(self.unfinished == 0, "a name of an inode that does not come")
             }
         }
     }
@@ -366,7 +370,8 @@ impl Receiver {
     /// No room; errors of devices and trees.
     pub fn pause(mut self) -> Result<()> {
         if let Some(ino) = self.current.as_ref().map(|current| current.ino) {
-            self.note(ino)?;
+            // Without room for it an earlier place is as good.
+            let _ = self.note(ino);
         }
         self.engine.commit()
     }
@@ -403,6 +408,7 @@ impl Receiver {
                 change.put(Key::new(0, kind::ORPHAN, ino.0), Vec::new());
                 change.put(POSITION, position);
                 subvol.saw_ino(ino);
+                self.unfinished += u64::from(is_unfinished(&item));
                 subvol.new_inode(&mut change, ino, *item);
                 self.engine.keep(change.txg(), reservation);
                 change.finish();
@@ -414,11 +420,12 @@ impl Receiver {
                 change.put(POSITION, position);
                 // One that has been described before, and was not finished, has no time yet.
                 is_new = item.atime() == Timestamp::default();
+                let was_unfinished = is_unfinished(&item);
                 if item.generation == 0 {
                     item.generation = change.txg().0;
-                    self.undescribed = self.undescribed.saturating_sub(1);
                 }
                 self.set_fields(&mut item, &fields);
+                self.settle(was_unfinished, &item);
                 change.log_inode(&inode, &mut state, *item);
                 self.engine.keep(change.txg(), reservation);
                 change.finish();
@@ -432,6 +439,12 @@ impl Receiver {
             self.volume.setattr(ino, &set, &NOBODY)?;
         }
         Ok(())
+    }
+
+    /// Counts an inode that may be finished now.
+    fn settle(&mut self, was_unfinished: bool, item: &InodeItem) {
+        let now = self.unfinished + u64::from(is_unfinished(item));
+        self.unfinished = now.saturating_sub(u64::from(was_unfinished));
     }
 
     /// The fields that do not stand in the way of what is yet to come.
@@ -474,11 +487,14 @@ impl Receiver {
         let mut state = inode.state.write();
         let mut change = Change::begin(self.subvol());
         let mut item = Box::new(state.item);
+        let was_unfinished = is_unfinished(&item);
         item.size = target.len() as u64;
         change.put(Key::new(ino.0, kind::SYMLINK, 0), target);
         change.log_inode(&inode, &mut state, *item);
         self.engine.keep(change.txg(), reservation);
         change.finish();
+        drop(state);
+        self.settle(was_unfinished, &item);
         Ok(())
     }
 
@@ -536,8 +552,15 @@ fn left(engine: &Arc<Engine>, name: &[u8], origin: [u8; 16], next: Mark) -> Resu
     Ok(volume)
 }
 
-/// How many inodes of what is left have been named and not described.
-fn undescribed_in(subvol: &Subvol, base: Option<&Base>) -> Result<u64> {
+/// Whether more has to come of an inode before the end: only names of it are known, or it is a
+/// symbolic link that leads nowhere yet. Counted in what is stored, because the stream that began
+/// an inode need not be the one that ends.
+fn is_unfinished(item: &InodeItem) -> bool {
+    item.generation == 0 || (item.file_type() == mode::SYMLINK && item.size == 0)
+}
+
+/// How many inodes of what is left are not finished.
+fn unfinished_in(subvol: &Subvol, base: Option<&Base>) -> Result<u64> {
     let view = subvol.view();
     let old = base.map_or(Tree::empty(view.tree.id), |base| base.snapshot.view().tree);
     let mut differences = old.differences(&view.tree, Key::MIN);
@@ -546,7 +569,7 @@ fn undescribed_in(subvol: &Subvol, base: Option<&Base>) -> Result<u64> {
         let (Some(value), kind::INODE) = (found.new, found.key.kind) else { continue };
         let item = InodeItem::decode(&value);
         let item = item.map_err(|bad| bad.in_item(subvol.id, found.key.object))?;
-        count += u64::from(item.generation == 0);
+        count += u64::from(is_unfinished(&item));
     }
     Ok(count)
 }

@@ -1,6 +1,6 @@
 //! Names, and inodes that have none.
 
-use super::{first_item, Receiver, ORPHANS_AT_ONCE};
+use super::{first_item, is_unfinished, Receiver, ORPHANS_AT_ONCE};
 use crate::error::{Errno, Error};
 use crate::format::dir::Entry;
 use crate::format::inode::NLINK_MAX;
@@ -83,6 +83,7 @@ impl Receiver {
         let mut dir_item = Box::new(both.parent.item);
         let is_dir = item.is_dir();
         self.holds(!is_dir || item.parent == 0, "a directory with two names")?;
+        self.holds(item.nlink > 0, "a name of an inode that goes")?;
         let fits = item.nlink < NLINK_MAX && dir_item.nlink < NLINK_MAX;
         self.holds(fits, "too many names of one inode")?;
         let mut change = Change::begin(&subvol);
@@ -101,7 +102,7 @@ impl Receiver {
             _ => {
                 subvol.saw_ino(ino);
                 subvol.new_inode(&mut change, ino, *item);
-                self.undescribed += 1;
+                self.unfinished += 1;
             }
         }
         change.log_inode(&parent, &mut both.parent, *dir_item);
@@ -242,13 +243,14 @@ impl Receiver {
         let mut state = inode.state.write();
         let mut item = Box::new(state.item);
         self.holds(item.entries == 0, "a directory goes that holds something")?;
+        let was_unfinished = is_unfinished(&item);
         item.nlink = 0;
         item.flags = 0;
         let subvol = self.subvol().clone();
         let mut change = Change::begin(&subvol);
+        self.unfinished = self.unfinished.saturating_sub(u64::from(was_unfinished));
         if item.generation == 0 {
             item.generation = change.txg().0;
-            self.undescribed = self.undescribed.saturating_sub(1);
         }
         change.log_inode(&inode, &mut state, *item);
         self.engine.keep(change.txg(), reservation);

@@ -710,3 +710,47 @@ fn what_is_received_where_changes_are_refused_comes_and_is_read_only() {
     to.settle();
     to.check();
 }
+
+#[test]
+fn what_one_stream_began_another_cannot_leave_unfinished() {
+    let to = Host::new(&options(0));
+    let engine = to.fs.engine();
+    let inode = |ino: u64, bits: u32| {
+        let mut fields = Box::new(InodeItem::zeroed());
+        fields.mode = bits;
+        Record::Inode { ino: Ino(ino), fields }
+    };
+    let name = |ino: u64, file_type: u32, name: &[u8]| Record::Name {
+        ino: Ino(ino),
+        file_type,
+        name: name.to_vec(),
+    };
+    // A link that leads nowhere yet, and a name of what has not come.
+    for began in [
+        vec![inode(1, mode::DIRECTORY), name(7, mode::SYMLINK, b"a"), inode(7, mode::SYMLINK)],
+        vec![inode(1, mode::DIRECTORY), name(7, mode::FIFO, b"a"), inode(3, mode::FIFO)],
+    ] {
+        let begin = begin_of(b"s");
+        let mut receiver = Receiver::begin(engine, &new("in"), &begin, &mut |_| Ok(())).unwrap();
+        for (at, record) in began.into_iter().enumerate() {
+            receiver.take(record, at as u64).unwrap();
+        }
+        let working = receiver.working();
+        receiver.pause().unwrap();
+        let mark = position(engine, working).unwrap();
+        for resumes in [mark, Mark { ino: 1, offset: 0 }] {
+            let begin = Begin { resumes: Some(resumes), ..begin_of(b"s") };
+            let resumed = Receiver::begin(engine, &new("in"), &begin, &mut |_| Ok(()));
+            let mut receiver = resumed.unwrap();
+            receiver.take(inode(8, mode::FIFO), 0).unwrap();
+            let end = Record::End { identity: Identity([0; 32]), elements: 0 };
+            match receiver.take(end, 1) {
+                Err(Error::Stream { what, .. }) => assert!(what.contains("does not come")),
+                other => panic!("{other:?}"),
+            }
+        }
+        to.change(VersionOp::Delete { id: working }).unwrap();
+    }
+    to.settle();
+    to.check();
+}

@@ -26,7 +26,7 @@ use crate::format::dir::Entry;
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
 use crate::platform::{Result, Timestamp};
-use crate::units::{Ino, SECTOR_BYTES};
+use crate::units::{align_down, Ino, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
@@ -197,7 +197,13 @@ impl<'a> Sender<'a> {
             Event::Item { key, old, new } if self.is_there => self.item(key, old, new)?,
             Event::Data { start, end } if self.is_there && start < self.size => {
                 let is_first = self.ino.0 == self.first.ino;
-                let start = if is_first { start.max(self.first.offset) } else { start };
+                // A receiver that came to the end of the file needs no more of it; else it came to
+                // the beginning of a sector, whatever it says.
+                let from = match self.first.offset {
+                    offset if offset >= self.size => self.size,
+                    offset => align_down(offset, SECTOR_BYTES),
+                };
+                let start = if is_first { start.max(from) } else { start };
                 self.range = Some((start, end.min(self.size))).filter(|(start, end)| start < end);
             }
             _ => {}
