@@ -20,7 +20,7 @@
 //! with one identity cannot be found.
 
 use super::compare::{Comparison, Event};
-use super::read::{self, File};
+use super::read::{Batch, File};
 use super::sum::Sum;
 use super::Source;
 use crate::btree::{Tree, Value};
@@ -126,8 +126,9 @@ impl Content {
         progress: &mut dyn FnMut(&Progress) -> Result<()>,
     ) -> Result<()> {
         let mut comparison = Comparison::new(old, new);
+        let mut reading = Reading { batch: Batch::new(source), wanted: Vec::new() };
         let mut current = Current { ino: Ino(0), old_size: 0, new_size: 0, done_to: 0 };
-        let mut done = Progress::default();
+        let mut told = Told { done: Progress::default(), progress };
         while let Some(event) = comparison.next(source.nodes)? {
             match event {
                 Event::Inode { ino, old, new } => {
@@ -136,7 +137,7 @@ impl Content {
                     let (old_size, new_size) = (size(old), size(new));
                     current = Current { ino, old_size, new_size, done_to: 0 };
                     self.inode(ino, old, new);
-                    done.inodes += 1;
+                    told.done.inodes += 1;
                 }
                 Event::Item { key, old: a, new: b } => {
                     self.item(source, (old, a), (new, b), key)?;
@@ -147,14 +148,15 @@ impl Content {
                     current.done_to = last;
                     let (ino, range) = (current.ino, (first, last));
                     let file = File { source, tree: old, ino, size: current.old_size };
-                    self.records(Side::Old, &file, range, &mut done, progress)?;
+                    self.records(Side::Old, &file, range, &mut reading, &mut told)?;
                     let file = File { source, tree: new, ino, size: current.new_size };
-                    self.records(Side::New, &file, range, &mut done, progress)?;
+                    self.records(Side::New, &file, range, &mut reading, &mut told)?;
                 }
             }
-            progress(&done)?;
+            told.tell()?;
         }
-        Ok(())
+        self.hash(&mut reading, &mut told.done)?;
+        told.tell()
     }
 
     /// The identity.
@@ -243,39 +245,88 @@ impl Content {
         Ok(())
     }
 
-    /// Adds or takes the records `range` of a file.
+    /// Adds or takes the records `range` of a file, when they have been read.
     fn records(
         &mut self,
         side: Side,
         file: &File<'_>,
         range: (u64, u64),
-        done: &mut Progress,
-        progress: &mut dyn FnMut(&Progress) -> Result<()>,
+        reading: &mut Reading<'_>,
+        told: &mut Told<'_>,
     ) -> Result<()> {
         let (mut next, last) = range;
         let stop = last.saturating_mul(RECORD_BYTES);
         while let Some(at) = file.next_data(next.saturating_mul(RECORD_BYTES), stop)? {
             let first = at / RECORD_BYTES;
-            let count = RECORDS_AT_ONCE.min(last - first);
-            let mut buf = read::zeros(count * RECORD_BYTES)?;
-            file.read(first * RECORD_BYTES, &mut buf)?;
-            for (index, record) in buf.chunks(RECORD_BYTES as usize).enumerate() {
-                self.record(side, file, first + index as u64, record);
+            let start = first * RECORD_BYTES;
+            next = first + RECORDS_AT_ONCE.min(last - first);
+            let bytes = (next.saturating_mul(RECORD_BYTES).min(file.size) - start) as usize;
+            reading.batch.add(file, start, bytes)?;
+            reading.wanted.push(Wanted { side, ino: file.ino, first, bytes });
+            if reading.batch.is_full() {
+                self.hash(reading, &mut told.done)?;
+                told.tell()?;
             }
-            next = first + count;
-            done.bytes += count * RECORD_BYTES;
-            progress(done)?;
         }
         Ok(())
     }
 
-    /// A record without the zeros at its end, so that a file that grows by a hole keeps its last
-    /// record.
-    fn record(&mut self, side: Side, file: &File<'_>, index: u64, bytes: &[u8]) {
-        let Some(last) = bytes.iter().rposition(|byte| *byte != 0) else { return };
-        let hash = file.source.pool.platform().codecs.blake3(&bytes[..=last]);
-        self.put(side, 5, &[file.ino.0, index], &[&hash]);
+    /// Adds and takes what is being read.
+    fn hash(&mut self, reading: &mut Reading<'_>, done: &mut Progress) -> Result<()> {
+        let codecs = &*reading.batch.source().pool.platform().codecs;
+        let parts = reading.batch.finish()?;
+        for (Wanted { side, ino, first, bytes }, part) in reading.wanted.drain(..).zip(parts) {
+            let records = part[..bytes].chunks(RECORD_BYTES as usize);
+            for (index, record) in (first..).zip(records) {
+                // Without the zeros at its end, so that a file that grows by a hole keeps its last
+                // record.
+                let record = without_zeros(record);
+                if !record.is_empty() {
+                    self.put(side, 5, &[ino.0, index], &[&codecs.blake3(record)]);
+                }
+            }
+            done.bytes += bytes as u64;
+        }
+        Ok(())
     }
+}
+
+/// How far it is, and whom to tell.
+struct Told<'a> {
+    done: Progress,
+    progress: &'a mut dyn FnMut(&Progress) -> Result<()>,
+}
+
+impl Told<'_> {
+    fn tell(&mut self) -> Result<()> {
+        (self.progress)(&self.done)
+    }
+}
+
+/// Records that are being read.
+struct Reading<'a> {
+    batch: Batch<'a>,
+    wanted: Vec<Wanted>,
+}
+
+/// A part of a file: whole records, but for the last.
+struct Wanted {
+    side: Side,
+    ino: Ino,
+    first: u64,
+    bytes: usize,
+}
+
+/// Bytes up to the last that is not zero.
+fn without_zeros(mut bytes: &[u8]) -> &[u8] {
+    while let Some((before, last)) = bytes.split_last_chunk::<256>() {
+        if *last != [0; 256] {
+            break;
+        }
+        bytes = before;
+    }
+    let last = bytes.iter().rposition(|byte| *byte != 0);
+    &bytes[..last.map_or(0, |last| last + 1)]
 }
 
 /// What of an inode's fields is content. Left out are what follows from other elements (number of

@@ -9,18 +9,20 @@
 //! comparisons cost what differs. A full stream is the difference to nothing, from which nothing
 //! can go.
 //!
-//! Data is read where it may differ, one record of content at a time; sectors of zeros travel as
-//! holes, and in a file that is new not at all.
+//! Data is read where it may differ, a part within one record of content at a time; sectors of
+//! zeros travel as holes, and in a file that is new not at all. What comes is looked at a bit
+//! ahead, so that the data of many files is read together.
 
 #[cfg(test)]
 mod tests;
 
 use super::compare::{Comparison, Event};
 use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
-use super::read::{self, File};
+use super::read::{Batch, File};
 use super::record::{Base, Begin, Mark, Record, FOLLOWED, TARGET_BYTES_MAX};
 use super::Source;
 use crate::btree::{Tree, Value};
+use crate::buf::Buf;
 use crate::error::Error;
 use crate::format::dir::Entry;
 use crate::format::inode::InodeItem;
@@ -29,7 +31,7 @@ use crate::platform::{Result, Timestamp};
 use crate::units::{align_down, Ino, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
-use alloc::vec::Vec;
+use alloc::vec::{IntoIter, Vec};
 
 /// What is sent.
 pub struct Shipment<'a> {
@@ -72,6 +74,23 @@ enum Stage {
     Done,
 }
 
+/// What has been looked at, and is to become records.
+enum Step {
+    /// An inode, or something of it.
+    Event(Event),
+    /// The next of what was read: so many bytes from here on.
+    Data { at: u64, bytes: usize },
+    /// A range of the file that reads as zeros.
+    Zeros { start: u64, end: u64 },
+    /// The end of a range that may differ.
+    RangeEnd,
+}
+
+/// How far to look ahead.
+const STEPS_MAX: usize = 1024;
+/// And for how many items, each of which may keep two leaves in memory.
+const ITEMS_MAX: usize = 128;
+
 /// Makes the records of a stream. After an error it must not be used.
 pub struct Sender<'a> {
     source: Source<'a>,
@@ -88,10 +107,14 @@ pub struct Sender<'a> {
     is_there: bool,
     /// Size of the file; 0 for all else.
     size: u64,
-    /// Whether the file held nothing before.
-    is_fresh: bool,
-    /// The range of the file that is yet to be read.
+    /// The range of the file that is yet to be looked at.
     range: Option<(u64, u64)>,
+    /// What comes next.
+    steps: VecDeque<Step>,
+    /// The data of steps.
+    parts: IntoIter<Buf>,
+    /// Whether the file of the step held nothing before.
+    is_fresh: bool,
     /// Zeros that were found and may go on.
     hole: Option<(u64, u64)>,
     ready: VecDeque<Record>,
@@ -117,8 +140,10 @@ impl<'a> Sender<'a> {
             ino: Ino(0),
             is_there: false,
             size: 0,
-            is_fresh: false,
             range: None,
+            steps: VecDeque::new(),
+            parts: Vec::new().into_iter(),
+            is_fresh: false,
             hole: None,
             ready: VecDeque::new(),
         }
@@ -133,8 +158,8 @@ impl<'a> Sender<'a> {
             if let Some(record) = self.ready.pop_front() {
                 return Ok(Some(record));
             }
-            if let Some((at, end)) = self.range {
-                self.read(at, end)?;
+            if let Some(step) = self.steps.pop_front() {
+                self.carry_out(step)?;
                 continue;
             }
             match self.stage {
@@ -151,10 +176,12 @@ impl<'a> Sender<'a> {
                     Some(event) => self.went(event)?,
                     None => self.stage = self.came_from(Ino(0)),
                 },
-                Stage::Came => match self.comparison.next(self.source.nodes)? {
-                    Some(event) => self.came(event)?,
-                    None => self.stage = Stage::End,
-                },
+                Stage::Came => {
+                    self.look_ahead()?;
+                    if self.steps.is_empty() {
+                        self.stage = Stage::End;
+                    }
+                }
                 Stage::End => {
                     self.stage = Stage::Done;
                     let (identity, elements) = self.end;
@@ -191,10 +218,37 @@ impl<'a> Sender<'a> {
         Ok(())
     }
 
-    fn came(&mut self, event: Event) -> Result<()> {
+    /// Looks at what comes next, and reads the data of it.
+    fn look_ahead(&mut self) -> Result<()> {
+        let mut batch = Batch::new(self.source);
+        let mut items = 0;
+        while !batch.is_full() && self.steps.len() < STEPS_MAX && items < ITEMS_MAX {
+            if let Some((at, end)) = self.range {
+                self.part(&mut batch, at, end)?;
+                continue;
+            }
+            match self.comparison.next(self.source.nodes)? {
+                Some(event) => {
+                    self.came(event);
+                    let last = self.steps.back();
+                    items += usize::from(matches!(last, Some(Step::Event(Event::Item { .. }))));
+                }
+                None => break,
+            }
+        }
+        self.parts = batch.finish()?.into_iter();
+        Ok(())
+    }
+
+    fn came(&mut self, event: Event) {
         match event {
-            Event::Inode { ino, old, new } => self.inode(ino, old.as_deref(), new),
-            Event::Item { key, old, new } if self.is_there => self.item(key, old, new)?,
+            Event::Inode { ino, ref new, .. } => {
+                let size = |item: &InodeItem| if item.is_file() { item.size } else { 0 };
+                self.size = new.as_deref().map_or(0, size);
+                (self.ino, self.is_there) = (ino, new.is_some());
+                self.steps.push_back(Step::Event(event));
+            }
+            Event::Item { .. } if self.is_there => self.steps.push_back(Step::Event(event)),
             Event::Data { start, end } if self.is_there && start < self.size => {
                 let is_first = self.ino.0 == self.first.ino;
                 // A receiver that came to the end of the file needs no more of it; else it came to
@@ -208,16 +262,47 @@ impl<'a> Sender<'a> {
             }
             _ => {}
         }
+    }
+
+    /// Looks at the beginning of a range.
+    fn part(&mut self, batch: &mut Batch<'a>, at: u64, end: u64) -> Result<()> {
+        let new = self.new;
+        let file = File { source: self.source, tree: &new, ino: self.ino, size: self.size };
+        let found = file.next_data(at, end)?.unwrap_or(end);
+        if found > at {
+            self.steps.push_back(Step::Zeros { start: at, end: found });
+        }
+        let stop = end.min((found / RECORD_BYTES + 1) * RECORD_BYTES);
+        if found < stop {
+            let bytes = (stop - found) as usize;
+            batch.add(&file, found, bytes)?;
+            self.steps.push_back(Step::Data { at: found, bytes });
+        }
+        self.range = Some((stop, end)).filter(|_| stop < end);
+        if self.range.is_none() {
+            self.steps.push_back(Step::RangeEnd);
+        }
+        Ok(())
+    }
+
+    fn carry_out(&mut self, step: Step) -> Result<()> {
+        match step {
+            Step::Event(Event::Inode { ino, old, new }) => self.inode(ino, old.as_deref(), new),
+            Step::Event(Event::Item { key, old, new }) => self.item(key, old, new)?,
+            Step::Event(Event::Data { .. }) => {}
+            Step::Data { at, bytes } => {
+                let part = self.parts.next().expect("each step with data has its part");
+                self.pieces(at, &part[..bytes])?;
+            }
+            Step::Zeros { start, end } => self.zeros(start, end),
+            Step::RangeEnd => self.finish_hole(),
+        }
         Ok(())
     }
 
     fn inode(&mut self, ino: Ino, old: Option<&InodeItem>, new: Option<Box<InodeItem>>) {
-        (self.ino, self.is_there, self.size) = (ino, new.is_some(), 0);
         let Some(fields) = new else { return };
         self.is_fresh = old.is_none_or(|old| old.file_type() != fields.file_type());
-        if fields.is_file() {
-            self.size = fields.size;
-        }
         self.ready.push_back(Record::Inode { ino, fields });
     }
 
@@ -253,29 +338,6 @@ impl<'a> Sender<'a> {
             }
             // A further name is told by its entry.
             _ => {}
-        }
-        Ok(())
-    }
-
-    /// Reads a piece at the beginning of a range.
-    fn read(&mut self, at: u64, end: u64) -> Result<()> {
-        let new = self.new;
-        let file = File { source: self.source, tree: &new, ino: self.ino, size: self.size };
-        let found = file.next_data(at, end)?.unwrap_or(end);
-        if found > at {
-            self.zeros(at, found);
-        }
-        let stop = end.min((found / RECORD_BYTES + 1) * RECORD_BYTES);
-        if found < stop {
-            let mut buf = read::zeros(stop - found)?;
-            // A buffer is whole sectors; the file may end before.
-            let part = &mut buf[..(stop - found) as usize];
-            file.read(found, part)?;
-            self.pieces(found, part)?;
-        }
-        self.range = Some((stop, end)).filter(|_| stop < end);
-        if self.range.is_none() {
-            self.finish_hole();
         }
         Ok(())
     }

@@ -217,6 +217,40 @@ proptest! {
     }
 }
 
+/// More files than are looked at together, and more data of one.
+#[test]
+fn a_tree_that_is_more_than_what_is_read_at_once_is_sent_whole() {
+    for options in options() {
+        let fs = new_volume(&options);
+        let make = |name: &str| fs.mknod(fs.root(), name.as_bytes(), 0o100644, 0, &ROOT);
+        let write = |ino, at, len, seed| {
+            fs.write(ino, at, &pattern(len, seed), WriteFlags::default()).unwrap();
+        };
+        let large = make("large").unwrap().ino;
+        write(large, 5000, 2_500_000, 1);
+        write(large, 6_000_000, 200_000, 2);
+        let small: Vec<_> = (0..1500).map(|n| make(&alloc::format!("{n}")).unwrap().ino).collect();
+        for (n, ino) in (0..).zip(&small) {
+            write(*ino, 0, 900 + 13 * (n as usize % 500), n);
+        }
+        let (old, old_seen) = (view(&fs), pathless(look(&fs)));
+        for (n, ino) in (0..).zip(&small).step_by(3) {
+            write(*ino, 4096, 2000, n);
+        }
+        write(large, 1_000_000, 900_000, 3);
+        fs.fallocate(large, Fallocate::PunchHole, 300_000, 400_000).unwrap();
+        let (new, new_seen) = (view(&fs), pathless(look(&fs)));
+        let contents = [&old, &new].map(|view| content(&fs, &view.tree));
+        let full = send(&fs, None, (&new.tree, &contents[1]));
+        let part = send(&fs, Some((&old.tree, &contents[0])), (&new.tree, &contents[1]));
+        for (stream, mut seen) in [(full, Seen::default()), (part, old_seen)] {
+            verify(&stream).unwrap();
+            apply(&mut seen, &decode(&stream).unwrap());
+            assert!(seen == new_seen, "something else arrives");
+        }
+    }
+}
+
 /// A record that follows the only one in `stream`, with any body and a right checksum.
 fn forge(stream: &[u8], kind: u16, body: &[u8]) -> Vec<u8> {
     let mut out = stream[stream.len() - CHECKSUM_BYTES..].to_vec();
