@@ -302,7 +302,7 @@ impl Server {
             Op::Write { offset, data, kill_priv, write_back } => {
                 // What is written back comes after the times of it, or before: both are sent at
                 // once. The kernel has the right ones.
-                let flags = WriteFlags { append: false, kill_priv, keeps_times: write_back };
+                let flags = WriteFlags { append: false, kill_priv, has_times: write_back };
                 fs.write(ino, offset, data, flags)?;
                 Ok(Reply::Size(data.len() as u32))
             }

@@ -1008,18 +1008,22 @@ fn room_of_a_change_that_was_cancelled_comes_back_when_nobody_writes_there_any_m
 }
 
 #[test]
-fn who_has_the_times_of_a_write_keeps_them() {
+fn who_has_the_times_of_a_write_keeps_those_of_a_moment_ago() {
     let (device, test) = new_pool(64 << 20);
     let fs = mount(&device, &test);
     let file = create(&fs, fs.root(), b"f");
-    let written = |flags| {
-        test.clock.advance(1_000_000_000);
+    let written = |flags, seconds: u64| {
+        test.clock.advance(seconds * 1_000_000_000);
         fs.write(file, 0, b"x", flags).unwrap();
         fs.getattr(file).unwrap()
     };
-    let first = written(WriteFlags::default());
-    let kept = written(WriteFlags { keeps_times: true, ..WriteFlags::default() });
+    let has_times = WriteFlags { has_times: true, ..WriteFlags::default() };
+    let first = written(WriteFlags::default(), 1);
+    let kept = written(has_times, 1);
     assert_eq!((kept.mtime, kept.ctime), (first.mtime, first.ctime));
-    let later = written(WriteFlags::default());
+    let later = written(WriteFlags::default(), 1);
     assert!(later.mtime > first.mtime && later.ctime > first.ctime);
+    // If it comes to nothing but that write, nobody takes the file for what it was.
+    let much_later = written(has_times, 60);
+    assert!(much_later.mtime > later.mtime && much_later.ctime > later.ctime);
 }

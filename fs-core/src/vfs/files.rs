@@ -8,7 +8,7 @@ use crate::buf::{Buf, Slice};
 use crate::engine::data;
 use crate::error::{Errno, Error};
 use crate::format::extent::{Extent, FILE_BYTES_MAX};
-use crate::format::inode::flag;
+use crate::format::inode::{flag, InodeItem};
 use crate::pool::{DataRead, DataSource, Pool};
 use crate::space::{Class, Reservation};
 use crate::subvol::change::Change;
@@ -31,6 +31,8 @@ const EARLY_BYTES_PRESSED: u64 = 1 << 20;
 
 /// How far a seek looks at once among extents.
 const SEEK_STEP: u64 = 64 << 20;
+/// What was changed within so many seconds has the times of a moment ago.
+const RECENT_SECONDS: i64 = 1;
 
 fn check_file(state: &State) -> Result<()> {
     if state.gone {
@@ -273,7 +275,7 @@ impl Volume {
             self.drop_capabilities(&mut change, ino, &mut item)?;
         }
         item.size = item.size.max(end);
-        match flags.keeps_times {
+        match flags.has_times && self.is_recent(&item) {
             true => item.version = item.version.wrapping_add(1),
             false => self.stamp(&mut item),
         }
@@ -303,6 +305,12 @@ impl Volume {
             self.write_early(&inode);
         }
         Ok(at)
+    }
+
+    /// Whether a file was changed a moment ago.
+    fn is_recent(&self, item: &InodeItem) -> bool {
+        let (now, then) = (self.now(), item.mtime());
+        then <= now && now.secs.saturating_sub(then.secs) <= RECENT_SECONDS
     }
 
     pub(super) fn do_check_write(&self, ino: Ino, bytes: u64) -> Result<()> {

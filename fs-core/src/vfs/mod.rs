@@ -208,9 +208,10 @@ pub struct WriteFlags {
     pub append: bool,
     /// Clear set-user-id, set-group-id and capabilities first.
     pub kill_priv: bool,
-    /// Leave the times as they are: the driver wrote this to its own cache before, has the times of
-    /// that, and sets them itself.
-    pub keeps_times: bool,
+    /// The driver wrote this to its own cache before, has the times of that, and sets them itself,
+    /// maybe before this comes: times of a moment ago stay. Older ones do not, so that no new data
+    /// has old times after a crash.
+    pub has_times: bool,
 }
 
 /// Shorthand.
