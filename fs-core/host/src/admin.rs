@@ -1098,7 +1098,7 @@ mod tests {
             bytes.push(0);
             receive::<Request>(&mut &bytes[..])
         };
-        assert!(matches!(changed(4, 9), Err(AdminError::Version(9))));
+        assert!(matches!(changed(4, 77), Err(AdminError::Version(77))));
         assert!(matches!(changed(3, 1), Err(AdminError::Garbled)));
         assert!(matches!(changed(0, 2), Err(AdminError::Garbled)));
         assert!(matches!(changed(6, 77), Err(AdminError::Garbled)));
