@@ -41,8 +41,10 @@ pub(crate) fn print(report: &CheckReport, arguments: &Arguments, devices: &str, 
 
 /// What is listed: of what one file or tree has in a row, the first few, and how many more.
 fn lines(report: &CheckReport) -> Vec<String> {
+    // Devices and addresses are not told apart by it, so each is listed.
     let is_same = |a: &Finding, b: &Finding| {
-        (a.id, a.spot.tree, a.spot.object) == (b.id, b.spot.tree, b.spot.object)
+        let is_about_one = a.spot.object.is_some();
+        is_about_one && (a.id, a.spot.tree, a.spot.object) == (b.id, b.spot.tree, b.spot.object)
     };
     let mut lines = Vec::new();
     for row in report.findings.chunk_by(is_same) {
@@ -213,6 +215,10 @@ mod tests {
         assert_eq!(listed.len(), 3, "{listed:?}");
         assert_eq!(listed[0], row.to_string());
         assert_eq!(listed[1], "... and 499 more of E-DATA in the same place");
+        // What is about no one file or tree is not in the same place.
+        let missing = Finding { spot: Spot::NONE, ..row };
+        found.findings = vec![missing; 5];
+        assert_eq!(lines(&found).len(), 5);
     }
 
     #[test]

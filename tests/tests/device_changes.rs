@@ -9,7 +9,7 @@ use cairn_tests::subject::{Pool, Subject};
 use cairn_tests::tree::Tree;
 use cairn_tests::world::World;
 use fs_core::engine::versions::VersionOp;
-use fs_core::engine::ChangeWait;
+use fs_core::engine::{ChangeWait, Engine};
 use fs_core::error::Error;
 use fs_core::format::chunk::Profile;
 use fs_core::format::devices::DeviceChangeState;
@@ -305,6 +305,19 @@ fn what_was_refused_leaves_the_last_change_as_it_was() {
     world.judge("refused");
 }
 
+/// A new subvolume whose tree has some leaves.
+fn filled_subvolume(engine: &std::sync::Arc<Engine>, name: &str) -> u64 {
+    let (name, mode) = (name.as_bytes().to_vec(), 0o755);
+    let made = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
+    let id = engine.change_versions(vec![made]).unwrap()[0];
+    let filled = Volume::of_version(engine.clone(), id, AccessTime::Relative).unwrap();
+    for n in 0..300 {
+        let name = format!("a name that takes some room in a leaf, number {n}");
+        filled.mknod(filled.root(), name.as_bytes(), 0o100644, 0, &ROOT).unwrap();
+    }
+    id
+}
+
 #[test]
 fn what_is_taken_apart_meanwhile_is_not_lost() {
     for seed in seeds(12, 200) {
@@ -313,17 +326,7 @@ fn what_is_taken_apart_meanwhile_is_not_lost() {
         pool.open.deletion_refs = 1;
         let mut world = world(&pool, seed);
         let engine = world.engine().clone();
-        let ids = [b"first", b"other"].map(|name| {
-            let (name, mode) = (name.to_vec(), 0o755);
-            let made = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
-            let id = engine.change_versions(vec![made]).unwrap()[0];
-            let filled = Volume::of_version(engine.clone(), id, AccessTime::Relative).unwrap();
-            for n in 0..300 {
-                let name = format!("a name that takes some room in a leaf, number {n}");
-                filled.mknod(filled.root(), name.as_bytes(), 0o100644, 0, &ROOT).unwrap();
-            }
-            id
-        });
+        let ids = ["first", "other"].map(|name| filled_subvolume(&engine, name));
         world.volume().sync().unwrap();
         // One is half gone when the change begins, and another goes in the middle of it.
         engine.change_versions(vec![VersionOp::Delete { id: ids[0] }]).unwrap();
@@ -361,15 +364,7 @@ fn a_device_that_comes_back_gets_what_is_left_of_a_tree_that_is_taken_apart() {
         world.pool.open.degraded = true;
         world.open().unwrap();
         let engine = world.engine().clone();
-        let (name, mode) = (b"filled".to_vec(), 0o755);
-        let made = VersionOp::CreateSubvolume { name, mode, uid: 0, gid: 0 };
-        let id = engine.change_versions(vec![made]).unwrap()[0];
-        let filled = Volume::of_version(engine.clone(), id, AccessTime::Relative).unwrap();
-        for n in 0..300 {
-            let name = format!("a name that takes some room in a leaf, number {n}");
-            filled.mknod(filled.root(), name.as_bytes(), 0o100644, 0, &ROOT).unwrap();
-        }
-        drop(filled);
+        let id = filled_subvolume(&engine, "filled");
         world.volume().sync().unwrap();
         engine.change_versions(vec![VersionOp::Delete { id }]).unwrap();
         (0..seed * 8).for_each(|_| world.let_time_pass());

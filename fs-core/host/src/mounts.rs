@@ -124,20 +124,33 @@ impl Used {
 /// own, as containers and services have, what is unmounted elsewhere may live on.
 fn seen_elsewhere(path: &Path) -> Option<String> {
     let used = Used::of(path)?;
-    let mut namespaces = vec![std::fs::read_link("/proc/self/ns/mnt").ok()?];
-    std::fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|process| {
-        let pid = process.file_name().into_string().ok()?;
-        let namespace = std::fs::read_link(process.path().join("ns/mnt")).ok()?;
-        if namespaces.contains(&namespace) {
-            return None;
-        }
-        let table = table_of(&process.path()).ok()?;
-        namespaces.push(namespace);
-        table.iter().find(|mount| used.is_source_of(mount))?;
-        let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+    elsewhere().ok()?.find_map(|(process, table)| {
+        table.ok()?.iter().find(|mount| used.is_source_of(mount))?;
+        let pid = process.file_name()?.to_str()?;
+        let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
         let name = name.trim_end();
         Some(format!("a mount in the mount namespace of process {pid} ({name})"))
     })
+}
+
+/// A process of each mount namespace but this one, as far as this user may look into them, with the
+/// mounts that it sees. Those that end meanwhile are left out.
+fn elsewhere() -> io::Result<impl Iterator<Item = (PathBuf, io::Result<Vec<Mount>>)>> {
+    let mut known = vec![std::fs::read_link("/proc/self/ns/mnt")?];
+    let processes = std::fs::read_dir("/proc")?.filter_map(Result::ok);
+    Ok(processes.filter_map(move |process| {
+        let process = process.path();
+        let namespace = std::fs::read_link(process.join("ns/mnt")).ok()?;
+        if known.contains(&namespace) {
+            return None;
+        }
+        let table = table_of(&process);
+        if table.is_err() && !process.exists() {
+            return None;
+        }
+        known.push(namespace);
+        Some((process, table))
+    }))
 }
 
 /// The mount tables of all mount namespaces, of those of others as far as this user may know.
@@ -145,26 +158,8 @@ fn seen_elsewhere(path: &Path) -> Option<String> {
 /// # Errors
 /// What the system says when a table cannot be read that this user may read.
 pub fn tables() -> io::Result<Vec<Vec<Mount>>> {
-    let mut all = vec![mounts()?];
-    let mut namespaces = vec![std::fs::read_link("/proc/self/ns/mnt")?];
-    for process in std::fs::read_dir("/proc")? {
-        let process = process?;
-        if !process.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
-            continue;
-        }
-        // It may have ended since, and an ordinary user sees only into his own.
-        let Ok(namespace) = std::fs::read_link(process.path().join("ns/mnt")) else { continue };
-        if namespaces.contains(&namespace) {
-            continue;
-        }
-        match table_of(&process.path()) {
-            Ok(table) => all.push(table),
-            Err(_) if !process.path().exists() => continue,
-            Err(error) => return Err(error),
-        }
-        namespaces.push(namespace);
-    }
-    Ok(all)
+    let others = elsewhere()?.map(|(_, table)| table);
+    std::iter::once(mounts()).chain(others).collect()
 }
 
 /// The loop devices that stand on an image file.

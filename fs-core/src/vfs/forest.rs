@@ -521,6 +521,8 @@ impl Forest {
             if !open().all(|slot| Arc::strong_count(slot) == 1) {
                 return false;
             }
+            // What those counted who were in it is seen from here on.
+            fence(Ordering::Acquire);
             open().cloned().collect()
         };
         open.iter().for_each(|slot| slot.volume.pause_use());
