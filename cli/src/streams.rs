@@ -372,6 +372,9 @@ fn show(stream: &StreamInfo) {
     if stream.base.is_some() {
         row("holes", &format_size(stream.hole_bytes));
     }
+    if stream.cloned_bytes > 0 {
+        row("shared", &format!("{} of files that are there", format_size(stream.cloned_bytes)));
+    }
     row("stream", &format!("{}, {} records", format_size(stream.bytes), stream.records));
 }
 

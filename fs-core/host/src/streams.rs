@@ -16,7 +16,7 @@ use fs_core::receive::{content_after, content_of, is_untouched, Destination, Rec
 use fs_core::stream::record::{Begin, Decoder, Encoder, Mark, Record, FOLLOWED};
 use fs_core::stream::send::{Parent, Sender, Shipment};
 use fs_core::stream::verify::Verifier;
-use fs_core::stream::{Content, Identity, Source};
+use fs_core::stream::{Content, Identity};
 use fs_core::subvol::versions::Versions;
 use fs_core::subvol::Subvol;
 use fs_core::units::{TreeId, Txg};
@@ -187,6 +187,8 @@ pub struct StreamInfo {
     pub data_bytes: u64,
     /// Bytes that became holes.
     pub hole_bytes: u64,
+    /// Bytes that other files of the stream, or of what it goes on from, have.
+    pub cloned_bytes: u64,
     /// Records.
     pub records: u64,
     /// Bytes of the stream.
@@ -382,12 +384,13 @@ fn send_one(
         created: Timestamp { secs: new.item.created, nanos: 0 },
         name: &name,
         tree: new.subvol.view().tree,
+        tree_bytes: new.item.tree_bytes,
         content: &new.content,
         base,
         is_followed: how.is_followed,
         resumes: how.resumes,
     };
-    let mut sender = Sender::new(Source::of(&engine.store), &shipment);
+    let mut sender = Sender::new(&engine.store, &shipment);
     let mut encoder = Encoder::default();
     let codecs = &*engine.store.platform.codecs;
     while let Some(record) = sender.next_record().map_err(said)? {
@@ -515,6 +518,7 @@ pub fn look(codecs: &dyn Codecs, input: &mut dyn Read) -> Result<Vec<StreamInfo>
             attributes: summary.attributes,
             data_bytes: summary.data_bytes,
             hole_bytes: summary.hole_bytes,
+            cloned_bytes: summary.cloned_bytes,
             records: position.records,
             bytes: position.bytes,
         });

@@ -508,6 +508,9 @@ impl Engine {
         });
         committer.views.extend(old_view.iter().map(Arc::downgrade));
         drop(old_view);
+        let old_view = store.swap_refs_view(txg, written.roots.refs);
+        committer.views.push(Arc::downgrade(&old_view));
+        drop(old_view);
         store.pool.published(txg);
         committer.roots = written.roots;
         self.note_shapes(&committer.roots);

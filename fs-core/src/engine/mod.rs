@@ -33,7 +33,7 @@ mod log;
 mod nodes;
 mod open;
 mod reclaim;
-mod references;
+pub mod references;
 mod replay;
 mod resilver;
 mod scrub;

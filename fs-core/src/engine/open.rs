@@ -254,6 +254,7 @@ fn make_store(parts: &Parts) -> Arc<Store> {
         hash_secret: superblock.hash_secret,
         node_bytes: superblock.node_bytes as usize,
         space_tree: Tree { id: TreeId::SPACE, root: superblock.space_root },
+        refs_tree: Tree { id: TreeId::REFS, root: superblock.refs_root },
         cache_bytes: parts.cache_bytes,
         dirty_bytes: parts.dirty_bytes,
         settings: parts.settings,

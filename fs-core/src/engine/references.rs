@@ -18,7 +18,7 @@ use alloc::vec::Vec;
 
 /// What a group's references come to.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Settled {
+pub(super) struct Settled {
     /// Edits of the reference tree, ascending.
     pub edits: Vec<(Key, Edit)>,
     /// Runs that nothing refers to any more.
@@ -41,7 +41,7 @@ struct Counts<'a> {
 ///
 /// # Errors
 /// Errors of the device or the tree; [`Error::BadItem`] for items that overlap.
-pub fn settle(
+pub(super) fn settle(
     source: &dyn NodeSource,
     tree: &Tree,
     mut gained: Vec<Run>,
@@ -70,10 +70,23 @@ pub fn settle(
 ///
 /// # Errors
 /// As [`settle`].
-pub fn items_of(source: &dyn NodeSource, tree: &Tree, runs: &[Run]) -> Result<usize> {
+pub(super) fn items_of(source: &dyn NodeSource, tree: &Tree, runs: &[Run]) -> Result<usize> {
     let mut counts = Counts { source, tree, items: BTreeMap::new(), stored: BTreeMap::new() };
     runs.iter().try_for_each(|run| counts.load(*run))?;
     Ok(counts.items.len())
+}
+
+/// Whether any part of a run has further references.
+///
+/// # Errors
+/// Errors of the device or the tree; [`Error::BadItem`].
+pub fn is_shared(source: &dyn NodeSource, tree: &Tree, run: Run) -> Result<bool> {
+    // Items do not overlap, so no other reaches further than the last that begins before its end.
+    let last = Key::new(run.end().0.saturating_sub(1), kind::REF, 0);
+    let Some((key, value)) = tree.last_upto(source, &last)? else { return Ok(false) };
+    let item = RefItem::decode(Logical(key.object), &value)
+        .map_err(|bad| bad.in_item(tree.id, key.object))?;
+    Ok(key.object + item.bytes > run.addr.0)
 }
 
 impl Counts<'_> {

@@ -227,6 +227,11 @@ impl Receiver {
                 self.volume.fallocate(ino, Fallocate::PunchHole, offset, bytes)?;
                 self.came_to(ino, offset + bytes)
             }
+            Record::Clone { offset, bytes, source, from } => {
+                let ino = self.current()?;
+                self.clone_range((source, from), (ino, offset), bytes)?;
+                self.came_to(ino, offset + bytes)
+            }
             Record::End { identity, elements } => {
                 self.finish_inode()?;
                 self.end = Some((identity, elements));
@@ -341,6 +346,22 @@ impl Receiver {
 
     fn reserve(&self, items: u64) -> Result<Reservation> {
         self.volume.reserve(0, items, Class::Normal)
+    }
+
+    /// Shares what a file has with another.
+    fn clone_range(&self, from: (Ino, u64), to: (Ino, u64), bytes: u64) -> Result<()> {
+        let what = "a clone of what is not there";
+        let mut done = 0;
+        while done < bytes {
+            let (at, left) = ((to.0, to.1 + done), bytes - done);
+            let copied = match self.volume.copy_range(from.0, from.1 + done, at.0, at.1, left) {
+                Err(Error::Posix(Errno::NoEnt | Errno::Inval | Errno::IsDir)) => 0,
+                other => other?,
+            };
+            self.holds(copied > 0, what)?;
+            done += copied;
+        }
+        Ok(())
     }
 
     /// Data of an inode is there up to an offset.

@@ -89,12 +89,13 @@ impl Host {
             created: Timestamp { secs: item(id).created, nanos: 0 },
             name: &name,
             tree: snapshot.view().tree,
+            tree_bytes: item(id).tree_bytes,
             content: &content,
             base: parent,
             is_followed: false,
             resumes,
         };
-        let mut sender = Sender::new(Source::of(&engine.store), &what);
+        let mut sender = Sender::new(&engine.store, &what);
         let codecs = &*self.test.platform.codecs;
         let (mut encoder, mut bytes) = (Encoder::default(), Vec::new());
         while let Some(record) = sender.next_record().unwrap() {
@@ -407,6 +408,9 @@ fn lie(records: &mut Vec<Record>, at: u16, how: u8, number: u16) {
         }
         (_, Record::Inode { ino: described, .. }) => *described = ino,
         (_, Record::Name { ino: named, .. }) => *named = ino,
+        (3, Record::Clone { source, .. }) => *source = ino,
+        (4, Record::Clone { from, .. }) => *from ^= u64::from(number) * 4096,
+        (_, Record::Clone { offset, .. }) => *offset ^= u64::from(number) * 4096,
         (_, Record::Data { offset, .. }) => *offset ^= u64::from(number) * 4096,
         (_, Record::Attribute { name, .. }) => *name = b"system.posix_acl_access".to_vec(),
         _ => {}
@@ -456,10 +460,71 @@ fn what_an_incremental_stream_costs_is_what_changed() {
     to.check();
 }
 
+/// Bytes of data in a stream, and bytes that it only names.
+fn sums(records: &[Record]) -> (u64, u64) {
+    records.iter().fold((0, 0), |(data, cloned), record| match record {
+        Record::Data { bytes, .. } => (data + bytes.len() as u64, cloned),
+        Record::Clone { bytes, .. } => (data, cloned + bytes),
+        _ => (data, cloned),
+    })
+}
+
+#[test]
+fn what_files_share_is_sent_once_and_stays_shared() {
+    for which in 0..2 {
+        let (from, to) = (Host::new(&options(which)), Host::new(&options(which + 1)));
+        let make = |name: &[u8]| from.fs.mknod(from.fs.root(), name, 0o100644, 0, &ROOT).unwrap();
+        let copy = |source, from_at, target, at, bytes| {
+            let copied = from.fs.copy_range(source, from_at, target, at, bytes).unwrap();
+            assert_eq!(copied, bytes);
+        };
+        const SIZE: u64 = 700_000;
+        // Not what compression makes nothing of.
+        let noise: Vec<u8> = (0..SIZE.div_ceil(8))
+            .flat_map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29).to_le_bytes())
+            .collect();
+        let a = make(b"a").ino;
+        from.fs.write(a, 0, &noise[..SIZE as usize], WriteFlags::default()).unwrap();
+        let b = make(b"b").ino;
+        copy(a, 0, b, 0, SIZE);
+        let first = from.snapshot("first");
+        let full = from.send(None, first);
+        let (data, cloned) = sums(&decode(&from, &full));
+        assert_eq!((data, cloned), (SIZE, SIZE), "all of it is sent once");
+        let base = to.receive(&new("in"), &full);
+        let used = || to.fs.engine().store.space.usage().data.used_bytes;
+        let once = used();
+        assert!(once < SIZE * 5 / 4, "{once} bytes are stored");
+        assert_eq!(to.identity(base), from.identity(first));
+
+        // Of what was there before, in another place, and of that.
+        let c = make(b"c").ino;
+        copy(a, 4096, c, 40_960, 400_000 / 4096 * 4096);
+        let d = make(b"d").ino;
+        copy(c, 40_960, d, 0, 80 * 4096);
+        from.fs.write(a, 0, &[7; 8192], WriteFlags::default()).unwrap();
+        let second = from.snapshot("second");
+        let more = from.send(Some(first), second);
+        let (data, cloned) = sums(&decode(&from, &more));
+        assert_eq!((data, cloned), (8192, 400_000 / 4096 * 4096 + 80 * 4096));
+        let into = to.fs.engine().with_versions(|v| v.get(base).unwrap().item.owner);
+        let there = to.receive(&Destination::Existing(into), &more);
+        assert!(used() < once + (200 << 10), "{} bytes are stored", used());
+        assert_eq!(to.identity(there), from.identity(second));
+        // A sender that goes on knows what came before.
+        let rest = from.send_from(None, second, Some(Mark { ino: b.0, offset: 0 }));
+        let (data, cloned) = sums(&decode(&from, &rest));
+        assert_eq!(data, 8192, "what was overwritten in one of two");
+        assert!(cloned > SIZE);
+        to.settle();
+        to.check();
+    }
+}
+
 fn begin_of(name: &[u8]) -> Begin {
     let created = Timestamp { secs: 1, nanos: 2 };
     let (base, resumes, name) = (None, None, name.to_vec());
-    Begin { compat: 0, id: [3; 16], created, base, resumes, name }
+    Begin { compat: 0, id: [3; 16], created, base, resumes, clones: true, name }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //!
 //! Everything here reads published trees: a state is a [`Tree`], which whoever holds a
 //! [`View`](crate::subvol::View) of it keeps from being reused. Nothing looks at what is not
-//! published yet, and nothing takes a lock.
+//! published yet, and nothing waits for a commit.
 //!
 //! ```text
 //! two trees --differences--> items --Comparison--> inodes, names, attributes, ranges of data
@@ -22,6 +22,7 @@
 //! | `content` | a subvolume's content as a set, and its hash: the identity |
 //! | `changes` | what changed, by path |
 //! | `record` | records of a stream: bytes to checked values and back |
+//! | `shared` | data that several files share, and where a receiver has it |
 //! | `send` | what differs as records that another pool can be brought up to date with |
 //! | `verify` | whether the records of a stream make sense, without writing anything |
 //!
@@ -37,6 +38,7 @@ pub mod content;
 mod read;
 pub mod record;
 pub mod send;
+mod shared;
 mod sum;
 pub mod verify;
 
@@ -45,6 +47,7 @@ pub(crate) mod tests;
 
 pub use changes::{Change, Changes};
 pub use content::{Content, Identity};
+pub use shared::PLACES_MAX;
 
 use crate::btree::NodeSource;
 use crate::pool::Pool;

@@ -39,6 +39,8 @@ pub const CHECKSUM_BYTES: usize = 32;
 pub const BODY_BYTES_MAX: usize = 192 << 10;
 /// Longest target of a symbolic link, in bytes: what Linux allows.
 pub const TARGET_BYTES_MAX: usize = 4095;
+/// Most bytes that one *clone* names.
+pub const CLONE_BYTES_MAX: u64 = 16 << 20;
 /// Records of kinds with this bit may be passed over by who does not know them.
 pub const PASS_OVER: u16 = 0x8000;
 
@@ -57,10 +59,13 @@ mod kind {
     pub const DATA: u16 = 9;
     pub const HOLE: u16 = 10;
     pub const END: u16 = 11;
+    pub const CLONE: u16 = 12;
 }
 
 /// Feature that a reader has to know: the stream begins at a later inode.
 const RESUMES: u64 = 1;
+/// Feature that a reader has to know: there may be records of kind *clone*.
+const CLONES: u64 = 2;
 /// Bit of [`Begin::compat`]: another stream follows this one. Where it does not, all are cut off.
 pub const FOLLOWED: u64 = 1;
 
@@ -77,6 +82,8 @@ pub struct Begin {
     pub base: Option<Base>,
     /// The stream goes on where another of the same snapshot broke off.
     pub resumes: Option<Mark>,
+    /// Data that several files share may be sent once.
+    pub clones: bool,
     /// Name of the snapshot.
     pub name: Vec<u8>,
 }
@@ -90,7 +97,7 @@ pub struct Base {
     pub identity: Identity,
 }
 
-/// One record. Those from `Name` to `Hole` are about the inode of the last `Inode`.
+/// One record. Those from `Name` to `Clone` are about the inode of the last `Inode`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// The first.
@@ -155,6 +162,17 @@ pub enum Record {
         offset: u64,
         /// How long: whole sectors, or up to the end of the file.
         bytes: u64,
+    },
+    /// A range of this file holds what a range of another, or of this one, holds.
+    Clone {
+        /// Where; a multiple of the sector size.
+        offset: u64,
+        /// How long: whole sectors, or up to the end of both files.
+        bytes: u64,
+        /// The file that has it already.
+        source: Ino,
+        /// Where that has it; a multiple of the sector size.
+        from: u64,
     },
     /// The last.
     End {
@@ -264,6 +282,12 @@ impl Record {
                 out.extend_from_slice(&bytes.to_le_bytes());
                 kind::HOLE
             }
+            Record::Clone { offset, bytes, source, from } => {
+                for number in [*offset, *bytes, source.0, *from] {
+                    out.extend_from_slice(&number.to_le_bytes());
+                }
+                kind::CLONE
+            }
             Record::End { identity, elements } => {
                 out.extend_from_slice(&identity.0);
                 out.extend_from_slice(&elements.to_le_bytes());
@@ -318,6 +342,14 @@ impl Record {
                 let (offset, bytes) = (body.u64()?, body.u64()?);
                 check_range(offset, bytes)?;
                 Record::Hole { offset, bytes }
+            }
+            kind::CLONE => {
+                let (offset, bytes) = (body.u64()?, body.u64()?);
+                let (source, from) = (body.ino()?, body.u64()?);
+                check_range(offset, bytes)?;
+                check_range(from, bytes)?;
+                rule(bytes <= CLONE_BYTES_MAX, "clone too long")?;
+                Record::Clone { offset, bytes, source, from }
             }
             kind::END => {
                 let identity = Identity(body.take()?);
@@ -375,7 +407,8 @@ fn encode_begin(begin: &Begin, out: &mut Vec<u8>) {
     out.extend_from_slice(&MAGIC);
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.extend_from_slice(&u32::from(begin.base.is_some()).to_le_bytes());
-    let features = if begin.resumes.is_some() { RESUMES } else { 0 };
+    let resumes = if begin.resumes.is_some() { RESUMES } else { 0 };
+    let features = resumes | if begin.clones { CLONES } else { 0 };
     out.extend_from_slice(&features.to_le_bytes());
     out.extend_from_slice(&begin.compat.to_le_bytes());
     out.extend_from_slice(&begin.id);
@@ -398,7 +431,7 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
     rule(has_base <= 1, "unknown kind of stream")?;
     let what = "the stream uses features that this build does not know; use a newer cairn";
     let features = body.u64()?;
-    rule(features & !RESUMES == 0, what)?;
+    rule(features & !(RESUMES | CLONES) == 0, what)?;
     let compat = body.u64()?;
     let (id, created) = (body.take()?, body.time()?);
     rule(body.u32()? == 0, "reserved field of a stream is not zero")?;
@@ -414,7 +447,8 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
     rule(!name.contains(&b'/'), "snapshot name not allowed")?;
     check_name(name)?;
     let base = (has_base == 1).then_some(base);
-    Ok(Box::new(Begin { compat, id, created, base, resumes, name: name.to_vec() }))
+    let (clones, name) = (features & CLONES != 0, name.to_vec());
+    Ok(Box::new(Begin { compat, id, created, base, resumes, clones, name }))
 }
 
 /// Where in a stream one is: what the next record follows.

@@ -10,8 +10,8 @@
 //! can go.
 //!
 //! Data is read where it may differ, a part within one record of content at a time; sectors of
-//! zeros travel as holes, and in a file that is new not at all. What comes is looked at a bit
-//! ahead, so that the data of many files is read together.
+//! zeros travel as holes, and in a file that is new not at all. Data that files share travels once
+//! (`shared`). What comes is looked at a bit ahead, so that the data of many files is read together.
 
 #[cfg(test)]
 mod tests;
@@ -19,7 +19,10 @@ mod tests;
 use super::compare::{Comparison, Event};
 use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
 use super::read::{Batch, File};
-use super::record::{Base, Begin, Mark, Record, FOLLOWED, TARGET_BYTES_MAX};
+use super::record::{
+    Base, Begin, Mark, Record, CLONE_BYTES_MAX, FOLLOWED, TARGET_BYTES_MAX,
+};
+use super::shared::{Next, Place, Shared};
 use super::Source;
 use crate::btree::{Tree, Value};
 use crate::buf::Buf;
@@ -28,6 +31,7 @@ use crate::format::dir::Entry;
 use crate::format::inode::InodeItem;
 use crate::format::key::{kind, Key};
 use crate::platform::{Result, Timestamp};
+use crate::subvol::store::Store;
 use crate::units::{align_down, Ino, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
@@ -43,6 +47,8 @@ pub struct Shipment<'a> {
     pub name: &'a [u8],
     /// Its tree.
     pub tree: Tree,
+    /// Bytes of the nodes of that; zero if they are not counted.
+    pub tree_bytes: u64,
     /// Its content.
     pub content: &'a Content,
     /// The state that the receiver has.
@@ -82,6 +88,8 @@ enum Step {
     Data { at: u64, bytes: usize },
     /// A range of the file that reads as zeros.
     Zeros { start: u64, end: u64 },
+    /// What is in a place, from here on.
+    Clone { at: u64, place: Place },
     /// The end of a range that may differ.
     RangeEnd,
 }
@@ -94,8 +102,10 @@ const ITEMS_MAX: usize = 128;
 /// Makes the records of a stream. After an error it must not be used.
 pub struct Sender<'a> {
     source: Source<'a>,
+    store: &'a Store,
     old: Tree,
     new: Tree,
+    tree_bytes: u64,
     stage: Stage,
     begin: Option<Box<Begin>>,
     end: (Identity, u64),
@@ -111,6 +121,7 @@ pub struct Sender<'a> {
     range: Option<(u64, u64)>,
     /// What comes next.
     steps: VecDeque<Step>,
+    shared: Shared,
     /// The data of steps.
     parts: IntoIter<Buf>,
     /// Whether the file of the step held nothing before.
@@ -122,18 +133,22 @@ pub struct Sender<'a> {
 
 impl<'a> Sender<'a> {
     /// Sends a state. Whoever calls keeps both trees from being reused.
-    pub fn new(source: Source<'a>, what: &Shipment<'_>) -> Sender<'a> {
+    pub fn new(store: &'a Store, what: &Shipment<'_>) -> Sender<'a> {
         let base = what.base.map(|parent| Base { id: parent.id, identity: parent.identity });
         let old = what.base.map_or(Tree::empty(what.tree.id), |parent| parent.tree);
         let compat = if what.is_followed { FOLLOWED } else { 0 };
         let resumes = what.resumes;
         let (id, created, name) = (what.id, what.created, what.name.to_vec());
+        // Only then can there be any; who does not know them may read the rest.
+        let clones = store.refs_view().tree.root.is_some();
         Sender {
-            source,
+            source: Source::of(store),
+            store,
             old,
             new: what.tree,
+            tree_bytes: what.tree_bytes,
             stage: Stage::Begin,
-            begin: Some(Box::new(Begin { compat, id, created, base, resumes, name })),
+            begin: Some(Box::new(Begin { compat, id, created, base, resumes, clones, name })),
             end: (what.content.identity(), what.content.elements()),
             first: resumes.unwrap_or_default(),
             comparison: Comparison::new(&old, &what.tree),
@@ -142,6 +157,7 @@ impl<'a> Sender<'a> {
             size: 0,
             range: None,
             steps: VecDeque::new(),
+            shared: Shared::default(),
             parts: Vec::new().into_iter(),
             is_fresh: false,
             hole: None,
@@ -166,6 +182,9 @@ impl<'a> Sender<'a> {
                 Stage::Begin => {
                     let begin = self.begin.take();
                     let has_base = begin.as_ref().is_some_and(|begin| begin.base.is_some());
+                    if begin.as_ref().is_some_and(|begin| begin.clones) {
+                        self.look_for_shared(has_base)?;
+                    }
                     self.stage = match has_base && self.first.ino == 0 {
                         true => Stage::Went,
                         false => self.came_from(Ino(self.first.ino)),
@@ -189,6 +208,18 @@ impl<'a> Sender<'a> {
                 }
                 Stage::Done => return Ok(None),
             }
+        }
+    }
+
+    /// Finds where the receiver has data that is shared before anything comes.
+    fn look_for_shared(&mut self, has_base: bool) -> Result<()> {
+        let trees = (&self.old, &self.new);
+        if has_base {
+            self.shared.look_at_kept(self.store, trees, self.tree_bytes)?;
+        }
+        match self.first.ino {
+            0 => Ok(()),
+            _ => self.shared.look_at_sent(self.store, trees, self.first),
         }
     }
 
@@ -272,17 +303,41 @@ impl<'a> Sender<'a> {
         if found > at {
             self.steps.push_back(Step::Zeros { start: at, end: found });
         }
-        let stop = end.min((found / RECORD_BYTES + 1) * RECORD_BYTES);
+        let mut stop = end.min((found / RECORD_BYTES + 1) * RECORD_BYTES);
         if found < stop {
-            let bytes = (stop - found) as usize;
-            batch.add(&file, found, bytes)?;
-            self.steps.push_back(Step::Data { at: found, bytes });
+            match self.shared.next(self.store, &file, found, stop)? {
+                Next::Clone(place) => {
+                    stop = found + place.bytes;
+                    self.clone_of(found, place);
+                }
+                Next::Data(to) => {
+                    stop = to;
+                    let bytes = (to - found) as usize;
+                    batch.add(&file, found, bytes)?;
+                    self.steps.push_back(Step::Data { at: found, bytes });
+                }
+            }
         }
         self.range = Some((stop, end)).filter(|_| stop < end);
         if self.range.is_none() {
             self.steps.push_back(Step::RangeEnd);
         }
         Ok(())
+    }
+
+    /// What is in a place comes next, maybe as more of what came last.
+    fn clone_of(&mut self, at: u64, place: Place) {
+        if let Some(Step::Clone { at: start, place: last }) = self.steps.back_mut() {
+            let follows = last.ino == place.ino
+                && last.at + last.bytes == place.at
+                && *start + last.bytes == at
+                && last.bytes + place.bytes <= CLONE_BYTES_MAX;
+            if follows {
+                last.bytes += place.bytes;
+                return;
+            }
+        }
+        self.steps.push_back(Step::Clone { at, place });
     }
 
     fn carry_out(&mut self, step: Step) -> Result<()> {
@@ -295,6 +350,10 @@ impl<'a> Sender<'a> {
                 self.pieces(at, &part[..bytes])?;
             }
             Step::Zeros { start, end } => self.zeros(start, end),
+            Step::Clone { at: offset, place: Place { ino: source, at: from, bytes } } => {
+                self.finish_hole();
+                self.ready.push_back(Record::Clone { offset, bytes, source, from });
+            }
             Step::RangeEnd => self.finish_hole(),
         }
         Ok(())

@@ -134,6 +134,9 @@ pub(crate) fn pattern(len: usize, seed: u32) -> Vec<u8> {
     (0..len).map(|i| (i as u32 / 97).wrapping_mul(seed | 1).to_le_bytes()[1]).collect()
 }
 
+/// The step that shares a range of a file with another.
+pub(crate) const COPY: u8 = 13;
+
 /// Does a step; what cannot be done is not done.
 pub(crate) fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) {
     let seen = look(fs);
@@ -186,7 +189,7 @@ pub(crate) fn act(fs: &Volume, held: &mut BTreeSet<u64>, (what, a, b, n): Step) 
                 [Fallocate::PunchHole, Fallocate::Allocate { keep_size: true }][a as usize % 2];
             fs.fallocate(pick(&files, n as u8), op, at, len).unwrap();
         }
-        13 => {
+        COPY => {
             let (from, to) = (pick(&files, a), pick(&files, b));
             let at = u64::from(n % 64) * 4096;
             let _ = fs.copy_range(from, 0, to, at, u64::from(n % 300_000));

@@ -2,7 +2,8 @@
 //!
 //! A full stream says all of a snapshot's content, so its identity is computed anew and compared
 //! with the one the stream ends with. Of an incremental one only order and bounds can be known:
-//! what it says is relative to a base that is not here.
+//! what it says is relative to a base that is not here. So it is with one that has clones: what
+//! they name went by and was not kept.
 //!
 //! Memory: one record of content, whatever the stream says.
 
@@ -33,6 +34,8 @@ pub struct Summary {
     pub data_bytes: u64,
     /// Bytes that became holes.
     pub hole_bytes: u64,
+    /// Bytes that other files of the stream or its base have.
+    pub cloned_bytes: u64,
 }
 
 /// The inode that records are about.
@@ -56,6 +59,8 @@ pub struct Verifier {
     has_ended: bool,
     /// Whether the content is computed.
     is_summed: bool,
+    /// Some data was only named.
+    has_clones: bool,
 }
 
 impl Default for Verifier {
@@ -69,6 +74,7 @@ impl Default for Verifier {
             summary: Summary::default(),
             has_ended: false,
             is_summed: true,
+            has_clones: false,
         }
     }
 }
@@ -115,6 +121,10 @@ impl Verifier {
                 // Holes cost a stream nothing, so it may have any number of the largest.
                 self.summary.hole_bytes = self.summary.hole_bytes.saturating_add(*bytes);
             }
+            Record::Clone { bytes, .. } => {
+                self.has_clones = true;
+                self.summary.cloned_bytes = self.summary.cloned_bytes.saturating_add(*bytes);
+            }
             Record::End { identity, elements } => {
                 self.flush(codecs);
                 self.has_ended = true;
@@ -147,9 +157,10 @@ impl Verifier {
         self.begin.as_ref().is_some_and(|begin| begin.base.is_none())
     }
 
-    /// Whether it says all of a snapshot.
+    /// Whether it says all of a snapshot, as far as is known.
     fn is_whole(&self) -> bool {
-        self.is_full() && self.begin.as_ref().is_some_and(|begin| begin.resumes.is_none())
+        let resumes = self.begin.as_ref().is_some_and(|begin| begin.resumes.is_some());
+        self.is_full() && !resumes && !self.has_clones
     }
 
     /// Where it begins.
@@ -180,6 +191,7 @@ impl Verifier {
             Record::Unattribute { .. } => rule(!is_full, "something goes in a full stream")?,
             _ => {}
         }
+        let clones = self.begin.as_ref().is_some_and(|begin| begin.clones);
         let current = self.current.as_mut().ok_or(BadBytes("a record without an inode"))?;
         match record {
             Record::Name { .. } => rule(current.fields.is_dir(), "a name outside of a directory"),
@@ -192,6 +204,14 @@ impl Verifier {
             }
             Record::Data { offset, bytes } => current.range(*offset, bytes.len() as u64),
             Record::Hole { offset, bytes } => current.range(*offset, *bytes),
+            Record::Clone { offset, bytes, source, from } => {
+                rule(clones, "a clone in a stream that says it has none")?;
+                let is_apart = *source != current.ino
+                    || from.saturating_add(*bytes) <= *offset
+                    || offset.saturating_add(*bytes) <= *from;
+                rule(is_apart, "a clone of itself")?;
+                current.range(*offset, *bytes)
+            }
             _ => Ok(()),
         }
     }

@@ -72,6 +72,7 @@ pub struct Store {
     /// Bytes of a tree node.
     pub node_bytes: usize,
     space_view: RwLock<Arc<View>>,
+    refs_view: RwLock<Arc<View>>,
     debts: [Mutex<GroupDebts>; SLOTS],
     /// Reservations of the operations of each group, one for each class.
     reserved: [Mutex<Vec<Reservation>>; SLOTS],
@@ -110,6 +111,8 @@ pub struct StoreParts {
     pub node_bytes: usize,
     /// Published root of the space tree.
     pub space_tree: Tree,
+    /// Published root of the tree of references.
+    pub refs_tree: Tree,
     /// Bytes of nodes and inodes to keep in memory.
     pub cache_bytes: usize,
     /// Bytes of changes to hold in memory at most.
@@ -138,6 +141,10 @@ impl Store {
                 Rank::Leaf,
                 Arc::new(View { txg: parts.published, tree: parts.space_tree }),
             ),
+            refs_view: RwLock::ranked(
+                Rank::Leaf,
+                Arc::new(View { txg: parts.published, tree: parts.refs_tree }),
+            ),
             debts: core::array::from_fn(|_| Mutex::ranked(Rank::Short, GroupDebts::default())),
             reserved: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
             spare: core::array::from_fn(|_| Mutex::ranked(Rank::Short, Vec::new())),
@@ -160,6 +167,16 @@ impl Store {
     /// Group `txg` is published with this space tree. Returns the view before.
     pub fn swap_space_view(&self, txg: Txg, tree: Tree) -> Arc<View> {
         core::mem::replace(&mut *self.space_view.write(), Arc::new(View { txg, tree }))
+    }
+
+    /// The published tree of references.
+    pub fn refs_view(&self) -> Arc<View> {
+        self.refs_view.read().clone()
+    }
+
+    /// Group `txg` is published with this tree of references. Returns the view before.
+    pub fn swap_refs_view(&self, txg: Txg, tree: Tree) -> Arc<View> {
+        core::mem::replace(&mut *self.refs_view.write(), Arc::new(View { txg, tree }))
     }
 
     /// How new data is stored, unless the subvolume or file says otherwise.

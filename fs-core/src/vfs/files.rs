@@ -302,7 +302,7 @@ impl Volume {
         drop(state);
         let pressed = self.engine.store.dirty.over_soft();
         if came >= if pressed { EARLY_BYTES_PRESSED } else { EARLY_BYTES } {
-            self.write_early(&inode);
+            self.write_early(&inode, true);
         }
         Ok(at)
     }
@@ -372,15 +372,15 @@ impl Volume {
         Ok(())
     }
 
-    /// Writes whole windows of a file that has gathered much.
-    fn write_early(&self, inode: &Arc<Inode>) {
+    /// Writes what a file has in memory, or of a file that has gathered much whole windows.
+    fn write_early(&self, inode: &Arc<Inode>, whole_windows_only: bool) {
         let Some(_only_one) = inode.flushing.try_lock() else { return };
         let (txg, tasks) = {
             let state = inode.state.read();
             if state.txg.0 == 0 {
                 return;
             }
-            (state.txg, data::tasks(&self.subvol, inode, &state, state.txg, true))
+            (state.txg, data::tasks(&self.subvol, inode, &state, state.txg, whole_windows_only))
         };
         // Bytes that could not be written stay in memory. Without room the commit may yet find
         // some; after an error of a device nothing more is published.
@@ -744,8 +744,11 @@ impl Volume {
             let view = self.subvol.view();
             self.subvol.layout(&view.tree, ino, state, at, stop).map(|all| Pieces::of(&all))
         };
-        // Bytes that have no extent to share yet are written twice.
         let shared = |state: &State| layout(from.ino, state, source);
+        if shared(&from.state.read())?.unwritten > 0 {
+            // Bytes that have no extent to share yet would be written twice.
+            self.write_early(from, false);
+        }
         let replaced = |state: &State| layout(to.ino, state, target).map(|pieces| pieces.extents);
         self.within_limits(sector_round(len))?;
         let (reservation, mut locked) = loop {
