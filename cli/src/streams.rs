@@ -34,6 +34,7 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
     let from = arguments.from.as_deref().map(|from| earlier(&place, &snapshot, from, arguments));
     let token = arguments.token.clone();
     let what = Sending { snapshot, from: from.transpose()?, replicate: arguments.replicate, token };
+    let snapshot = what.snapshot.snapshot.clone();
     let output = arguments.output.as_deref().filter(|path| *path != Path::new("-"));
     let mut unfinished = None;
     let mut out: Box<dyn Write> = match output {
@@ -66,7 +67,12 @@ pub(crate) fn send(arguments: &Send) -> Result<Done, Failure> {
         }
     };
     bar.finish_and_clear();
-    sent?;
+    let sent = sent?;
+    for name in &sent.left_out {
+        let name = output::printable(name);
+        let snapshot = output::printable(snapshot.as_deref().unwrap_or_default());
+        eprintln!("cairn: {name} has no snapshot {snapshot}: it is not sent");
+    }
     unfinished.map_or(Ok(()), Unfinished::keep)?;
     Ok(Done::Whole)
 }
@@ -268,7 +274,7 @@ pub(crate) fn receive(arguments: &Receive) -> Result<Done, Failure> {
     let (place, name) = versions::find(&at)?;
     let to = versions::whole(name)?;
     let received = match &place {
-        Place::Mounted(mount) => receive_mounted(mount, to.clone(), &mut input),
+        Place::Mounted(mount) => receive_mounted(mount, to, &mut input),
         Place::Devices(paths) => {
             let engine = versions::open(paths, false)?;
             let base = TreeId::FIRST_SUBVOL.0;
@@ -280,7 +286,7 @@ pub(crate) fn receive(arguments: &Receive) -> Result<Done, Failure> {
         }
     };
     bar.finish_and_clear();
-    told(&to, &received?, arguments.json)
+    told(&received?, arguments.json)
 }
 
 fn receive_mounted(
@@ -304,11 +310,11 @@ fn receive_mounted(
     }
 }
 
-fn told(to: &VersionName, received: &Received, is_json: bool) -> Result<Done, Failure> {
+fn told(received: &Received, is_json: bool) -> Result<Done, Failure> {
     if is_json {
         output::json(&serde_json::json!({
             "snapshots": received.snapshots.iter().map(|(name, identity)| {
-                serde_json::json!({ "name": format!("{to}@{name}"), "identity": identity })
+                serde_json::json!({ "name": name, "identity": identity })
             }).collect::<Vec<_>>(),
             "earlier": received.earlier,
             "stays": received.stays,
@@ -318,18 +324,17 @@ fn told(to: &VersionName, received: &Received, is_json: bool) -> Result<Done, Fa
             say!("({} snapshots before these)", received.earlier);
         }
         for (name, identity) in &received.snapshots {
-            let name = VersionName { snapshot: Some(name.clone()), ..to.clone() };
-            say!("{identity}  {}", output::printable(&name.to_string()));
+            say!("{identity}  {}", output::printable(name));
         }
     }
-    if received.stays {
+    for to in &received.stays {
+        let to = output::printable(to);
         eprintln!(
             "cairn: {to} is in use, or was changed since its newest snapshot: it stays as it is, \
              and what was received is in its snapshots"
         );
-        return Ok(Done::Attention);
     }
-    Ok(Done::Whole)
+    Ok(if received.stays.is_empty() { Done::Whole } else { Done::Attention })
 }
 
 pub(crate) fn stream(command: &Stream) -> Result<Done, Failure> {
@@ -352,6 +357,9 @@ pub(crate) fn stream(command: &Stream) -> Result<Done, Failure> {
 fn show(stream: &StreamInfo) {
     let row = |what: &str, value: &str| say!("{what:<14} {value}");
     row("snapshot", &name_of(stream));
+    for (name, value) in stream.properties.iter().flatten() {
+        row("property", &output::printable(&format!("{name}={value}")));
+    }
     row("id", &stream.id);
     row("made", &format!("{} UTC", versions::utc(stream.created)));
     match (&stream.base, &stream.base_identity) {
@@ -379,7 +387,10 @@ fn show(stream: &StreamInfo) {
 }
 
 fn name_of(stream: &StreamInfo) -> String {
-    output::printable(&stream.snapshot)
+    match stream.below.as_str() {
+        "" => output::printable(&stream.snapshot),
+        below => output::printable(&format!("{below}@{}", stream.snapshot)),
+    }
 }
 
 fn input(path: Option<&Path>) -> Result<Box<dyn Read>, Failure> {

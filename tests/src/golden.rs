@@ -8,7 +8,7 @@ use crate::device::{refs, Image, RamDevice};
 use crate::fault::{built, cut_off, script, Script};
 use crate::gen::{Op, Options};
 use crate::platform::{Spawn, TestPlatform};
-use crate::subject::Pool;
+use crate::subject::{Pool, Subject};
 use crate::tree::{show, File, Tree};
 use crate::versions::{Plan, World, ROOT_SUBVOLUME};
 use fs_core::engine::versions::VersionOp;
@@ -16,9 +16,11 @@ use fs_core::engine::{Engine, OpenOptions};
 use fs_core::format::chunk::Profile;
 use fs_core::format::inode::mode;
 use fs_core::format::ptr::{ChecksumKind, CompressionKind};
-use fs_core::receive::{Destination, Receiver};
-use fs_core::stream::record::{Decoder, Record};
-use fs_core::vfs::{AccessTime, Caller, Volume};
+use fs_core::platform::Timestamp;
+use fs_core::receive::{content_of, Destination, Receiver};
+use fs_core::stream::record::{Decoder, Encoder, Record};
+use fs_core::stream::send::{Sender, Shipment};
+use fs_core::vfs::{AccessTime, Caller, Filesystem, Volume, WriteFlags};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -185,6 +187,54 @@ fn receive(engine: &Arc<Engine>, to: &Destination, mut bytes: &[u8]) -> Result<(
     engine.change_versions(vec![publish]).map(drop).map_err(|e| e.to_string())
 }
 
+/// A stream of files that share data, of a subvolume below, with properties.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn clones_stream() -> Result<Vec<u8>, String> {
+    let (pool, ram) = (plain(), RamDevice::new("ram", 24 << 20));
+    let core = TestPlatform::new(11, Spawn::AtOnce).platform();
+    let said = |error: fs_core::error::Error| error.to_string();
+    let devices = || refs(std::slice::from_ref(&ram));
+    pool.format(&devices(), &core).map_err(said)?;
+    let options = OpenOptions::default();
+    let volume = Volume::open(devices(), core.clone(), &options, AccessTime::Never).map_err(said)?;
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let make = |name: &[u8]| volume.mknod(volume.root(), name, 0o100644, 0, &caller);
+    let (one, two) = (make(b"one").map_err(said)?.ino, make(b"two").map_err(said)?.ino);
+    let data: Vec<u8> = (0..20_000u32).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    volume.write(one, 0, &data[..20_000], WriteFlags::default()).map_err(said)?;
+    volume.copy_range(one, 4096, two, 8192, 12_288).map_err(said)?;
+    let (engine, subvolume) = (volume.engine(), volume.version());
+    let op = VersionOp::Snapshot { subvolume, name: b"shared".to_vec() };
+    let id = engine.change_versions(vec![op]).map_err(said)?[0];
+    let (snapshot, content) = (
+        engine.open_version(id).map_err(said)?,
+        content_of(engine, id, &mut |_| Ok(())).map_err(said)?,
+    );
+    let properties = [("compression", "zstd:3"), ("team:owner", "alice")];
+    let properties = properties.map(|(name, value)| (name.to_string(), value.to_string()));
+    let shipment = Shipment {
+        id: snapshot.item().id,
+        created: Timestamp { secs: snapshot.item().created, nanos: 0 },
+        name: b"shared",
+        below: b"home/alice",
+        properties: Some(&properties),
+        tree: snapshot.view().tree,
+        tree_bytes: 0,
+        content: &content,
+        base: None,
+        is_followed: false,
+        resumes: None,
+    };
+    let (mut sender, mut encoder) = (Sender::new(&engine.store, &shipment), Encoder::default());
+    let mut bytes = Vec::new();
+    while let Some(record) = sender.next_record().map_err(said)? {
+        bytes.extend(encoder.put(&*core.codecs, &record));
+    }
+    Ok(bytes)
+}
+
 /// A story of that many steps on a small pool.
 fn story(seed: u64, steps: usize) -> Plan {
     Plan {
@@ -198,6 +248,11 @@ fn story(seed: u64, steps: usize) -> Plan {
         trims: false,
         clears: false,
     }
+}
+
+/// Where golden streams are kept.
+pub fn streams() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../images/streams")
 }
 
 /// Where golden images are kept.

@@ -6,6 +6,8 @@
 //! leave, each snapshot shows exactly what it was taken of, each subvolume what its model says, and
 //! the checker, which recomputes dead lists, references and space, finds nothing.
 
+mod replicate;
+
 use crate::crash::{CrashState, Crashes, Sampling};
 use crate::device::{refs, Image, RamDevice, Recording};
 use crate::gen::{Generator, Op, Options};
@@ -101,10 +103,11 @@ pub struct World {
     trees: BTreeMap<u64, Arc<Tree>>,
     labels: BTreeMap<u64, Label>,
     bookmarks: BTreeMap<u64, (u64, Vec<u8>)>,
+    received: Vec<replicate::Received>,
     default: u64,
     generator: Generator,
     rng: Rng,
-    /// For properties: the rest of a story is as it would be without.
+    /// For properties and streams: the rest of a story is as it would be without.
     extra: Rng,
     names: u64,
     moments: Vec<Moment>,
@@ -151,6 +154,7 @@ impl World {
             trees: BTreeMap::new(),
             labels: BTreeMap::from([(ROOT_SUBVOLUME, Label::default())]),
             bookmarks: BTreeMap::new(),
+            received: Vec::new(),
             default: ROOT_SUBVOLUME,
             names: 0,
             moments: Vec::new(),
@@ -243,12 +247,19 @@ impl World {
         (!list.is_empty()).then(|| *self.rng.pick(list))
     }
 
-    /// Now and then, a property.
+    /// Now and then, a property, and a snapshot that is sent and received.
     fn set_some(&mut self) -> Result<(), String> {
         let heads: Vec<u64> = self.heads.keys().copied().collect();
         let head = *self.extra.pick(&heads);
-        match self.extra.chance(1, 8) {
-            true => self.set_property(head),
+        if self.extra.chance(1, 8) {
+            self.set_property(head)?;
+        }
+        let snapshots: Vec<u64> = self.snapshots.keys().copied().collect();
+        match !snapshots.is_empty() && self.extra.chance(1, 6) {
+            true => {
+                let snapshot = *self.extra.pick(&snapshots);
+                self.replicate(snapshot)
+            }
             false => Ok(()),
         }
     }
@@ -779,6 +790,7 @@ impl World {
             }
             outcome.map_err(|what| format!("subvolume {id}: {what}"))?;
         }
+        World::discard_partial(&engine)?;
         engine.destroy_all().map_err(show)?;
         engine.close().map_err(show)?;
         self.check(&devices, "after replay")

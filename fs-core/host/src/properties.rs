@@ -159,6 +159,33 @@ pub(crate) fn plan(
     Ok(ops)
 }
 
+/// Names and values of what was chosen for a version itself, but for limits: what a stream tells.
+pub(crate) fn chosen(versions: &Versions, id: u64) -> Vec<(String, String)> {
+    let Some(version) = versions.get(id) else { return Vec::new() };
+    let settings = version.item.settings();
+    let read_only = named(settings.read_only, &READONLY).filter(|_| !version.item.is_snapshot());
+    let all = [
+        ("compression", compression(settings)),
+        ("checksum", checksum(settings)),
+        ("atime", named(settings.access_time, &ATIME)),
+        ("readonly", read_only),
+    ];
+    let all = all.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
+    let user = version.user.iter().map(|(name, value)| (text(name), text(value)));
+    all.chain(user).collect()
+}
+
+/// The choice that a stream tells; none if this version does not know of it, or it is no choice.
+///
+/// # Errors
+/// One sentence, when it is known and cannot have that value.
+pub(crate) fn told(name: &str, value: &str) -> Result<Option<PropertyChange>, String> {
+    match is_settable(name) && !name.ends_with("-limit") {
+        true => change(name, Some(value)).map(Some),
+        false => Ok(None),
+    }
+}
+
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

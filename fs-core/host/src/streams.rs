@@ -6,14 +6,15 @@
 //! from the one before.
 
 use crate::parse::format_uuid;
+use crate::properties;
 use crate::versions::{self, VersionName};
-use fs_core::engine::versions::VersionOp;
+use fs_core::engine::versions::{PropertyChange, VersionOp};
 use fs_core::engine::Engine;
 use fs_core::error::{Errno, Error};
 use fs_core::format::pool::SubvolItem;
 use fs_core::platform::{Codecs, Timestamp};
 use fs_core::receive::{content_after, content_of, is_untouched, Destination, Receiver};
-use fs_core::stream::record::{Begin, Decoder, Encoder, Mark, Record, FOLLOWED};
+use fs_core::stream::record::{Begin, Decoder, Encoder, Mark, Record, FOLLOWED, PROPERTIES};
 use fs_core::stream::send::{Parent, Sender, Shipment};
 use fs_core::stream::verify::Verifier;
 use fs_core::stream::{Content, Identity};
@@ -21,6 +22,7 @@ use fs_core::subvol::versions::Versions;
 use fs_core::subvol::Subvol;
 use fs_core::units::{TreeId, Txg};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::io::{self, BufWriter, ErrorKind, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +37,8 @@ pub struct Sending {
     pub snapshot: VersionName,
     /// The snapshot that the receiver has.
     pub from: Option<VersionName>,
-    /// Send all snapshots of the subvolume in between as well, or all that are older.
+    /// Send all snapshots of the subvolume in between as well, or all that are older; so of all
+    /// subvolumes below that have a snapshot of that name; and the properties of all.
     pub replicate: bool,
     /// Go on with what a receiver has a part of, instead of all that.
     pub token: Option<String>,
@@ -141,6 +144,8 @@ pub struct Sent {
     pub snapshots: u64,
     /// Bytes of the stream.
     pub bytes: u64,
+    /// Subvolumes below that were not sent: they have no snapshot of that name.
+    pub left_out: Vec<String>,
 }
 
 /// What was received.
@@ -150,8 +155,9 @@ pub struct Received {
     pub snapshots: Vec<(String, String)>,
     /// How many came before those.
     pub earlier: u64,
-    /// The subvolume is in use, or was changed since its newest snapshot, and so stays as it is.
-    pub stays: bool,
+    /// Subvolumes that are in use, or were changed since their newest snapshot, and so stay as they
+    /// are.
+    pub stays: Vec<String>,
 }
 
 /// What one stream holds.
@@ -163,6 +169,10 @@ pub struct StreamInfo {
     pub id: String,
     /// When it was made, seconds since 1970.
     pub created: i64,
+    /// The subvolume, from the one that the first stream is of; empty for that.
+    pub below: String,
+    /// Names and values of properties that come with it, if they do.
+    pub properties: Option<Vec<(String, String)>>,
     /// Id of the snapshot that the stream goes on from.
     pub base: Option<String>,
     /// Identity of the content of that.
@@ -259,6 +269,10 @@ impl Counted<'_> {
     }
 }
 
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
 fn written(error: io::Error) -> String {
     format!("the stream could not be written: {error}")
 }
@@ -308,67 +322,164 @@ pub fn send(
     let shown = engine.with_versions(|all| versions::name_of(all, last));
     let shown = shown.unwrap_or_else(|| what.snapshot.clone());
     let said = |error: Error| versions::said(&error, &shown);
-    let mut old = from.map(|id| Known::open(engine, id, None)).transpose().map_err(said)?;
     let mut out = Counted { out: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0 };
     let mut sent = Sent::default();
-    for id in steps(engine, (from, last), what)? {
-        let is_followed = id != last;
-        let new = Known::open(engine, id, old.as_ref()).map_err(said)?;
-        if old.as_ref().is_some_and(|old| old.subvol.view().tree.id != new.subvol.view().tree.id) {
-            let from = what.from.as_ref().map_or(String::new(), ToString::to_string);
-            return Err(format!("{from} and {shown} do not go back to one subvolume"));
+    let (legs, left_out) = legs(engine, (from, last), what)?;
+    sent.left_out = left_out;
+    let count: usize = legs.iter().map(|leg| leg.ids.len()).sum();
+    for leg in &legs {
+        let mut old = leg.from.map(|id| Known::open(engine, id, None)).transpose().map_err(said)?;
+        for id in &leg.ids {
+            let new = Known::open(engine, *id, old.as_ref()).map_err(said)?;
+            let tree = |known: &Known| known.subvol.view().tree.id;
+            if let Some(old) = old.as_ref().filter(|old| tree(old) != tree(&new)) {
+                let name = |known: &Known| {
+                    engine.with_versions(|all| versions::name_of(all, known.id)).unwrap_or_default()
+                };
+                let (from, to) = (name(old), name(&new));
+                return Err(format!("{from} and {to} do not go back to one subvolume"));
+            }
+            sent.snapshots += 1;
+            let is_followed = (sent.snapshots as usize) < count;
+            let tells = what.replicate && what.token.is_none();
+            let how = How { is_followed, resumes, below: &leg.below, tells };
+            send_one(engine, old.as_ref(), (&new, how), &mut out, &said)?;
+            old = Some(new);
         }
-        let how = How { is_followed, resumes };
-        send_one(engine, old.as_ref(), (&new, how), &mut out, &said)?;
-        sent.snapshots += 1;
-        old = Some(new);
     }
     out.out.flush().map_err(written)?;
     sent.bytes = out.bytes;
     Ok(sent)
 }
 
-/// The snapshots to send, the oldest first.
-fn steps(
+/// Snapshots of one subvolume.
+struct Leg {
+    /// The subvolume, from the one that was named; empty for that.
+    below: String,
+    /// What the first goes on from.
+    from: Option<u64>,
+    /// The snapshots, the oldest first.
+    ids: Vec<u64>,
+}
+
+/// The snapshots to send: those of a subvolume before those of what is in it. And the subvolumes
+/// that have none to send.
+fn legs(
     engine: &Engine,
     (from, last): (Option<u64>, u64),
     what: &Sending,
-) -> Result<Vec<u64>, String> {
+) -> Result<(Vec<Leg>, Vec<String>), String> {
     if from == Some(last) {
         return Err(format!("{} cannot go on from itself", what.snapshot));
     }
     if !what.replicate || what.token.is_some() {
-        return Ok(vec![last]);
+        return Ok((vec![Leg { below: String::new(), from, ids: vec![last] }], Vec::new()));
     }
     engine.with_versions(|all| {
-        let owner = all.get(last).map_or(0, |version| version.item.owner);
-        let mut ids = all.snapshots(owner);
-        let place = |id: u64| ids.iter().position(|other| *other == id);
-        let begin = match from {
-            None => 0,
-            Some(from) => match place(from) {
-                Some(at) => at + 1,
-                None => return Err("with -R both are snapshots of one subvolume".to_string()),
-            },
+        let item = |id: u64| all.get(id).map(|version| version.item);
+        let name = |id: u64| all.get(id).map(|version| version.name.clone()).unwrap_or_default();
+        let owner = item(last).map_or(0, |item| item.owner);
+        if from.is_some_and(|from| item(from).map(|item| item.owner) != Some(owner)) {
+            return Err("with -R both are snapshots of one subvolume".to_string());
+        }
+        let ids = between(all, owner, (from, last));
+        let ids = ids.ok_or_else(|| format!("{} is the older of the two", what.snapshot))?;
+        let mut legs = vec![Leg { below: String::new(), from, ids }];
+        let mut left_out = Vec::new();
+        let top = name(owner);
+        for nested in all.nested(owner) {
+            if all.is_receiving(nested) {
+                continue;
+            }
+            let path = name(nested);
+            let below = path.strip_prefix(&top[..]).unwrap_or(&path);
+            let below = String::from_utf8_lossy(below).trim_matches('/').to_string();
+            let newest = all.snapshot(nested, &name(last));
+            let oldest = from.and_then(|from| all.snapshot(nested, &name(from)));
+            let ids = newest.and_then(|newest| between(all, nested, (oldest, newest)));
+            // There would be nothing for it to be in.
+            let is_in = |out: &String| below.strip_prefix(out).is_some_and(|r| r.starts_with('/'));
+            match ids.filter(|_| !left_out.iter().any(is_in)) {
+                Some(ids) => legs.push(Leg { below, from: oldest, ids }),
+                None => left_out.push(below),
+            }
+        }
+        let parent = |leg: &Leg| {
+            let first = leg.ids.first().filter(|_| leg.from.is_none());
+            first.and_then(|id| item(*id)).map_or(0, |item| item.parent)
         };
-        let end = place(last).filter(|end| *end >= begin);
-        let end = end.ok_or_else(|| format!("{} is the older of the two", what.snapshot))?;
-        ids.truncate(end + 1);
-        Ok(ids.split_off(begin))
+        Ok((in_order(legs, &parent), left_out))
     })
+}
+
+/// Puts subvolumes behind what they lie in, and clones behind what they were cloned from, which they
+/// go on from then. `parent` tells what the first snapshot of a leg goes on from; zero for nothing.
+fn in_order(legs: Vec<Leg>, parent: &dyn Fn(&Leg) -> u64) -> Vec<Leg> {
+    let all: BTreeSet<u64> = legs.iter().flat_map(|leg| leg.ids.iter().copied()).collect();
+    let names: BTreeSet<String> = legs.iter().map(|leg| leg.below.clone()).collect();
+    let (mut sent, mut placed) = (BTreeSet::new(), BTreeSet::new());
+    let (mut left, mut out) = (legs, Vec::new());
+    while !left.is_empty() {
+        let mut later = Vec::new();
+        let before = out.len();
+        // Of a clone that what it was cloned from lies in, that cannot be said.
+        let mut in_circle = false;
+        loop {
+            for mut leg in left.drain(..) {
+                let above = leg.below.rsplit_once('/').map_or("", |(above, _)| above);
+                let is_in = !names.contains(above) || placed.contains(above) || leg.below.is_empty();
+                let origin = parent(&leg);
+                let waits = all.contains(&origin) && !sent.contains(&origin) && !in_circle;
+                if !is_in || waits {
+                    later.push(leg);
+                    continue;
+                }
+                if sent.contains(&origin) {
+                    leg.from = Some(origin);
+                }
+                in_circle = false;
+                sent.extend(leg.ids.iter().copied().chain(leg.from));
+                placed.insert(leg.below.clone());
+                out.push(leg);
+            }
+            if out.len() > before || in_circle {
+                break;
+            }
+            (in_circle, left) = (true, std::mem::take(&mut later));
+        }
+        left = later;
+    }
+    out
+}
+
+/// Snapshots of a subvolume up to one, behind another if there is one; none when that is not older.
+fn between(all: &Versions, owner: u64, (from, last): (Option<u64>, u64)) -> Option<Vec<u64>> {
+    let mut ids = all.snapshots(owner);
+    let place = |id: u64| ids.iter().position(|other| *other == id);
+    let begin = match from {
+        None => 0,
+        Some(from) => place(from)? + 1,
+    };
+    let end = place(last).filter(|end| *end >= begin)?;
+    ids.truncate(end + 1);
+    Some(ids.split_off(begin))
 }
 
 /// How a stream begins and ends.
 #[derive(Clone, Copy)]
-struct How {
+struct How<'a> {
     is_followed: bool,
     resumes: Option<Mark>,
+    /// The subvolume, from the one that was named.
+    below: &'a str,
+    /// Properties are told.
+    tells: bool,
 }
 
 fn send_one(
     engine: &Engine,
     old: Option<&Known>,
-    (new, how): (&Known, How),
+    (new, how): (&Known, How<'_>),
     out: &mut Counted<'_>,
     said: &dyn Fn(Error) -> String,
 ) -> Result<(), String> {
@@ -379,7 +490,12 @@ fn send_one(
         identity: old.content.identity(),
         tree: old.subvol.view().tree,
     });
+    let properties = how.tells.then(|| {
+        engine.with_versions(|all| properties::chosen(all, new.id))
+    });
     let shipment = Shipment {
+        below: how.below.as_bytes(),
+        properties: properties.as_deref(),
         id: new.item.id,
         created: Timestamp { secs: new.item.created, nanos: 0 },
         name: &name,
@@ -493,17 +609,23 @@ pub fn look(codecs: &dyn Codecs, input: &mut dyn Read) -> Result<Vec<StreamInfo>
     let mut all = Vec::new();
     loop {
         let mut verifier = Verifier::default();
-        let (mut identity, mut elements) = (String::new(), 0);
+        let (mut identity, mut elements, mut told) = (String::new(), 0, Vec::new());
         while let Some((record, at)) = records.next()? {
-            if let Record::End { identity: of, elements: count } = &record {
-                (identity, elements) = (of.to_string(), *count);
+            match &record {
+                Record::End { identity: of, elements: count } => {
+                    (identity, elements) = (of.to_string(), *count);
+                }
+                Record::Property { name, value } => told.push((text(name), text(value))),
+                _ => {}
             }
             verifier.take(codecs, &record, at).map_err(|error| error.to_string())?;
         }
         let (summary, position) = (verifier.summary(), records.decoder.position());
         let begin = verifier.begin().ok_or("the stream has no beginning")?;
         all.push(StreamInfo {
-            snapshot: String::from_utf8_lossy(&begin.name).into_owned(),
+            snapshot: text(&begin.name),
+            below: text(&begin.below),
+            properties: (begin.compat & PROPERTIES != 0).then_some(told),
             id: format_uuid(&begin.id),
             created: begin.created.secs,
             base: begin.base.as_ref().map(|base| format_uuid(&base.id)),
@@ -541,44 +663,55 @@ pub fn receive(
 ) -> Result<Received, String> {
     let codecs = engine.store.platform.codecs.clone();
     let mut records = Records::new(&*codecs, input);
-    let (mut received, mut follows) = (Received::default(), None);
+    let (mut received, mut follows) = (Received::default(), Vec::new());
     let all = receive_all(engine, (base, to), &mut records, changes, (&mut received, &mut follows));
     // Once, to the newest: to follow is a burden for whoever uses the subvolume.
-    if let Some((into, id)) = follows {
-        received.stays = !go_on(engine, into, id, changes);
+    for Following { into, snapshot, name } in follows {
+        if !go_on(engine, into, snapshot, changes) {
+            received.stays.push(name);
+        }
     }
     all.map(|()| received)
 }
 
-/// Receives one after the other. Notes what came, and the newest snapshot that the subvolume may
+/// A subvolume that may follow to a snapshot of it.
+struct Following {
+    into: u64,
+    snapshot: u64,
+    /// What the subvolume is called.
+    name: String,
+}
+
+/// Receives one after the other. Notes what came, and the newest snapshots that subvolumes may
 /// follow to.
 fn receive_all(
     engine: &Arc<Engine>,
     (base, to): (u64, &VersionName),
     records: &mut Records<'_>,
     changes: &dyn Changes,
-    (received, follows): (&mut Received, &mut Option<(u64, u64)>),
+    (received, follows): (&mut Received, &mut Vec<Following>),
 ) -> Result<(), String> {
     loop {
         let begin = records.begin()?;
+        let to = &below(to, &begin);
+        let shown = VersionName { snapshot: Some(text(&begin.name)), ..to.clone() };
         if let Some(identity) = already(engine, base, to, &begin) {
             pass_over(records, &begin, identity)?;
-            let name = String::from_utf8_lossy(&begin.name).into_owned();
-            received.add(name, Identity(identity).to_string());
+            received.add(shown.to_string(), Identity(identity).to_string());
             if !records.go_on()? {
                 return Ok(());
             }
             continue;
         }
-        let destination = versions::destination(engine, base, to, begin.base.is_some())?;
-        let name = String::from_utf8_lossy(&begin.name).into_owned();
-        let shown = VersionName { snapshot: Some(name.clone()), ..to.clone() };
+        let origin = origin(engine, &begin);
+        let destination = versions::destination(engine, base, to, begin.base.is_some(), origin)?;
         let said = |error: Error| versions::said(&error, &shown);
         let receiver = Receiver::begin(engine, &destination, &begin, &mut |_| Ok(()));
         let receiver = receiver.map_err(said)?;
         let mut attempt = Attempt { engine, changes, working: Some(receiver.working()) };
         let mut receiver = receiver;
-        match take_all(&mut receiver, records, changes) {
+        let mut told = Vec::new();
+        match take_all(&mut receiver, records, changes, &mut told) {
             Ok(()) => {}
             // What is wrong with the stream does not change when it is sent again; the rest may.
             Err(Stop::Refused(error @ (Error::Stream { .. } | Error::Argument { .. }))) => {
@@ -587,19 +720,48 @@ fn receive_all(
             Err(Stop::Refused(error)) => return Err(attempt.keep(receiver, &said(error), to)),
             Err(Stop::BrokenOff(why)) => return Err(attempt.keep(receiver, &why, to)),
         }
-        let arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
+        let mut arrival = receiver.finish(&mut |_| Ok(())).map_err(said)?;
         let identity = Identity(arrival.identity).to_string();
+        arrival.choices = Some(told).filter(|_| begin.compat & PROPERTIES != 0);
         let published = changes.change(vec![VersionOp::Publish(*arrival)]).map_err(said)?;
         attempt.working = None;
         let id = published.first().copied().unwrap_or(0);
         if let Destination::Existing(into) = destination {
-            *follows = Some((into, id));
+            follows.retain(|other: &Following| other.into != into);
+            follows.push(Following { into, snapshot: id, name: to.to_string() });
         }
-        received.add(name, identity);
+        received.add(shown.to_string(), identity);
         if !records.go_on()? {
             return Ok(());
         }
     }
+}
+
+/// Where a stream goes when several go to a place.
+fn below(to: &VersionName, begin: &Begin) -> VersionName {
+    if begin.below.is_empty() {
+        return to.clone();
+    }
+    let below = text(&begin.below);
+    let subvolume = match to.subvolume.as_str() {
+        "" => below,
+        above => format!("{above}/{below}"),
+    };
+    VersionName { subvolume, ..to.clone() }
+}
+
+/// The subvolume that has what a stream goes on from, if that is of another subvolume than the
+/// stream is of: that was cloned.
+fn origin(engine: &Engine, begin: &Begin) -> Option<u64> {
+    let wanted = begin.base.filter(|_| !begin.below.is_empty())?;
+    engine.with_versions(|all| {
+        let is_it = |item: &SubvolItem| {
+            let is_named = item.origin == wanted.id || item.id == wanted.id;
+            item.is_snapshot() && !item.is_deleted() && is_named
+        };
+        let mut there = all.iter().filter(|(_, version)| is_it(&version.item));
+        there.next().map(|(_, version)| version.item.owner)
+    })
 }
 
 /// The identity of a snapshot that was received before, or that went out from here.
@@ -686,9 +848,16 @@ fn take_all(
     receiver: &mut Receiver,
     records: &mut Records<'_>,
     changes: &dyn Changes,
+    told: &mut Vec<PropertyChange>,
 ) -> Result<(), Stop> {
     let mut asked = Instant::now();
     while let Some((record, at)) = records.next().map_err(Stop::BrokenOff)? {
+        if let Record::Property { name, value } = &record {
+            let (name, value) = (text(name), text(value));
+            let what = "a property with a value that it cannot have";
+            let change = properties::told(&name, &value);
+            told.extend(change.map_err(|_| Stop::Refused(Error::Stream { what, at }))?);
+        }
         if asked.elapsed() >= ASK_EVERY {
             changes.writable().map_err(Stop::Refused)?;
             asked = Instant::now();

@@ -442,7 +442,8 @@ pub(crate) fn subvolume(engine: &Engine, base: u64, name: &VersionName) -> Optio
     })
 }
 
-/// Where a snapshot is to be received that goes on from another, or from nothing.
+/// Where a snapshot is to be received that goes on from another, or from nothing; `origin` is the
+/// subvolume that has the other if a subvolume may be made from that.
 ///
 /// # Errors
 /// One sentence.
@@ -451,6 +452,7 @@ pub(crate) fn destination(
     base: u64,
     name: &VersionName,
     has_base: bool,
+    origin: Option<u64>,
 ) -> Result<Destination, String> {
     let at = name_at(engine, base);
     let found = engine.with_versions(|versions| {
@@ -464,13 +466,17 @@ pub(crate) fn destination(
             Some(_) => Err(format!(
                 "{name} exists, and a full stream makes a subvolume: give another name"
             )),
+            None if has_base && origin.is_some() => {
+                let of = origin.unwrap_or_default();
+                names.new_subvolume(name).map(|name| Destination::Clone { name, of })
+            }
             None if has_base => Err(format!(
                 "there is no subvolume {name}, and the stream goes on from a snapshot of one"
             )),
             None => names.new_subvolume(name).map(Destination::New),
         }
     })?;
-    if let Destination::New(name) = &found {
+    if let Destination::New(name) | Destination::Clone { name, .. } = &found {
         check_free(engine, name)?;
     }
     Ok(found)

@@ -222,6 +222,8 @@ pub struct Arrival {
     pub identity: [u8; 32],
     /// The sum that it follows from.
     pub sum: Vec<u8>,
+    /// All that is chosen for the snapshot, and for the subvolume, if that is known.
+    pub choices: Option<Vec<PropertyChange>>,
 }
 
 /// A change of a property. Numbers are those of [`SubvolItem`]; zero takes the choice away.
@@ -290,7 +292,8 @@ pub(super) struct Asked {
     done: Arc<Mutex<Option<Result<Vec<u64>>>>>,
 }
 
-/// What a subvolume was before it followed a snapshot has this name until the group is complete.
+/// What a subvolume was before it followed a snapshot has this name, or one that begins so, until
+/// the group is complete.
 const FOLLOWED_NAME: &[u8] = b"%followed";
 /// Holds of one snapshot at most.
 const HOLDS_MAX: usize = 16;
@@ -700,7 +703,12 @@ impl Engine {
                     return Err(Errno::Busy.into());
                 }
                 let followed = (*snapshot, owner);
-                let kept = draft.roll_back(versions, followed, FOLLOWED_NAME, identity)?;
+                let mut name = FOLLOWED_NAME.to_vec();
+                while versions.snapshot(owner, &name).is_some() {
+                    // Somebody calls a snapshot so.
+                    name.push(b'%');
+                }
+                let kept = draft.roll_back(versions, followed, &name, identity)?;
                 versions.mark_deleted(kept).map(|()| 0)
             }
             VersionOp::Rename { id, name } => {
@@ -990,13 +998,25 @@ impl Draft<'_> {
             let what = "of a snapshot, only properties of users can be set: MODULE:NAME";
             return Err(Error::Argument { what });
         }
-        let (mut settings, mut user) = (version.item.settings(), version.user.clone());
+        let chosen = (version.item.settings(), version.user.clone());
+        self.choose(versions, id, chosen, changes)
+    }
+
+    /// Gives a version other choices than it has: those, with changes.
+    #[inline(never)]
+    fn choose(
+        &mut self,
+        versions: &mut Versions,
+        id: u64,
+        (mut settings, mut user): (Settings, UserProperties),
+        changes: &[PropertyChange],
+    ) -> Result<()> {
         changes.iter().try_for_each(|change| change.apply(&mut settings, &mut user))?;
         if encode_user(&user).len() > USER_BYTES_MAX {
             return Err(Error::Argument { what: TOO_MUCH });
         }
         self.has_properties |= settings != Settings::default() || !user.is_empty();
-        self.settles |= settings != version.item.settings();
+        self.settles |= settings != versions.need(id)?.item.settings();
         versions.change(id, |item| item.set_settings(settings))?;
         versions.set_user(id, user)
     }
@@ -1079,6 +1099,11 @@ impl Draft<'_> {
             self.subvolume(versions, into)?;
         }
         versions.change(working, |item| item.flags &= !version::RECEIVING)?;
+        if let Some(choices) = &arrival.choices {
+            for id in [working, into] {
+                self.choose(versions, id, Default::default(), choices)?;
+            }
+        }
         let id = self.snapshot(versions, (working, into), &arrival.name, identity)?;
         versions.change(id, |item| {
             (item.origin, item.created) = (arrival.origin, arrival.created);

@@ -88,6 +88,14 @@ pub enum Destination {
     New(Vec<u8>),
     /// In a subvolume that has the snapshot which the stream goes on from.
     Existing(u64),
+    /// In a subvolume of that name, which does not exist and begins as a snapshot of another. For
+    /// streams that go on from that.
+    Clone {
+        /// Its name.
+        name: Vec<u8>,
+        /// The subvolume that has the snapshot.
+        of: u64,
+    },
 }
 
 /// The inode that records are about.
@@ -147,11 +155,14 @@ impl Receiver {
                 }
                 (name, Some(base::find(engine, *id, wanted, progress)?))
             }
+            (Destination::Clone { name, of }, Some(wanted)) => {
+                (name.clone(), Some(base::find(engine, *of, wanted, progress)?))
+            }
             (Destination::New(_), Some(_)) => {
                 let what = "the stream goes on from a snapshot: receive it where that is";
                 return Err(Error::Argument { what });
             }
-            (Destination::Existing(_), None) => {
+            (Destination::Existing(_) | Destination::Clone { .. }, None) => {
                 return Err(Error::Argument { what: "a full stream makes a new subvolume" })
             }
         };
@@ -175,7 +186,7 @@ impl Receiver {
             None => 0,
         };
         let into = match destination {
-            Destination::New(_) => working,
+            Destination::New(_) | Destination::Clone { .. } => working,
             Destination::Existing(id) => *id,
         };
         let mut order = Verifier::of_order();
@@ -206,7 +217,8 @@ impl Receiver {
         self.at = at;
         self.order.take(&*self.engine.store.platform.codecs, &record, at)?;
         match record {
-            Record::Begin(_) => Ok(()),
+            // Of no interest to what is stored: whoever asked for it knows what to make of them.
+            Record::Begin(_) | Record::Property { .. } => Ok(()),
             Record::Gone { ino } => self.gone(ino),
             Record::Unname { dir, ino, name } => self.unname(dir, ino, &name),
             Record::Inode { ino, fields } => self.inode(ino, fields),
@@ -324,6 +336,7 @@ impl Receiver {
             root: self.subvol().item().root,
             identity: identity.0,
             sum,
+            choices: None,
         })
     }
 

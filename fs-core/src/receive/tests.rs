@@ -88,6 +88,8 @@ impl Host {
             id: item(id).id,
             created: Timestamp { secs: item(id).created, nanos: 0 },
             name: &name,
+            below: b"",
+            properties: None,
             tree: snapshot.view().tree,
             tree_bytes: item(id).tree_bytes,
             content: &content,
@@ -524,7 +526,7 @@ fn what_files_share_is_sent_once_and_stays_shared() {
 fn begin_of(name: &[u8]) -> Begin {
     let created = Timestamp { secs: 1, nanos: 2 };
     let (base, resumes, name) = (None, None, name.to_vec());
-    Begin { compat: 0, id: [3; 16], created, base, resumes, clones: true, name }
+    Begin { compat: 0, id: [3; 16], created, base, resumes, clones: true, below: vec![], name }
 }
 
 #[test]

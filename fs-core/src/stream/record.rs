@@ -60,14 +60,21 @@ mod kind {
     pub const HOLE: u16 = 10;
     pub const END: u16 = 11;
     pub const CLONE: u16 = 12;
+    pub const PROPERTY: u16 = super::PASS_OVER | 1;
 }
 
 /// Feature that a reader has to know: the stream begins at a later inode.
 const RESUMES: u64 = 1;
 /// Feature that a reader has to know: there may be records of kind *clone*.
 const CLONES: u64 = 2;
+/// Feature that a reader has to know: the stream is of a subvolume below the place it goes to.
+const BELOW: u64 = 4;
 /// Bit of [`Begin::compat`]: another stream follows this one. Where it does not, all are cut off.
 pub const FOLLOWED: u64 = 1;
+/// Bit of [`Begin::compat`]: properties are told, all that were chosen.
+pub const PROPERTIES: u64 = 2;
+/// Bytes of the names and values of all properties together, at most.
+pub const PROPERTIES_BYTES_MAX: usize = 8192;
 
 /// What a stream is of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,6 +91,8 @@ pub struct Begin {
     pub resumes: Option<Mark>,
     /// Data that several files share may be sent once.
     pub clones: bool,
+    /// The subvolume, from the one that the first of several streams is of; empty for that.
+    pub below: Vec<u8>,
     /// Name of the snapshot.
     pub name: Vec<u8>,
 }
@@ -102,6 +111,13 @@ pub struct Base {
 pub enum Record {
     /// The first.
     Begin(Box<Begin>),
+    /// A property that was chosen for the subvolume.
+    Property {
+        /// Its name.
+        name: Vec<u8>,
+        /// Its value, as users write it.
+        value: Vec<u8>,
+    },
     /// An inode of the base, and all that it holds, is not there any more.
     Gone {
         /// The inode.
@@ -237,6 +253,12 @@ impl Record {
                 encode_begin(begin, &mut out);
                 kind::BEGIN
             }
+            Record::Property { name, value } => {
+                out.extend_from_slice(&(name.len() as u16).to_le_bytes());
+                out.extend_from_slice(name);
+                out.extend_from_slice(value);
+                kind::PROPERTY
+            }
             Record::Gone { ino } => {
                 out.extend_from_slice(&ino.0.to_le_bytes());
                 kind::GONE
@@ -302,6 +324,16 @@ impl Record {
         let mut body = Body(body);
         let record = match kind {
             kind::BEGIN => Record::Begin(decode_begin(&mut body)?),
+            kind::PROPERTY => {
+                let name_bytes = body.u16()?;
+                let name = body.slice(name_bytes.into())?.to_vec();
+                let value = body.rest().to_vec();
+                let is_text = |bytes: &[u8]| core::str::from_utf8(bytes).is_ok();
+                rule(!name.is_empty() && is_text(&name), "property name not allowed")?;
+                rule(is_text(&value), "property value that is not UTF-8")?;
+                rule(name.len() + value.len() <= PROPERTIES_BYTES_MAX, "property too long")?;
+                Record::Property { name, value }
+            }
             kind::GONE => Record::Gone { ino: body.ino()? },
             kind::UNNAME => {
                 let (dir, ino) = (body.ino()?, body.ino()?);
@@ -408,7 +440,8 @@ fn encode_begin(begin: &Begin, out: &mut Vec<u8>) {
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.extend_from_slice(&u32::from(begin.base.is_some()).to_le_bytes());
     let resumes = if begin.resumes.is_some() { RESUMES } else { 0 };
-    let features = resumes | if begin.clones { CLONES } else { 0 };
+    let clones = if begin.clones { CLONES } else { 0 };
+    let features = resumes | clones | if begin.below.is_empty() { 0 } else { BELOW };
     out.extend_from_slice(&features.to_le_bytes());
     out.extend_from_slice(&begin.compat.to_le_bytes());
     out.extend_from_slice(&begin.id);
@@ -419,6 +452,10 @@ fn encode_begin(begin: &Begin, out: &mut Vec<u8>) {
     out.extend_from_slice(&base.identity.0);
     if let Some(mark) = begin.resumes {
         out.extend_from_slice(&mark.encode());
+    }
+    if !begin.below.is_empty() {
+        out.extend_from_slice(&(begin.below.len() as u16).to_le_bytes());
+        out.extend_from_slice(&begin.below);
     }
     out.extend_from_slice(&begin.name);
 }
@@ -431,7 +468,7 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
     rule(has_base <= 1, "unknown kind of stream")?;
     let what = "the stream uses features that this build does not know; use a newer cairn";
     let features = body.u64()?;
-    rule(features & !(RESUMES | CLONES) == 0, what)?;
+    rule(features & !(RESUMES | CLONES | BELOW) == 0, what)?;
     let compat = body.u64()?;
     let (id, created) = (body.take()?, body.time()?);
     rule(body.u32()? == 0, "reserved field of a stream is not zero")?;
@@ -442,13 +479,22 @@ fn decode_begin(body: &mut Body<'_>) -> core::result::Result<Box<Begin>, BadByte
         0 => None,
         _ => Some(Mark::decode(body.slice(Mark::BYTES)?)?),
     };
+    let below = match features & BELOW {
+        0 => Vec::new(),
+        _ => {
+            let bytes = body.u16()?;
+            let below = body.slice(bytes.into())?;
+            check_name(below)?;
+            below.to_vec()
+        }
+    };
     let name = body.rest();
     rule((1..=NAME_BYTES_MAX).contains(&name.len()), "snapshot name of the wrong length")?;
     rule(!name.contains(&b'/'), "snapshot name not allowed")?;
     check_name(name)?;
     let base = (has_base == 1).then_some(base);
     let (clones, name) = (features & CLONES != 0, name.to_vec());
-    Ok(Box::new(Begin { compat, id, created, base, resumes, clones, name }))
+    Ok(Box::new(Begin { compat, id, created, base, resumes, clones, below, name }))
 }
 
 /// Where in a stream one is: what the next record follows.

@@ -20,7 +20,7 @@ use super::compare::{Comparison, Event};
 use super::content::{attributes, value_of, Content, Identity, RECORD_BYTES};
 use super::read::{Batch, File};
 use super::record::{
-    Base, Begin, Mark, Record, CLONE_BYTES_MAX, FOLLOWED, TARGET_BYTES_MAX,
+    Base, Begin, Mark, Record, CLONE_BYTES_MAX, FOLLOWED, PROPERTIES, TARGET_BYTES_MAX,
 };
 use super::shared::{Next, Place, Shared};
 use super::Source;
@@ -35,6 +35,7 @@ use crate::subvol::store::Store;
 use crate::units::{align_down, Ino, SECTOR_BYTES};
 use alloc::boxed::Box;
 use alloc::collections::VecDeque;
+use alloc::string::String;
 use alloc::vec::{IntoIter, Vec};
 
 /// What is sent.
@@ -45,6 +46,10 @@ pub struct Shipment<'a> {
     pub created: Timestamp,
     /// Its name.
     pub name: &'a [u8],
+    /// Its subvolume, as [`Begin::below`].
+    pub below: &'a [u8],
+    /// Names and values of the properties that were chosen for it, if they are to be told.
+    pub properties: Option<&'a [(String, String)]>,
     /// Its tree.
     pub tree: Tree,
     /// Bytes of the nodes of that; zero if they are not counted.
@@ -108,6 +113,7 @@ pub struct Sender<'a> {
     tree_bytes: u64,
     stage: Stage,
     begin: Option<Box<Begin>>,
+    properties: Vec<Record>,
     end: (Identity, u64),
     /// What is sent begins here.
     first: Mark,
@@ -136,9 +142,16 @@ impl<'a> Sender<'a> {
     pub fn new(store: &'a Store, what: &Shipment<'_>) -> Sender<'a> {
         let base = what.base.map(|parent| Base { id: parent.id, identity: parent.identity });
         let old = what.base.map_or(Tree::empty(what.tree.id), |parent| parent.tree);
-        let compat = if what.is_followed { FOLLOWED } else { 0 };
+        let followed = if what.is_followed { FOLLOWED } else { 0 };
+        let compat = followed | if what.properties.is_some() { PROPERTIES } else { 0 };
+        let property = |(name, value): &(String, String)| Record::Property {
+            name: name.clone().into_bytes(),
+            value: value.clone().into_bytes(),
+        };
+        let properties = what.properties.unwrap_or_default().iter().map(property).collect();
         let resumes = what.resumes;
-        let (id, created, name) = (what.id, what.created, what.name.to_vec());
+        let (id, created) = (what.id, what.created);
+        let (below, name) = (what.below.to_vec(), what.name.to_vec());
         // Only then can there be any; who does not know them may read the rest.
         let clones = store.refs_view().tree.root.is_some();
         Sender {
@@ -148,7 +161,17 @@ impl<'a> Sender<'a> {
             new: what.tree,
             tree_bytes: what.tree_bytes,
             stage: Stage::Begin,
-            begin: Some(Box::new(Begin { compat, id, created, base, resumes, clones, name })),
+            begin: Some(Box::new(Begin {
+                compat,
+                id,
+                created,
+                base,
+                resumes,
+                clones,
+                below,
+                name,
+            })),
+            properties,
             end: (what.content.identity(), what.content.elements()),
             first: resumes.unwrap_or_default(),
             comparison: Comparison::new(&old, &what.tree),
@@ -190,6 +213,7 @@ impl<'a> Sender<'a> {
                         false => self.came_from(Ino(self.first.ino)),
                     };
                     self.ready.extend(begin.map(Record::Begin));
+                    self.ready.extend(core::mem::take(&mut self.properties));
                 }
                 Stage::Went => match self.comparison.next(self.source.nodes)? {
                     Some(event) => self.went(event)?,

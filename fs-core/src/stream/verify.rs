@@ -8,7 +8,7 @@
 //! Memory: one record of content, whatever the stream says.
 
 use super::content::{self, Content, Side, RECORD_BYTES};
-use super::record::{Begin, Mark, Record};
+use super::record::{Begin, Mark, Record, PROPERTIES, PROPERTIES_BYTES_MAX};
 use crate::error::Error;
 use crate::format::inode::{mode, InodeItem};
 use crate::format::{rule, BadBytes};
@@ -61,6 +61,8 @@ pub struct Verifier {
     is_summed: bool,
     /// Some data was only named.
     has_clones: bool,
+    /// Bytes of properties so far.
+    property_bytes: usize,
 }
 
 impl Default for Verifier {
@@ -75,6 +77,7 @@ impl Default for Verifier {
             has_ended: false,
             is_summed: true,
             has_clones: false,
+            property_bytes: 0,
         }
     }
 }
@@ -94,6 +97,7 @@ impl Verifier {
         self.order(record).map_err(wrong)?;
         match record {
             Record::Begin(begin) => self.begin = Some(begin.clone()),
+            Record::Property { name, value } => self.property_bytes += name.len() + value.len(),
             Record::Gone { .. } => self.summary.gone += 1,
             Record::Unname { .. } => self.summary.unnamed += 1,
             Record::Inode { ino, fields } => {
@@ -175,6 +179,14 @@ impl Verifier {
         let is_full = self.is_full();
         match record {
             Record::Begin(_) | Record::End { .. } => return Ok(()),
+            Record::Property { name, value } => {
+                let tells = self.begin.as_ref().is_some_and(|b| b.compat & PROPERTIES != 0);
+                rule(tells, "a property in a stream that says it has none")?;
+                let came = (self.summary.gone, self.summary.unnamed, self.summary.inodes);
+                rule(came == (0, 0, 0), "a property after what the snapshot holds")?;
+                let bytes = self.property_bytes + name.len() + value.len();
+                return rule(bytes <= PROPERTIES_BYTES_MAX, "more properties than there can be");
+            }
             Record::Gone { .. } | Record::Unname { .. } => {
                 rule(!is_full, "something goes in a full stream")?;
                 let has_come = self.current.is_some() || self.first().ino > 0;

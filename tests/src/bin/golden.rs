@@ -1,6 +1,6 @@
-//! Makes the golden images that are missing.
+//! Makes the golden images and streams that are missing.
 
-use cairn_tests::golden::{describe, directory, ALL};
+use cairn_tests::golden::{clones_stream, describe, directory, streams, ALL};
 use std::fs;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,6 +16,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{}: {} bytes", golden.name, packed.len());
         fs::write(image_path, packed)?;
         fs::write(directory().join(format!("{}.txt", golden.name)), describe(&tree))?;
+    }
+    let path = streams().join("clones-1.stream");
+    if !path.exists() {
+        fs::write(path, clones_stream()?)?;
     }
     Ok(())
 }

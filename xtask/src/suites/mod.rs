@@ -15,10 +15,11 @@
 //! | `versions` | does a snapshot stay what it was, whatever goes on around it? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
+//! | `replicate` | does a whole tree arrive elsewhere as it was, in increments and in pieces? |
 //! | `properties` | does what is set for a subvolume hold, below it too? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last nine also run on other
+//! Each ends with the image unmounted and checked. All but the last ten also run on other
 //! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
@@ -35,6 +36,7 @@ mod pjdfstest;
 mod programs;
 mod properties;
 mod python;
+mod replicate;
 mod scrub;
 mod send;
 mod user;
@@ -103,6 +105,7 @@ const OWN: &[(&str, Run)] = &[
     ("scrub", scrub::run),
     ("versions", versions::run),
     ("send", send::run),
+    ("replicate", replicate::run),
     ("devices", devices::run),
     ("limits", full::limits),
     ("clone", clone::run),

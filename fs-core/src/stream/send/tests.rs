@@ -34,6 +34,8 @@ fn send(fs: &Volume, old: Option<(&Tree, &Content)>, new: (&Tree, &Content)) -> 
         id,
         created,
         name,
+        below: b"",
+        properties: None,
         tree,
         tree_bytes: 0,
         content,
@@ -84,7 +86,7 @@ fn apply(seen: &mut Seen, records: &[(Record, u64)]) {
     for (record, _) in records {
         let current = seen.inodes.get_mut(&ino);
         match record.clone() {
-            Record::Begin(_) | Record::End { .. } => {}
+            Record::Begin(_) | Record::Property { .. } | Record::End { .. } => {}
             Record::Gone { ino } => {
                 seen.inodes.remove(&ino.0).expect("what goes was there");
                 seen.names.retain(|(dir, _), _| *dir != ino.0);
@@ -223,6 +225,7 @@ proptest! {
             base: None,
             resumes: None,
             clones: true,
+            below: Vec::new(),
             name: b"n".to_vec(),
         };
         let mut stream = encoder.put(&*codecs(), &Record::Begin(Box::new(begin)));
