@@ -6,7 +6,7 @@
 use crate::arguments::{ListVersions, Named, Shown, Snapshot, Subvolume};
 use crate::target::{ask, ask_failed, daemon_gone, Target};
 use crate::{output, Done, Failure};
-use cairn_host::admin::{Reply, Request};
+use cairn_host::admin::{self, Parts, Reply, Request};
 use cairn_host::mounts::{self, Mount};
 use cairn_host::parse::format_size;
 use cairn_host::say;
@@ -396,8 +396,11 @@ pub(crate) fn flush(mount: &Mount) -> Result<(), Failure> {
 }
 
 fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
+    if let Change::Snapshot { .. } = change {
+        return carry_out_at_sync(mount, change);
+    }
     let is_last = match change {
-        Change::Snapshot { .. } | Change::Rollback { .. } => true,
+        Change::Rollback { .. } => true,
         // What it comes below may be read-only.
         Change::Rename { .. } => true,
         Change::Set { properties, .. } => properties.iter().any(|(name, _)| name == "readonly"),
@@ -409,6 +412,19 @@ fn carry_out_mounted(mount: &Mount, change: &Change) -> Result<(), Failure> {
     }
     match ask(mount, Request::Change(change.clone())) {
         Ok(Reply::Changed) => Ok(()),
+        Ok(_) => Err(Failure::new("the daemon answered another question")),
+        Err(error) => Err(ask_failed(mount, &error)),
+    }
+}
+
+/// The change comes with the sync in which the kernel hands on what programs wrote before.
+fn carry_out_at_sync(mount: &Mount, change: &Change) -> Result<(), Failure> {
+    let mut flushed = Ok(());
+    let request = Request::ChangeAtSync(change.clone());
+    let mut talk = |parts: &mut Parts<'_>| parts.when_ready(|| flushed = flush(mount));
+    let reply = admin::converse(mount.device, request, &mut talk);
+    match reply {
+        Ok(Reply::Changed) => flushed,
         Ok(_) => Err(Failure::new("the daemon answered another question")),
         Err(error) => Err(ask_failed(mount, &error)),
     }

@@ -2,8 +2,8 @@
 
 use crate::notify::Kernel;
 use cairn_host::admin::{
-    DamagedInfo, DeviceChangeInfo, DeviceInfo, DeviceState, Handler, PoolInfo, Reply, Request,
-    ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
+    DamagedInfo, DeviceChangeInfo, DeviceInfo, DeviceState, Handler, Parts, PoolInfo, Reply,
+    Request, ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
 };
 use cairn_host::changes;
 use cairn_host::parse::format_uuid;
@@ -41,9 +41,8 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
     Arc::new(move |request, parts| {
         let volume = forest.base();
         let is_change = match &request {
-            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) | Request::Device(_) => {
-                true
-            }
+            Request::Change(_) | Request::ChangeAtSync(_) | Request::ClearErrors => true,
+            Request::Scrub(_) | Request::Device(_) => true,
             Request::Info | Request::Df | Request::Sync | Request::Versions(_) => false,
             Request::Properties(_) => false,
             Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
@@ -142,6 +141,12 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                     Err(sentence) => Reply::Failed(sentence),
                 }
             }
+            Request::ChangeAtSync(change) => {
+                match carry_out_at_sync((&forest, &kernel), &changing, &change, parts) {
+                    Ok(()) => Reply::Changed,
+                    Err(sentence) => Reply::Failed(sentence),
+                }
+            }
         }
     })
 }
@@ -157,14 +162,14 @@ impl streams::Changes for InUse<'_> {
     fn change(&self, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
         self.writable()?;
         let _one = self.changing.lock();
-        change_and_tell(self.forest, self.kernel, ops)
+        change_all(self.forest, self.kernel, ops)
     }
 
     fn follow(&self, subvolume: u64, snapshot: u64, root: [u8; 64]) -> Result<(), Error> {
         self.writable()?;
         let _one = self.changing.lock();
         forgotten(self.forest, self.kernel, subvolume)?;
-        change_and_tell(self.forest, self.kernel, vec![VersionOp::Follow { snapshot, root }])?;
+        change_all(self.forest, self.kernel, vec![VersionOp::Follow { snapshot, root }])?;
         Ok(())
     }
 
@@ -205,6 +210,42 @@ fn forgotten(forest: &Forest, kernel: &Kernel, subvolume: u64) -> Result<(), Err
     Ok(())
 }
 
+/// As [`carry_out`], of a change that ends nothing, by the next sync of whoever asks: see `syncs`.
+fn carry_out_at_sync(
+    (forest, kernel): (&Forest, &Kernel),
+    changing: &Mutex<()>,
+    change: &Change,
+    parts: &mut Parts<'_>,
+) -> Result<(), String> {
+    let (engine, base) = (forest.base().engine(), forest.base().version());
+    let ops = versions::plan(engine, base, change)?;
+    if !versions::ends(engine, &ops).is_empty() {
+        return Err("that is not for a sync to carry out".into());
+    }
+    let outcome = Arc::new(Mutex::new(None));
+    let work = {
+        let (engine, ops, outcome) = (engine.clone(), ops.clone(), outcome.clone());
+        move || {
+            let made = engine.change_versions(ops);
+            let is_durable = made.is_ok();
+            *outcome.lock() = Some(made);
+            is_durable
+        }
+    };
+    let expected = kernel.syncs.expect(parts.peer(), Box::new(work));
+    parts.agree().map_err(|error| format!("whoever asked for it is gone: {error}"))?;
+    drop(expected);
+    let made = {
+        let _one = changing.lock();
+        let done = outcome.lock().take();
+        change_and_tell(forest, kernel, ops, |ops| match done {
+            Some(made) => made,
+            None => change_undisturbed(forest, ops, &[]),
+        })
+    };
+    made.map(drop).map_err(|error| versions::sentence(&error, change))
+}
+
 /// Changes versions, and sees to it that the kernel does not remember what is not so any more.
 fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), String> {
     let (engine, base) = (forest.base().engine(), forest.base().version());
@@ -212,24 +253,30 @@ fn carry_out(forest: &Forest, kernel: &Kernel, change: &Change) -> Result<(), St
     if versions::ends(engine, &ops).contains(&base) {
         return Err("that is what is mounted: unmount it, and name the device instead".into());
     }
-    let made = change_and_tell(forest, kernel, ops);
+    let made = change_all(forest, kernel, ops);
     made.map(drop).map_err(|error| versions::sentence(&error, change))
 }
 
+fn change_all(forest: &Forest, kernel: &Kernel, ops: Vec<VersionOp>) -> Result<Vec<u64>, Error> {
+    let ends: Vec<u64> = versions::ends(forest.base().engine(), &ops);
+    if ends.contains(&forest.base().version()) {
+        return Err(Errno::Busy.into());
+    }
+    change_and_tell(forest, kernel, ops, |ops| change_undisturbed(forest, ops, &ends))
+}
+
+/// Has operations carried out, and tells the kernel what came of them.
 fn change_and_tell(
     forest: &Forest,
     kernel: &Kernel,
     ops: Vec<VersionOp>,
+    change: impl FnOnce(Vec<VersionOp>) -> Result<Vec<u64>, Error>,
 ) -> Result<Vec<u64>, Error> {
     let engine = forest.base().engine();
     let touched = versions::touched(engine, &ops);
-    let ends: Vec<u64> = versions::ends(engine, &ops);
-    if ends.contains(&forest.base().version()) {
-        return Err(Errno::Busy.into());
-    }
     let mut places: Vec<_> = touched.iter().filter_map(|id| forest.appears(*id)).collect();
     let before = unchanging(engine);
-    let made = change_undisturbed(forest, ops, &ends)?;
+    let made = change(ops)?;
     // What the kernel knows of files was to be relied on, or need not be asked for any more.
     let after = unchanging(engine);
     for id in before.symmetric_difference(&after) {

@@ -10,6 +10,7 @@
 //! | [`wire`] | numbers and structures of the protocol |
 //! | [`request`], [`reply`] | bytes to typed values, and back |
 //! | [`ops`], `ioctl` | what each request means |
+//! | `syncs` | changes that are carried out by a sync |
 //! | `refused`, `asker` | how write(2) learns what WRITE was answered |
 //! | [`device`] | threads, buffers, reading and writing /dev/fuse |
 //! | `rings`, `ring` | the same over io_uring, where the kernel offers it |
@@ -42,6 +43,7 @@ pub mod request;
 #[allow(unsafe_code, reason = "submissions name memory by address")]
 mod ring;
 mod rings;
+mod syncs;
 #[allow(unsafe_code, reason = "system calls without a safe wrapper")]
 mod sys;
 pub mod wire;

@@ -5,6 +5,7 @@
 //! requests: those leave it to a thread of its own ([`Kernel::distrust`], [`Kernel::drop_pages`]).
 
 use crate::reply::Head;
+use crate::syncs::Syncs;
 use cairn_host::mounts::Mount;
 use parking_lot::{Condvar, Mutex};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -52,6 +53,8 @@ pub struct Kernel {
     /// Notices that answering threads have left. Nothing is called with it held.
     waiting: Mutex<Waiting>,
     came: Condvar,
+    /// What syncs are to carry out.
+    pub syncs: Syncs,
 }
 
 impl Kernel {

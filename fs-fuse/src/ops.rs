@@ -314,7 +314,10 @@ impl Server {
             }
             Op::Fsync { data_only } => done(fs.fsync(ino, data_only)),
             Op::FsyncDir => done(fs.fsync(ino, false)),
-            Op::SyncFs => done(fs.sync()),
+            Op::SyncFs => match self.kernel.syncs.take(request.pid).is_some_and(|work| work()) {
+                true => Ok(Reply::Done),
+                false => done(fs.sync()),
+            },
             Op::StatFs => Ok(Reply::StatFs(fs.statfs_at(ino)?)),
             Op::ReadDir { cookie, size } => self.readdir(ino, cookie, limit(body, size)),
             Op::ReadDirPlus { cookie, size } => self.readdir_plus(ino, cookie, limit(body, size)),

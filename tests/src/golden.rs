@@ -198,11 +198,13 @@ pub fn clones_stream() -> Result<Vec<u8>, String> {
     let devices = || refs(std::slice::from_ref(&ram));
     pool.format(&devices(), &core).map_err(said)?;
     let options = OpenOptions::default();
-    let volume = Volume::open(devices(), core.clone(), &options, AccessTime::Never).map_err(said)?;
+    let volume =
+        Volume::open(devices(), core.clone(), &options, AccessTime::Never).map_err(said)?;
     let caller = Caller { uid: 0, gid: 0, umask: 0 };
     let make = |name: &[u8]| volume.mknod(volume.root(), name, 0o100644, 0, &caller);
     let (one, two) = (make(b"one").map_err(said)?.ino, make(b"two").map_err(said)?.ino);
-    let data: Vec<u8> = (0..20_000u32).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
+    let data: Vec<u8> =
+        (0..20_000u32).flat_map(|n| n.wrapping_mul(0x9e37_79b9).to_le_bytes()).collect();
     volume.write(one, 0, &data[..20_000], WriteFlags::default()).map_err(said)?;
     volume.copy_range(one, 4096, two, 8192, 12_288).map_err(said)?;
     let (engine, subvolume) = (volume.engine(), volume.version());

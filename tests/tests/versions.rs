@@ -22,6 +22,7 @@ fn seeds(count: u64) -> Vec<u64> {
 
 #[test]
 fn versions_are_what_their_models_say_and_nothing_is_left_of_them() {
+    let mut received = 0;
     for seed in seeds(if is_long() { 2000 } else { 40 }) {
         let options = Options { huge: false, remount_permille: 0, ..Options::MODEL };
         let plan = Plan {
@@ -35,16 +36,15 @@ fn versions_are_what_their_models_say_and_nothing_is_left_of_them() {
             trims: true,
             clears: true,
         };
-        let told = World::new(plan).and_then(|mut world| world.tell());
-        if let Err(what) = told {
-            panic!("{what}");
-        }
+        let told = World::new(plan).and_then(|mut world| world.tell().map(|()| world.received()));
+        received += told.unwrap_or_else(|what| panic!("{what}"));
     }
+    assert!(asked_seed().is_some() || received > 100, "only {received} snapshots were received");
 }
 
 #[test]
 fn a_crash_leaves_versions_whole_or_not_at_all() {
-    let mut count = 0;
+    let (mut count, mut received) = (0, 0);
     for seed in seeds(if is_long() { 400 } else { 8 }) {
         let plan = Plan {
             seed,
@@ -61,6 +61,7 @@ fn a_crash_leaves_versions_whole_or_not_at_all() {
         if let Err(what) = world.tell() {
             panic!("{what}");
         }
+        received += world.received();
         for state in world.crashes(1) {
             count += 1;
             if let Err(what) = world.judge(&state) {
@@ -71,4 +72,5 @@ fn a_crash_leaves_versions_whole_or_not_at_all() {
         }
     }
     assert!(asked_seed().is_some() || count > 1000, "only {count} states");
+    assert!(asked_seed().is_some() || received > 4, "only {received} snapshots were received");
 }

@@ -70,6 +70,10 @@ pub enum Request {
     Versions(u64),
     /// Change them. Answered by [`Reply::Changed`].
     Change(Change),
+    /// Change them with the next syncfs(2) of the thread that asks, in one commit, so that it
+    /// belongs to the change what the kernel still has. The daemon is asked to
+    /// [agree](Parts::agree) about when. Answered by [`Reply::Changed`].
+    ChangeAtSync(Change),
     /// The properties of a subvolume or snapshot. Answered by [`Reply::Properties`].
     Properties(VersionName),
     /// What differs between two states, in the inodes from a number on. Answered by
@@ -164,7 +168,8 @@ impl Request {
             Request::Info | Request::Df | Request::Sync => false,
             // Names of subvolumes that others may not come to, and of their snapshots.
             Request::Versions(_) | Request::Properties(_) => true,
-            Request::Change(_) | Request::ClearErrors | Request::Scrub(_) => true,
+            Request::Change(_) | Request::ChangeAtSync(_) => true,
+            Request::ClearErrors | Request::Scrub(_) => true,
             Request::Device(_) => true,
             Request::Send(_) | Request::Receive(_) => true,
             Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
@@ -734,11 +739,52 @@ pub struct Parts<'a> {
     has_ended: bool,
     /// The other side does not talk any more.
     is_broken: bool,
+    /// The process at the other end, as it is seen here; zero if it cannot be.
+    peer: u32,
 }
 
 impl<'a> Parts<'a> {
     fn new(stream: &'a mut UnixStream) -> Parts<'a> {
-        Parts { stream, left: 0, has_ended: false, is_broken: false }
+        let peer = rustix::net::sockopt::socket_peercred(&*stream);
+        let peer = peer.map_or(0, |peer| peer.pid.as_raw_nonzero().get() as u32);
+        Parts { stream, left: 0, has_ended: false, is_broken: false, peer }
+    }
+
+    /// The process at the other end, by the number it has here; zero if it has none.
+    pub fn peer(&self) -> u32 {
+        self.peer
+    }
+
+    /// The daemon's side of agreeing on a moment: it is ready, and returns when the other side has
+    /// done its part.
+    ///
+    /// # Errors
+    /// Errors of the connection; the other side ends it.
+    pub fn agree(&mut self) -> io::Result<()> {
+        self.write_all(&[0])?;
+        let mut done = Vec::new();
+        self.take(16).read_to_end(&mut done)?;
+        match done.is_empty() {
+            true => Err(ErrorKind::UnexpectedEof.into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The other side: does something when the daemon is ready, unless that refuses.
+    ///
+    /// # Errors
+    /// Errors of the connection.
+    pub fn when_ready(&mut self, act: impl FnOnce()) -> io::Result<()> {
+        if self.read(&mut [0])? == 0 {
+            return Ok(());
+        }
+        act();
+        self.write_all(&[0])?;
+        self.end()?;
+        match self.read(&mut [0])? {
+            0 => Ok(()),
+            _ => Err(ErrorKind::InvalidData.into()),
+        }
     }
 
     /// Nothing more is written.
@@ -947,8 +993,9 @@ fn serve(mut stream: UnixStream, peer: Peer, handler: &Handler) -> Result<(), Ad
     stream.set_read_timeout(Some(STALLED))?;
     stream.set_write_timeout(Some(STALLED))?;
     while let Some(request) = receive::<Request>(&mut stream)? {
-        let (sends, receives) =
-            (matches!(request, Request::Send(_)), matches!(request, Request::Receive(_)));
+        let both = matches!(request, Request::ChangeAtSync(_));
+        let sends = both || matches!(request, Request::Send(_));
+        let receives = both || matches!(request, Request::Receive(_));
         if sends || receives {
             stream.set_read_timeout(Some(STREAM_PATIENCE))?;
             stream.set_write_timeout(Some(STREAM_PATIENCE))?;
@@ -987,7 +1034,8 @@ mod tests {
             Request::Df => Reply::Df(SpaceInfo { available: Some(7), ..SpaceInfo::default() }),
             Request::Sync => Reply::Failed("the pool is read-only".into()),
             Request::Versions(_) => Reply::Versions { base: String::new(), next: Vec::new() },
-            Request::Change(_) | Request::ClearErrors => Reply::Changed,
+            Request::Change(_) | Request::ChangeAtSync(_) => Reply::Changed,
+            Request::ClearErrors => Reply::Changed,
             Request::Scrub(_) | Request::Device(_) => Reply::Changed,
             Request::Damaged => Reply::Damaged(Vec::new()),
             Request::Differences { .. } => {
@@ -1004,6 +1052,7 @@ mod tests {
     fn handle(request: Request, parts: &mut Parts<'_>) -> Reply {
         match request {
             Request::Send(_) => parts.write_all(&[7; 600_000]).unwrap(),
+            Request::ChangeAtSync(_) => parts.agree().unwrap(),
             Request::Receive(_) => {
                 let mut all = Vec::new();
                 parts.take(500_000).read_to_end(&mut all).unwrap();

@@ -427,7 +427,8 @@ fn in_order(legs: Vec<Leg>, parent: &dyn Fn(&Leg) -> u64) -> Vec<Leg> {
         loop {
             for mut leg in left.drain(..) {
                 let above = leg.below.rsplit_once('/').map_or("", |(above, _)| above);
-                let is_in = !names.contains(above) || placed.contains(above) || leg.below.is_empty();
+                let is_in =
+                    !names.contains(above) || placed.contains(above) || leg.below.is_empty();
                 let origin = parent(&leg);
                 let waits = all.contains(&origin) && !sent.contains(&origin) && !in_circle;
                 if !is_in || waits {
@@ -490,9 +491,7 @@ fn send_one(
         identity: old.content.identity(),
         tree: old.subvol.view().tree,
     });
-    let properties = how.tells.then(|| {
-        engine.with_versions(|all| properties::chosen(all, new.id))
-    });
+    let properties = how.tells.then(|| engine.with_versions(|all| properties::chosen(all, new.id)));
     let shipment = Shipment {
         below: how.below.as_bytes(),
         properties: properties.as_deref(),

@@ -148,8 +148,8 @@ impl Shared {
     /// Where at most `bytes` from a spot on are; `is_last` when the file that wants them ends then.
     fn find(&self, spot: Spot, bytes: u64, is_last: bool) -> Option<Place> {
         let (start, place) = self.places.range(..=spot).next_back()?;
-        let skip = spot.at - start.at;
-        if start.blob != spot.blob || skip >= place.bytes {
+        let skip = spot.at.checked_sub(start.at).filter(|_| start.blob == spot.blob)?;
+        if skip >= place.bytes {
             return None;
         }
         let found = (place.bytes - skip).min(bytes);
@@ -310,12 +310,13 @@ fn each_change(
                 let size = new.as_deref().filter(is_file).map_or(0, |item| item.size);
                 (file.ino, file.size) = (ino, size);
             }
-            Event::Data { start, end } if start < file.size => {
-                if !each(&file, start, end.min(file.size))? {
+            Event::Data { start, end } => {
+                let goes_on = start >= file.size || each(&file, start, end.min(file.size))?;
+                if !goes_on {
                     return Ok(());
                 }
             }
-            _ => {}
+            Event::Item { .. } => {}
         }
     }
     Ok(())

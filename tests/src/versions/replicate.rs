@@ -34,16 +34,25 @@ struct Way {
 }
 
 impl World {
+    /// How many snapshots were received.
+    pub fn received(&self) -> usize {
+        self.received.len()
+    }
+
     /// Sends a snapshot and receives it: all of it into a new subvolume, or what it has beyond one
     /// that was received before.
     pub(super) fn replicate(&mut self, source: u64) -> std::result::Result<(), String> {
-        let lineage = |id: u64| self.engine.open_version(id).map(|snapshot| snapshot.view().tree.id);
+        let lineage =
+            |id: u64| self.engine.open_version(id).map(|snapshot| snapshot.view().tree.id);
         let known = self.received.iter().filter(|known| {
             let is_there = self.snapshots.contains_key(&known.source) && known.source != source;
-            is_there && self.heads.contains_key(&known.into) && lineage(known.source) == lineage(source)
+            is_there
+                && self.heads.contains_key(&known.into)
+                && lineage(known.source) == lineage(source)
         });
         let known: Vec<Received> = known.copied().collect();
-        let after = (!known.is_empty() && self.extra.chance(2, 3)).then(|| *self.extra.pick(&known));
+        let after =
+            (!known.is_empty() && self.extra.chance(2, 3)).then(|| *self.extra.pick(&known));
         let name = self.name();
         let way = match after {
             Some(Received { source: base, into }) => {
@@ -108,7 +117,9 @@ impl World {
         };
         let mut receiver = match Receiver::begin(&engine, &way.to, &begin, &mut |_| Ok(())) {
             // What it would go on from was deleted where it was received.
-            Err(Error::Argument { .. }) if way.base.is_some() && resumes.is_none() => return Ok(None),
+            Err(Error::Argument { .. }) if way.base.is_some() && resumes.is_none() => {
+                return Ok(None)
+            }
             Err(Error::NoSpace) => return Ok(None),
             other => other.map_err(show)?,
         };
@@ -201,7 +212,9 @@ impl World {
     }
 
     /// What was being received when the power failed can be deleted.
-    pub(super) fn discard_partial(engine: &fs_core::engine::Engine) -> std::result::Result<(), String> {
+    pub(super) fn discard_partial(
+        engine: &fs_core::engine::Engine,
+    ) -> std::result::Result<(), String> {
         let partial: Vec<u64> = engine.with_versions(|versions| {
             let all = versions.iter().map(|(id, _)| id);
             all.filter(|id| versions.is_receiving(*id)).collect()
