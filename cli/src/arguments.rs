@@ -594,8 +594,8 @@ pub(crate) struct Send {
     /// subvolume, or a whole name
     #[arg(short = 'i', long = "from", value_name = "SNAPSHOT", allow_hyphen_values = false)]
     pub(crate) from: Option<String>,
-    /// Send the snapshots in between as well, one after the other; without -i, all older ones. So of
-    /// all subvolumes below that have a snapshot of that name, and the properties of all
+    /// Send the snapshots in between as well, one after the other; without -i, all older ones. So
+    /// of all subvolumes below that have a snapshot of that name, and the properties of all
     #[arg(short = 'R', long)]
     pub(crate) replicate: bool,
     /// Go on where a receive broke off, which says this token; the pool is enough of a name then

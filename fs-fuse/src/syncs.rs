@@ -6,9 +6,9 @@
 //! request that comes of that, known by the thread that made the call, carries the change out, in
 //! the one commit that the sync needs anyway.
 //!
-//! Whatever goes wrong, nothing is less durable than after a sync: a change that could not be carried
-//! out leaves the sync to be done, and a request that does not come, because the mount has no such
-//! requests or the thread is seen under another number, leaves the change to who wanted it.
+//! Whatever goes wrong, nothing is less durable than after a sync: a change that could not be
+//! carried out leaves the sync to be done, and a request that does not come, because the mount has
+//! no such requests or the thread is seen under another number, leaves the change to who wanted it.
 
 use parking_lot::Mutex;
 

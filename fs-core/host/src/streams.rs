@@ -231,6 +231,8 @@ pub trait Changes {
 const ASK_EVERY: Duration = Duration::from_millis(200);
 /// Snapshots that are told of one by one: an answer has a bound.
 const TOLD_MAX: usize = 1000;
+/// And subvolumes that are not sent.
+const LEFT_OUT_MAX: usize = 100;
 
 impl Received {
     fn add(&mut self, name: String, identity: String) {
@@ -324,7 +326,12 @@ pub fn send(
     let said = |error: Error| versions::said(&error, &shown);
     let mut out = Counted { out: BufWriter::with_capacity(WRITE_BYTES, out), bytes: 0 };
     let mut sent = Sent::default();
-    let (legs, left_out) = legs(engine, (from, last), what)?;
+    let (legs, mut left_out) = legs(engine, (from, last), what)?;
+    if left_out.len() > LEFT_OUT_MAX {
+        let more = left_out.len() - LEFT_OUT_MAX;
+        left_out.truncate(LEFT_OUT_MAX);
+        left_out.push(format!("... ({more} more)"));
+    }
     sent.left_out = left_out;
     let count: usize = legs.iter().map(|leg| leg.ids.len()).sum();
     for leg in &legs {
@@ -412,8 +419,9 @@ fn legs(
     })
 }
 
-/// Puts subvolumes behind what they lie in, and clones behind what they were cloned from, which they
-/// go on from then. `parent` tells what the first snapshot of a leg goes on from; zero for nothing.
+/// Puts subvolumes behind what they lie in, and clones behind what they were cloned from, which
+/// they go on from then. `parent` tells what the first snapshot of a leg goes on from; zero for
+/// nothing.
 fn in_order(legs: Vec<Leg>, parent: &dyn Fn(&Leg) -> u64) -> Vec<Leg> {
     let all: BTreeSet<u64> = legs.iter().flat_map(|leg| leg.ids.iter().copied()).collect();
     let names: BTreeSet<String> = legs.iter().map(|leg| leg.below.clone()).collect();

@@ -11,7 +11,8 @@
 //!
 //! Data is read where it may differ, a part within one record of content at a time; sectors of
 //! zeros travel as holes, and in a file that is new not at all. Data that files share travels once
-//! (`shared`). What comes is looked at a bit ahead, so that the data of many files is read together.
+//! (`shared`). What comes is looked at a bit ahead, so that the data of many files is read
+//! together.
 
 #[cfg(test)]
 mod tests;

@@ -145,7 +145,7 @@ impl Shared {
         Ok(next)
     }
 
-    /// Where at most `bytes` from a spot on are; `is_last` when the file that wants them ends then.
+    /// Where at most `bytes` from a spot on are; `is_last` when the file that wants them ends.
     fn find(&self, spot: Spot, bytes: u64, is_last: bool) -> Option<Place> {
         let (start, place) = self.places.range(..=spot).next_back()?;
         let skip = spot.at.checked_sub(start.at).filter(|_| start.blob == spot.blob)?;
@@ -159,7 +159,7 @@ impl Shared {
         (found > 0).then_some(Place { ino: place.ino, at: place.at + skip, bytes: found })
     }
 
-    /// How many of the `bytes` from a spot on, which no place has, lie before the next that one has.
+    /// How many of the `bytes` from a spot on, which no place has, come before what one has.
     fn up_to_next(&self, spot: Spot, bytes: u64) -> u64 {
         let behind = Spot { at: spot.at.saturating_add(SECTOR_BYTES), ..spot };
         let end = Spot { at: spot.at.saturating_add(bytes).max(behind.at), ..spot };

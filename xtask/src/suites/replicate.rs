@@ -1,9 +1,11 @@
-//! Whole trees of subvolumes, and a tree as people have them, sent from one mounted pool to another.
+//! Whole trees of subvolumes, and a tree as people have them, sent from one mounted pool to
+//! another.
 //!
 //! `cairn send -R` brings subvolumes that lie in each other, clones, and what was chosen for them;
-//! what they share is stored once by the receiver too. A tree of many files, with attributes, access
-//! lists, links, sparse files and devices, comes in increments that rsync finds no difference in;
-//! streams of it that are cut anywhere go on, and streams with any byte changed leave nothing.
+//! what they share is stored once by the receiver too. A tree of many files, with attributes,
+//! access lists, links, sparse files and devices, comes in increments that rsync finds no
+//! difference in; streams of it that are cut anywhere go on, and streams with any byte changed show
+//! nothing.
 
 use super::programs::make_odd_tree;
 use super::Suite;

@@ -452,3 +452,27 @@ fn streams_of_version_1_are_read() {
     assert_eq!(file.attributes[&b"user.colour"[..]], b"blue");
     assert_eq!(file.attributes.len(), 1);
 }
+
+/// And as they were when they first had clones, a place below, and properties.
+#[test]
+fn streams_with_clones_are_read() {
+    let stream = include_bytes!("../../../../images/streams/clones-1.stream");
+    let records = decode(stream).unwrap();
+    let Record::Begin(begin) = &records[0].0 else { panic!("it begins") };
+    assert_eq!((begin.compat, begin.clones, begin.resumes), (PROPERTIES, true, None));
+    assert_eq!((&begin.below[..], &begin.name[..]), (&b"home/alice"[..], &b"shared"[..]));
+    let property = |name: &str, value: &str| Record::Property {
+        name: name.as_bytes().to_vec(),
+        value: value.as_bytes().to_vec(),
+    };
+    assert_eq!(records[1].0, property("compression", "zstd:3"));
+    assert_eq!(records[2].0, property("team:owner", "alice"));
+    let summary = verify(stream).unwrap();
+    assert_eq!((summary.inodes, summary.data_bytes, summary.cloned_bytes), (3, 20_000, 12_288));
+    let mut seen = Seen::default();
+    apply(&mut seen, &records);
+    let data = |name: &[u8]| &seen.inodes[&seen.names[&(1, name.to_vec())].0].data;
+    assert_eq!(data(b"one").len(), 20_000);
+    assert_eq!(data(b"two")[8192..], data(b"one")[4096..16_384]);
+    assert_eq!(data(b"two")[..8192], [0; 8192]);
+}
