@@ -4,6 +4,7 @@ use cairn_host::parse::parse_size;
 use cairn_host::properties;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use fs_core::vfs::BLOCK_BYTES_MAX;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,8 @@ pub(crate) enum Command {
     Trim(Trim),
     /// Make a file that shares the data of another one
     Clone(CloneFile),
+    /// Find what files have in common, and have them share it
+    Dedup(Dedup),
     /// Make, show and delete subvolumes
     #[command(subcommand, visible_alias = "subvol")]
     Subvolume(Subvolume),
@@ -399,6 +402,58 @@ pub(crate) struct CloneFile {
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,
+}
+
+/// What files hold, when they change, and what programs read of them stays as it is; only the room
+/// that is taken for the same twice comes free, with the next commit. Files are compared while they
+/// are in use: what is written meanwhile is left alone. Only root and whoever mounted the pool may
+/// do that.
+///
+/// All paths are on one mount. Symbolic links are not followed, and nothing is shared between two
+/// subvolumes. What a snapshot has too comes free when that is deleted. Files in a snapshot, in a
+/// subvolume that refuses changes, and immutable ones stay as they are.
+///
+/// What is stored where is asked first: what is shared already is read once, and holes are not read
+/// at all. Lists go to a file in TMPDIR, or /var/tmp: 44 bytes for each block.
+///
+/// Exit codes: 0 when all was looked at, 1 when that failed, 4 when something was wrong with some
+/// files, which are named.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Dedup {
+    /// Files, and directories with all that is below them
+    #[arg(value_name = "PATH", required = true)]
+    pub(crate) paths: Vec<PathBuf>,
+    /// Only say what would be shared
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Leave out files that are smaller
+    #[arg(short, long, value_name = "SIZE", default_value = "4K", value_parser = parse_size)]
+    pub(crate) min_size: u64,
+    /// Compare blocks of this size, at multiples of it: a power of two from 4K to 1M. Smaller ones
+    /// find more, but of what is compressed, 128K at a time, only the whole comes free
+    #[arg(short, long, value_name = "SIZE", default_value = "128K", value_parser = parse_block)]
+    pub(crate) block_size: u64,
+    /// Take no more memory than this to remember blocks, and a bit for each; with less of it lists
+    /// are read more often
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+    /// Say what comes to share with what
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Print JSON
+    #[arg(short, long)]
+    pub(crate) json: bool,
+}
+
+fn parse_block(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text).map_err(|bad| bad.to_string())?;
+    match bytes.is_power_of_two() && (4096..=BLOCK_BYTES_MAX).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err("a block is a power of two from 4K to 1M".into()),
+    }
 }
 
 /// One of a pool, named by the pool and the name within it.

@@ -16,6 +16,7 @@
 mod arguments;
 mod clear;
 mod clone;
+mod dedup;
 mod device;
 mod df;
 mod documents;
@@ -122,6 +123,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Inherit(arguments) => property::inherit(&arguments),
         Command::Trim(arguments) => trim::run(&arguments),
         Command::Clone(arguments) => clone::run(&arguments),
+        Command::Dedup(arguments) => dedup::run(&arguments),
         Command::Subvolume(command) => versions::subvolume(&command),
         Command::Snapshot(command) => versions::snapshot(&command),
         Command::Udev { device } => udev::run(&device),

@@ -313,6 +313,23 @@ fn directories_that_are_no_cairn_mounts_are_refused() {
 }
 
 #[test]
+fn what_is_on_no_mount_is_not_looked_through_for_equal_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink("nowhere", &link).unwrap();
+    let dedup = |words: &[&str], path: &Path| cairn().arg("dedup").args(words).arg(path).assert();
+    dedup(&[], dir.path()).code(1).stderr(contains("not on a mounted cairn pool"));
+    dedup(&["-n"], &dir.path().join("none")).code(1).stderr(contains("No such file"));
+    dedup(&[], &link).code(1).stderr(contains("is a symbolic link, which is not followed"));
+    for size in ["3K", "2K", "2M", "x"] {
+        dedup(&["-b", size], dir.path()).code(2).stderr(contains("--block-size"));
+    }
+    let out = dedup(&["--json"], dir.path()).code(1).get_output().stdout.clone();
+    let out: Value = serde_json::from_slice(&out).unwrap();
+    assert!(out["error"].as_str().unwrap().contains("not on a mounted"), "{out}");
+}
+
+#[test]
 fn a_call_in_the_manner_of_mount_is_pointed_to_the_helper() {
     cairn().args(["tank", "/", "-o", "ro"]).assert().code(1).stderr(contains("use mount.cairn"));
     cairn().args(["snapp"]).assert().code(2);

@@ -6,6 +6,7 @@ use cairn_host::admin::{
     Request, ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
 };
 use cairn_host::changes;
+use cairn_host::dedupe;
 use cairn_host::parse::format_uuid;
 use cairn_host::streams;
 use cairn_host::versions::{self, Change};
@@ -48,6 +49,7 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
             Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
             Request::Receive(_) => true,
             Request::Send(_) => false,
+            Request::Dedupe(question) => question.is_change(),
         };
         if is_change && kernel.is_read_only() {
             return Reply::Failed("the pool is mounted read-only".into());
@@ -134,6 +136,10 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                     Err(sentence) => Reply::Failed(sentence),
                 }
             }
+            Request::Dedupe(question) => match dedupe::answer(&forest, &question) {
+                Ok(answer) => Reply::Dedupe(answer),
+                Err(sentence) => Reply::Failed(sentence),
+            },
             Request::Change(change) => {
                 let _one = changing.lock();
                 match carry_out(&forest, &kernel, &change) {

@@ -746,6 +746,31 @@ except OSError as e: assert e.errno==errno.EIO";
 }
 
 #[test]
+fn sharing_and_maps_of_extents_are_refused_before_the_server_is_asked() {
+    if !can_mount() {
+        return;
+    }
+    let mount = Mount::on_image("rw");
+    let files = ["one", "two"].map(|name| mount.file(name));
+    files.iter().for_each(|path| fs::write(path, [7u8; 8192]).unwrap());
+    let script = "import fcntl,struct,sys,errno
+a,b=open(sys.argv[1],'rb'),open(sys.argv[2],'r+b')
+def refused(f,number,value):
+  try: r=fcntl.ioctl(f,number,value)
+  except OSError as e: return e.errno
+  return r
+assert refused(b,0x40049409,a.fileno())==errno.EOPNOTSUPP,'FICLONE'
+one=struct.pack('QQHHIqQQiI',0,4096,1,0,0,b.fileno(),0,0,0,0)
+r=refused(a,0xc0189436,one)
+status=r if isinstance(r,int) else -struct.unpack('QQHHIqQQiI',r)[8]
+assert status in (errno.EOPNOTSUPP,errno.EINVAL),('FIDEDUPERANGE',status)
+r=refused(a,0xc020660b,struct.pack('QQIIII',0,8192,0,0,1,0)+bytes(56))
+assert r==errno.EOPNOTSUPP,('FIEMAP',r)";
+    let output = Command::new("python3").args(["-c", script]).args(files).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
 fn handles_of_files_survive_the_kernels_cache() {
     if !can_mount() {
         return;

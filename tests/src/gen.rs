@@ -157,6 +157,13 @@ pub enum Op {
         target_offset: u64,
         len: u64,
     },
+    DedupeRange {
+        source: Target,
+        source_offset: u64,
+        target: Target,
+        target_offset: u64,
+        len: u64,
+    },
     Readdir {
         target: Target,
     },
@@ -221,7 +228,7 @@ impl Op {
                 source.path_mut().into_iter().for_each(down);
                 down(path);
             }
-            Op::CopyRange { source, target, .. } => {
+            Op::CopyRange { source, target, .. } | Op::DedupeRange { source, target, .. } => {
                 [source, target].into_iter().filter_map(Target::path_mut).for_each(down);
             }
             Op::Getattr { target }
@@ -276,6 +283,8 @@ pub struct Options {
     pub reads: bool,
     /// Whether files are to grow until there is no room.
     pub growth: bool,
+    /// How many in a hundred begin to write one thing to two places, and to share it then.
+    pub twins_percent: u64,
 }
 
 impl Options {
@@ -287,6 +296,7 @@ impl Options {
         remount_permille: 15,
         reads: true,
         growth: false,
+        twins_percent: 2,
     };
     /// For filling a small pool.
     pub const FILL: Options =
@@ -299,6 +309,7 @@ impl Options {
         remount_permille: 0,
         reads: false,
         growth: false,
+        twins_percent: 4,
     };
 }
 
@@ -309,16 +320,24 @@ const FEW: usize = 5;
 pub struct Generator {
     rng: Rng,
     options: Options,
+    /// What was begun, the last first.
+    begun: Vec<Op>,
 }
 
 impl Generator {
     /// The operations of `seed`.
     pub fn new(seed: u64, options: Options) -> Generator {
-        Generator { rng: Rng::derived(seed, 0x6f70_7321), options }
+        Generator { rng: Rng::derived(seed, 0x6f70_7321), options, begun: Vec::new() }
     }
 
     /// The next operation, for a filesystem that looks like `state` now.
     pub fn next(&mut self, state: &State) -> Op {
+        if let Some(op) = self.begun.pop() {
+            return op;
+        }
+        if self.rng.below(100) < self.options.twins_percent {
+            return self.twins(state);
+        }
         if self.rng.below(1000) < self.options.remount_permille {
             return Op::Remount;
         }
@@ -429,6 +448,61 @@ impl Generator {
                 Op::CopyRange { source, source_offset, target, target_offset, len }
             }
         }
+    }
+
+    /// Writes the same to two places, now and then with something between, and shares it: all of
+    /// it, a part, or more than is equal.
+    fn twins(&mut self, state: &State) -> Op {
+        let (source, target) = (self.file(state), self.file(state));
+        let data = self.bytes();
+        let mut offsets = [&source, &target].map(|file| self.offset(size_of(state, file)) & !4095);
+        let are_whole = self.rng.chance(1, 3);
+        if are_whole {
+            offsets = [0, 0];
+        }
+        let [source_offset, target_offset] = offsets;
+        let len = data.len as u64;
+        for _ in 0..self.rng.between(1, 2) {
+            let skip = match self.rng.below(3) {
+                0 => self.rng.below(len.div_ceil(4096)) * 4096,
+                _ => 0,
+            };
+            let len = match self.rng.below(6) {
+                0 => self.rng.between(0, len),
+                1 => (len - skip) / 4096 * 4096,
+                2 => len - skip + self.rng.below(3) * 4096,
+                _ => len - skip,
+            };
+            let (mut from, to) = ((source.clone(), source_offset), (target.clone(), target_offset));
+            if self.rng.chance(1, 8) {
+                from.1 += 1;
+            }
+            self.begun.push(Op::DedupeRange {
+                source: from.0,
+                source_offset: from.1 + skip,
+                target: to.0,
+                target_offset: to.1 + skip,
+                len,
+            });
+            if self.rng.chance(1, 3) {
+                let between = self.durability(state);
+                self.begun.push(between);
+            }
+        }
+        for (file, offset) in [(&source, source_offset), (&target, target_offset)] {
+            let (target, append) = (file.clone(), false);
+            self.begun.push(Op::Write { target, offset, data, append, kill_priv: false });
+            if are_whole {
+                let set = SetAttr { size: Some(0), ..SetAttr::default() };
+                let (target, caller) = (file.clone(), self.caller());
+                self.begun.push(Op::Setattr { target, set, caller });
+            }
+            if self.rng.chance(1, 4) {
+                let between = self.durability(state);
+                self.begun.push(between);
+            }
+        }
+        self.begun.pop().expect("both writes were pushed")
     }
 
     fn fallocate(&mut self, target: Target, mut offset: u64) -> Op {

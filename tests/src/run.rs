@@ -7,7 +7,9 @@ use fs_core::error::{Errno, Error};
 use fs_core::format::inode::{flag, mode};
 use fs_core::platform::Timestamp;
 use fs_core::units::Ino;
-use fs_core::vfs::{Attr, Fallocate, Filesystem, RenameFlags, Seek, SetAttr, SetTime, WriteFlags};
+use fs_core::vfs::{
+    Attr, Dedupe, Fallocate, Filesystem, RenameFlags, Seek, SetAttr, SetTime, WriteFlags,
+};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -23,6 +25,8 @@ pub enum Value {
     /// Types of entries by name.
     Entries(BTreeMap<Vec<u8>, u32>),
     Number(u64),
+    /// So many bytes are equal; what follows differs.
+    Differs(u64),
 }
 
 /// The part of [`Attr`] that two filesystems must agree on.
@@ -164,6 +168,10 @@ impl Runner {
             // Whether these move times when nothing changes is left open.
             Op::Fallocate { op: Fallocate::Allocate { .. }, .. } => {}
             Op::Setattr { set: SetAttr { size: Some(_), .. }, .. } => {}
+            Op::DedupeRange { source, target, .. } => {
+                add(self.find(held, source));
+                add(self.find(held, target));
+            }
             Op::Setattr { target, .. }
             | Op::Write { target, .. }
             | Op::Fallocate { target, .. }
@@ -306,6 +314,21 @@ impl Runner {
                 }
                 Ok(Value::Number(self.copied))
             }
+            Op::DedupeRange { source, source_offset, target, target_offset, len } => {
+                let (source, target) = (self.find(held, source)?, self.find(held, target)?);
+                let mut done = 0;
+                loop {
+                    let (from, to) = (source_offset + done, target_offset + done);
+                    match fs.dedupe_range(source, from, target, to, len - done)? {
+                        Dedupe::Differs => return Ok(Value::Differs(done)),
+                        Dedupe::Same { bytes: 0, .. } => return Ok(Value::Number(done)),
+                        Dedupe::Same { bytes, .. } => done += bytes,
+                    }
+                    if done == *len {
+                        return Ok(Value::Number(done));
+                    }
+                }
+            }
             Op::Readdir { target } => {
                 let mut entries = BTreeMap::new();
                 let dir = self.find(held, target)?;
@@ -412,6 +435,9 @@ pub fn is_left_open(runner: &Runner, state: &State, op: &Op) -> bool {
                 || node(target).is_some_and(|n| n.mode & (mode::SET_UID | mode::SET_GID) != 0)
                 || node(source).is_some_and(special)
                 || node(target).is_some_and(special)
+        }
+        Op::DedupeRange { source, target, .. } => {
+            [source, target].iter().any(|file| node(file).is_some_and(|n| n.content().is_none()))
         }
         Op::Seek { target, .. } => node(target).is_some_and(|n| n.content().is_none()),
         Op::Setattr { target, set, .. } => {

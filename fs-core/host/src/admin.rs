@@ -20,6 +20,7 @@
 //! The encoding is for talk between programs of one installation. What reaches a disk is declared
 //! in `fs_core::format`.
 
+use crate::dedupe::{Answer, Question};
 use crate::properties::PropertyInfo;
 use crate::streams::{Received, Sending, Sent};
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
@@ -37,7 +38,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Version of the protocol; both sides must have the same.
 pub const VERSION: u16 = 10;
@@ -105,6 +106,8 @@ pub enum Request {
     /// Change the devices of the pool. Answered by [`Reply::Changed`] when that is done or goes on
     /// in the background; [`Request::Info`] tells how it stands.
     Device(DeviceRequest),
+    /// Look for equal data in files, or share it. Answered by [`Reply::Dedupe`].
+    Dedupe(Question),
 }
 
 /// What is to become of the devices of a pool.
@@ -173,6 +176,8 @@ impl Request {
             Request::Device(_) => true,
             Request::Send(_) | Request::Receive(_) => true,
             Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
+            // Files are named by number, whoever may come to them.
+            Request::Dedupe(_) => true,
         }
     }
 
@@ -216,6 +221,8 @@ pub enum Reply {
     Sent(Sent),
     /// To [`Request::Receive`].
     Received(Received),
+    /// To [`Request::Dedupe`].
+    Dedupe(Answer),
     /// To any request: one sentence that says why not.
     Failed(String),
 }
@@ -673,13 +680,47 @@ pub fn ask(device: u64, request: Request) -> Result<Reply, AdminError> {
 }
 
 fn ask_in(directories: &[PathBuf], device: u64, request: Request) -> Result<Reply, AdminError> {
-    let mut stream = connect(directories, device)?;
+    exchange(&mut connect(directories, device)?, &request)
+}
+
+fn exchange(stream: &mut UnixStream, request: &Request) -> Result<Reply, AdminError> {
     stream.set_write_timeout(Some(STALLED))?;
     stream.set_read_timeout(Some(request.patience()))?;
-    send(&mut stream, &request)?;
-    match answer(&mut stream)? {
+    send(stream, request)?;
+    match answer(stream)? {
         Reply::Failed(why) => Err(AdminError::Refused(why)),
         reply => Ok(reply),
+    }
+}
+
+/// A connection to the daemon of a mount, for who has many questions.
+pub struct Session {
+    directories: Vec<PathBuf>,
+    device: u64,
+    /// With the time when it was used last: the daemon hangs up on who is silent for long.
+    open: Option<(UnixStream, Instant)>,
+}
+
+impl Session {
+    /// One with the daemon of the mount with device number `device`; it connects when it is asked.
+    pub fn new(device: u64) -> Session {
+        Session { directories: directories(), device, open: None }
+    }
+
+    /// Asks, as [`ask`] does.
+    ///
+    /// # Errors
+    /// Those of [`ask`].
+    pub fn ask(&mut self, request: &Request) -> Result<Reply, AdminError> {
+        let mut stream = match self.open.take() {
+            Some((stream, used)) if used.elapsed() < STALLED / 2 => stream,
+            _ => connect(&self.directories, self.device)?,
+        };
+        let reply = exchange(&mut stream, request);
+        if matches!(reply, Ok(_) | Err(AdminError::Refused(_))) {
+            self.open = Some((stream, Instant::now()));
+        }
+        reply
     }
 }
 
@@ -1045,6 +1086,7 @@ mod tests {
             Request::Send(_) => Reply::Sent(Sent::default()),
             Request::Receive(_) => Reply::Received(Received::default()),
             Request::Properties(_) => Reply::Properties(None),
+            Request::Dedupe(_) => Reply::Dedupe(Answer::Gone),
         }
     }
 
@@ -1081,6 +1123,25 @@ mod tests {
         assert_eq!(ask(Request::Info).unwrap(), answer(Request::Info));
         assert_eq!(ask(Request::Df).unwrap(), answer(Request::Df));
         assert_eq!(ask(Request::Sync).unwrap_err().to_string(), "the pool is read-only");
+    }
+
+    #[test]
+    fn a_session_asks_again_and_again_and_connects_anew_when_it_was_silent() {
+        let (dir, _server) = server();
+        let directories = vec![dir.path().into()];
+        let mut session = Session { directories, device: 0x2a, open: None };
+        for _ in 0..3 {
+            assert_eq!(session.ask(&Request::Df).unwrap(), answer(Request::Df));
+            assert!(matches!(session.ask(&Request::Sync), Err(AdminError::Refused(_))));
+            assert!(session.open.is_some());
+        }
+        let (stream, used) = session.open.take().unwrap();
+        stream.shutdown(std::net::Shutdown::Both).unwrap();
+        session.open = used.checked_sub(STALLED).map(|long_ago| (stream, long_ago));
+        assert_eq!(session.ask(&Request::Df).unwrap(), answer(Request::Df));
+        session.device = 0x2b;
+        session.open = None;
+        assert!(matches!(session.ask(&Request::Df), Err(AdminError::NoDaemon)));
     }
 
     #[test]
@@ -1168,7 +1229,13 @@ mod tests {
             reply
         };
         let change = Change::SetDefault { name: VersionName::default() };
-        let guarded = [Request::Versions(0), Request::Damaged, Request::Change(change)];
+        let hashes = Question::Hashes { ino: 1, block: 4096, indices: vec![0] };
+        let guarded = [
+            Request::Versions(0),
+            Request::Damaged,
+            Request::Change(change),
+            Request::Dedupe(hashes),
+        ];
         for request in guarded {
             assert!(matches!(ask(Peer::Guest, &request), Reply::Failed(_)), "{request:?}");
             assert_eq!(ask(Peer::Owner, &request), answer(request));

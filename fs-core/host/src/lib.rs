@@ -16,8 +16,8 @@
 //! where the other devices of its pool are ([`members`]), what `LABEL=` and `UUID=` name
 //! ([`source`]), how sizes and ids are written ([`parse`]), how a command talks to the daemon of a
 //! mounted pool ([`admin`]), what it may ask about subvolumes and snapshots ([`versions`],
-//! [`properties`]), how they are sent and received ([`streams`]), and how it asks for free space to
-//! be discarded ([`trim`](trim())).
+//! [`properties`]), how they are sent and received ([`streams`]), how files come to share what is
+//! equal ([`dedupe`]), and how it asks for free space to be discarded ([`trim`](trim())).
 //!
 //! A process that goes into the background forks first and calls these functions after: threads and
 //! rings do not survive a fork, the device lock does.
@@ -25,6 +25,7 @@
 pub mod admin;
 pub mod changes;
 mod codecs;
+pub mod dedupe;
 mod device;
 pub mod members;
 pub mod mounts;

@@ -82,8 +82,9 @@ impl Segment {
         Segment { at, len, place }
     }
 
-    /// The part of the segment within `start..end`.
-    fn clip(self, start: u64, end: u64) -> Segment {
+    /// The part of the segment within `start..end`, which are multiples of the sector size and
+    /// overlap it.
+    pub fn clip(self, start: u64, end: u64) -> Segment {
         let from = start.max(self.at);
         let to = end.min(self.at + self.len);
         if from == self.at && to == self.at + self.len {

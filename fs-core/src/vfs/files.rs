@@ -34,7 +34,7 @@ const SEEK_STEP: u64 = 64 << 20;
 /// What was changed within so many seconds has the times of a moment ago.
 const RECENT_SECONDS: i64 = 1;
 
-fn check_file(state: &State) -> Result<()> {
+pub(super) fn check_file(state: &State) -> Result<()> {
     if state.gone {
         return Err(Errno::Stale.into());
     }
@@ -47,7 +47,7 @@ fn check_file(state: &State) -> Result<()> {
     Ok(())
 }
 
-fn check_writable(state: &State) -> Result<()> {
+pub(super) fn check_writable(state: &State) -> Result<()> {
     check_file(state)?;
     if state.item.flags & flag::IMMUTABLE != 0 {
         return Err(Errno::Perm.into());
@@ -81,6 +81,15 @@ fn overlap(segment: &Segment, start: u64, end: u64) -> (usize, usize) {
 impl Volume {
     pub(super) fn do_read(&self, ino: Ino, offset: u64, out: &mut [u8]) -> Result<usize> {
         let inode = self.inode(ino)?;
+        let count = self.read_at(&inode, offset, out)?;
+        if count > 0 {
+            self.accessed(&inode);
+        }
+        Ok(count)
+    }
+
+    /// Reads up to `out.len()` bytes, and does not note that the file was read.
+    pub(super) fn read_at(&self, inode: &Arc<Inode>, offset: u64, out: &mut [u8]) -> Result<usize> {
         let (view, segments, count) = {
             let state = inode.state.read();
             check_file(&state)?;
@@ -92,7 +101,7 @@ impl Volume {
             } else {
                 let start = align_down(offset, SECTOR_BYTES);
                 let end = sector_round(offset + count as u64);
-                self.subvol.layout(&view.tree, ino, &state, start, end)?
+                self.subvol.layout(&view.tree, inode.ino, &state, start, end)?
             };
             (view, segments, count)
         };
@@ -100,17 +109,18 @@ impl Volume {
         // Until here the view kept what the segments name from being reused.
         drop(view);
         if let Err(error) = &result {
-            self.report_damage(&inode, offset, error);
+            self.report_damage(inode, offset, error);
         }
-        result?;
-        if count > 0 {
-            self.accessed(&inode);
-        }
-        Ok(count)
+        result.map(|()| count)
     }
 
     /// Fills `out` with the bytes from `start` on, which the segments cover, one after the other.
-    fn read_segments(&self, segments: &[Segment], start: u64, out: &mut [u8]) -> Result<()> {
+    pub(super) fn read_segments(
+        &self,
+        segments: &[Segment],
+        start: u64,
+        out: &mut [u8],
+    ) -> Result<()> {
         let end = start + out.len() as u64;
         let mut batch = Batch::default();
         let mut rest = out;
@@ -224,7 +234,14 @@ impl Volume {
     }
 
     /// Puts content in place of a range; the inode has been touched.
-    fn put(&self, change: &mut Change<'_>, state: &mut State, at: u64, len: u64, content: Content) {
+    pub(super) fn put(
+        &self,
+        change: &mut Change<'_>,
+        state: &mut State,
+        at: u64,
+        len: u64,
+        content: Content,
+    ) {
         let before = state.ranges.memory();
         state.ranges.put(at, len, content, change.garbage());
         self.engine.store.dirty.adjust(before, state.ranges.memory());
@@ -302,7 +319,7 @@ impl Volume {
         drop(state);
         let pressed = self.engine.store.dirty.over_soft();
         if came >= if pressed { EARLY_BYTES_PRESSED } else { EARLY_BYTES } {
-            self.write_early(&inode, true);
+            self.write_bytes(&inode, true);
         }
         Ok(at)
     }
@@ -372,8 +389,9 @@ impl Volume {
         Ok(())
     }
 
-    /// Writes what a file has in memory, or of a file that has gathered much whole windows.
-    fn write_early(&self, inode: &Arc<Inode>, whole_windows_only: bool) {
+    /// Writes bytes of a file that are in memory before a commit does, all of them or only whole
+    /// windows. What somebody else is writing at the moment is left to them.
+    pub(super) fn write_bytes(&self, inode: &Arc<Inode>, whole_windows_only: bool) {
         let Some(_only_one) = inode.flushing.try_lock() else { return };
         let (txg, tasks) = {
             let state = inode.state.read();
@@ -747,7 +765,7 @@ impl Volume {
         let shared = |state: &State| layout(from.ino, state, source);
         if shared(&from.state.read())?.unwritten > 0 {
             // Bytes that have no extent to share yet would be written twice.
-            self.write_early(from, false);
+            self.write_bytes(from, false);
         }
         let replaced = |state: &State| layout(to.ino, state, target).map(|pieces| pieces.extents);
         self.within_limits(sector_round(len))?;
@@ -771,11 +789,7 @@ impl Volume {
         check_writable(locked.get(to.ino))?;
         let (size, target_size) = (source_state.item.size, locked.get(to.ino).item.size);
         let mut len = len.min(size.saturating_sub(source));
-        // The last sector may be shared in part when it is the last of both files.
-        let ends_both = source + len == size && target + len >= target_size;
-        if !ends_both {
-            len = align_down(len, SECTOR_BYTES);
-        }
+        len = sharable((source, size), (target, target_size), len);
         if len == 0 || target + len <= INLINE_LIMIT || size <= INLINE_LIMIT {
             return Ok(0);
         }
@@ -831,6 +845,17 @@ impl Volume {
             done += count as u64;
         }
         Ok(done)
+    }
+}
+
+/// How much of a range may be shared, the offset of which in the source and the source's size are
+/// given, and the same of the target: whole sectors, and of the last one a part when it is the last
+/// of both files.
+pub(super) fn sharable(source: (u64, u64), target: (u64, u64), len: u64) -> u64 {
+    let ends_both = source.0 + len == source.1 && target.0 + len >= target.1;
+    match ends_both {
+        true => len,
+        false => align_down(len, SECTOR_BYTES),
     }
 }
 

@@ -58,8 +58,8 @@ use crate::subvol::versions::{Versions, CONTROL_NAME};
 use crate::sync::{Rank, RwLock, Signal};
 use crate::units::{Ino, TreeId};
 use crate::vfs::{
-    AccessTime, Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr,
-    StatFs, Volume, WriteFlags, XattrMode,
+    AccessTime, Attr, BlockPlaces, Caller, Dedupe, DirEntry, Fallocate, Filesystem, RenameFlags,
+    Result, Seek, SetAttr, StatFs, Volume, WriteFlags, XattrMode,
 };
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
@@ -620,6 +620,29 @@ impl Forest {
         open.map_or(Vec::new(), |(slot, open)| in_slot(slot, &open.volume))
     }
 
+    /// As [`Volume::block_places`].
+    ///
+    /// # Errors
+    /// Those of it; EROFS for what is not on disk.
+    pub fn block_places(&self, ino: Ino, first: u64, block: u64) -> Result<BlockPlaces> {
+        let (held, inner) = self.place(ino)?;
+        held.block_places(inner, first, block)
+    }
+
+    /// As [`Volume::block_hashes`].
+    ///
+    /// # Errors
+    /// Those of it; EROFS for what is not on disk.
+    pub fn block_hashes(
+        &self,
+        ino: Ino,
+        block: u64,
+        indices: &[u64],
+    ) -> Result<Vec<Option<[u8; 32]>>> {
+        let (held, inner) = self.place(ino)?;
+        held.block_hashes(inner, block, indices)
+    }
+
     /// The subvolume that appears in a directory under a name, if any does.
     fn nested_at(&self, held: &Volume, dir: Ino, name: &[u8]) -> Option<u64> {
         if dir.0 != ROOT_INO || held.is_snapshot() {
@@ -997,6 +1020,18 @@ impl Filesystem for Forest {
     ) -> Result<u64> {
         let (held, source, target) = self.both(source, target)?;
         held.copy_range(source, source_offset, target, target_offset, len)
+    }
+
+    fn dedupe_range(
+        &self,
+        source: Ino,
+        source_offset: u64,
+        target: Ino,
+        target_offset: u64,
+        len: u64,
+    ) -> Result<Dedupe> {
+        let (held, source, target) = self.both(source, target)?;
+        held.dedupe_range(source, source_offset, target, target_offset, len)
     }
 
     fn fsync(&self, ino: Ino, data_only: bool) -> Result<()> {

@@ -20,6 +20,7 @@
 
 mod acl;
 mod attrs;
+mod dedupe;
 mod files;
 mod forest;
 mod names;
@@ -28,6 +29,7 @@ mod rename;
 mod volume;
 
 pub(crate) use attrs::check_attribute;
+pub use dedupe::{BlockPlace, BlockPlaces, BLOCK_BYTES_MAX, DEDUPE_BYTES, HASHED_BYTES_MAX};
 pub use forest::Forest;
 pub use volume::{AccessTime, Volume};
 
@@ -175,6 +177,21 @@ pub enum XattrMode {
     Replace,
 }
 
+/// What came of comparing two ranges to share what is equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dedupe {
+    /// They are equal, and the target has the extents of the source as far as these can be shared.
+    Same {
+        /// So many bytes were compared: fewer than were asked for where more would have to be
+        /// compared at once, or where what is left is no whole sector.
+        bytes: u64,
+        /// So many of them had another place before.
+        shared: u64,
+    },
+    /// They differ, and nothing was done.
+    Differs,
+}
+
 /// What lseek(2) looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seek {
@@ -290,6 +307,24 @@ pub trait Filesystem: Send + Sync {
         target_offset: u64,
         len: u64,
     ) -> Result<u64>;
+
+    /// Compares a range of one file with one of another, or of the same, and where they hold the
+    /// same bytes makes the target share the extents of the source, as FIDEDUPERANGE does: what a
+    /// reader sees stays as it is, and so do all times. At most [`DEDUPE_BYTES`] are done at once.
+    /// Like Linux it wants both offsets on sectors, both ranges within their files and apart from
+    /// each other (EINVAL), and leaves out a part of a sector unless it ends both files. Whether
+    /// the caller may write to the target is checked by the caller, as for `write`.
+    fn dedupe_range(
+        &self,
+        source: Ino,
+        source_offset: u64,
+        target: Ino,
+        target_offset: u64,
+        len: u64,
+    ) -> Result<Dedupe> {
+        let _ = (source, source_offset, target, target_offset, len);
+        Err(crate::error::Errno::OpNotSupp.into())
+    }
 
     /// Makes data, size, attributes and all namespace changes so far durable; with `data_only` at
     /// least data and size.

@@ -21,8 +21,8 @@ use crate::subvol::{InUse, Subvol};
 use crate::sync::{Mutex, Rank, WriteGuard};
 use crate::units::{Ino, Txg, SECTOR_BYTES};
 use crate::vfs::{
-    Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, StatFs,
-    WriteFlags, XattrMode,
+    Attr, Caller, Dedupe, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr,
+    StatFs, WriteFlags, XattrMode,
 };
 use alloc::string::String;
 use alloc::sync::Arc;
@@ -536,6 +536,17 @@ impl Filesystem for Volume {
         len: u64,
     ) -> Result<u64> {
         self.do_copy_range((source, source_offset), (target, target_offset), len)
+    }
+
+    fn dedupe_range(
+        &self,
+        source: Ino,
+        source_offset: u64,
+        target: Ino,
+        target_offset: u64,
+        len: u64,
+    ) -> Result<Dedupe> {
+        self.do_dedupe((source, source_offset), (target, target_offset), len)
     }
 
     fn fsync(&self, ino: Ino, _data_only: bool) -> Result<()> {

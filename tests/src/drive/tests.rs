@@ -36,6 +36,7 @@ fn the_generator_makes_every_operation_succeed_somewhere() {
     }
     let wanted = [
         "CopyRange",
+        "DedupeRange",
         "DropCaches",
         "Fallocate",
         "Fsync",

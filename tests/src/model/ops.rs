@@ -1,7 +1,7 @@
 //! The operations, each in terms of steps on [`State`].
 
 use super::names::Rename;
-use super::{acl, acl::Acl, content::PAGE, Kind, Model, Res, State, ROOT};
+use super::{acl, acl::Acl, content::PAGE, Content, Kind, Model, Res, State, ROOT};
 use fs_core::error::Errno;
 use fs_core::format::extent::FILE_BYTES_MAX;
 use fs_core::format::inode::{flag, mode};
@@ -9,8 +9,8 @@ use fs_core::format::xattr::VALUE_BYTES_MAX;
 use fs_core::platform::Timestamp;
 use fs_core::units::Ino;
 use fs_core::vfs::{
-    Attr, Caller, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr, SetTime,
-    StatFs, WriteFlags, XattrMode,
+    Attr, Caller, Dedupe, DirEntry, Fallocate, Filesystem, RenameFlags, Result, Seek, SetAttr,
+    SetTime, StatFs, WriteFlags, XattrMode, DEDUPE_BYTES,
 };
 
 /// Bytes that one copy_range copies at a time.
@@ -202,6 +202,39 @@ impl State {
         }
         self.touch(step.target, now, true)?;
         Ok(len)
+    }
+
+    /// Changes nothing that anybody sees.
+    fn dedupe_range(&self, step: Copy) -> Res<Dedupe> {
+        let (source, target) = (self.file(step.source)?, self.file(step.target)?);
+        let nothing = Dedupe::Same { bytes: 0, shared: 0 };
+        if step.len == 0 {
+            return Ok(nothing);
+        }
+        if self.node(step.target)?.flags & flag::IMMUTABLE != 0 {
+            return Err(Errno::Perm);
+        }
+        let ranges = [(step.source_offset, source), (step.target_offset, target)];
+        let is_within = |(at, content): (u64, &Content)| {
+            let end = at.checked_add(step.len);
+            at % PAGE == 0 && at < content.size() && end.is_some_and(|end| end <= content.size())
+        };
+        if !ranges.into_iter().all(is_within) {
+            return Err(Errno::Inval);
+        }
+        let are_ends = ranges.into_iter().all(|(at, content)| at + step.len == content.size());
+        let len = if are_ends { step.len } else { step.len / PAGE * PAGE };
+        let gap = step.source_offset.abs_diff(step.target_offset);
+        if step.source == step.target && gap < len.div_ceil(PAGE) * PAGE {
+            return Err(Errno::Inval);
+        }
+        let bytes = len.min(DEDUPE_BYTES);
+        let [one, other] = ranges.map(|(at, content)| {
+            let mut part = vec![0; bytes as usize];
+            content.read(at, &mut part);
+            part
+        });
+        Ok(if one == other { Dedupe::Same { bytes, shared: 0 } } else { Dedupe::Differs })
     }
 
     fn set_xattr(
@@ -434,6 +467,18 @@ impl Filesystem for Model {
     ) -> Result<u64> {
         let step = Copy { source: source.0, source_offset, target: target.0, target_offset, len };
         self.change(|state, now| state.copy_range(step, now))
+    }
+
+    fn dedupe_range(
+        &self,
+        source: Ino,
+        source_offset: u64,
+        target: Ino,
+        target_offset: u64,
+        len: u64,
+    ) -> Result<Dedupe> {
+        let step = Copy { source: source.0, source_offset, target: target.0, target_offset, len };
+        self.look(|state| state.dedupe_range(step))
     }
 
     fn fsync(&self, ino: Ino, _data_only: bool) -> Result<()> {

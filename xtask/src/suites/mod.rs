@@ -14,6 +14,7 @@
 //! | `devices` | does a pool in use survive that devices come and go? |
 //! | `versions` | does a snapshot stay what it was, whatever goes on around it? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
+//! | `dedup` | does sharing what is equal leave what files hold as it is, while they are written? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
 //! | `replicate` | does a whole tree arrive elsewhere as it was, in increments and in pieces? |
 //! | `properties` | does what is set for a subvolume hold, below it too? |
@@ -25,6 +26,7 @@
 mod badinput;
 mod clone;
 mod cycles;
+mod dedup;
 mod devices;
 mod direct;
 mod fsx;
@@ -109,6 +111,7 @@ const OWN: &[(&str, Run)] = &[
     ("devices", devices::run),
     ("limits", full::limits),
     ("clone", clone::run),
+    ("dedup", dedup::run),
     ("properties", properties::run),
     ("memory", memory::run),
     ("user", user::run),
