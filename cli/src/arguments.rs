@@ -20,11 +20,13 @@ pub struct Arguments {
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show what a pool is: name, id, devices, settings
-    Info(OfPool),
+    Info(Info),
     /// Show where the space of a pool is
     Df(Df),
     /// Show whether pools are well: the state and the errors of each device
     Status(Status),
+    /// Show the past commits of a pool that it can still be mounted as of, read-only
+    History(History),
     /// Read every copy of all that a pool holds, and repair what is bad
     Scrub(Scrub),
     /// Add, remove, replace and resize the devices of a pool
@@ -90,6 +92,29 @@ pub(crate) struct OfPool {
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Info {
+    #[command(flatten)]
+    pub(crate) of: OfPool,
+    /// As this older group has it; of a pool that is not mounted
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) txg: Option<u64>,
+}
+
+/// Each commit is a transaction group. The last 16 are known, and what they held is there until its
+/// place is used again: mount options txg=GROUP and rewind mount one of them, fsck.cairn --txg
+/// checks it. A group is whole when all can be read that the newest does not have as well.
+///
+/// Exits with 3 when the newest group cannot be opened.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct History {
+    #[command(flatten)]
+    pub(crate) of: OfPool,
+    /// Read only what is needed to find files, not what they hold
+    #[arg(long)]
+    pub(crate) metadata_only: bool,
 }
 
 /// Exits with 3 when a pool is not well.
@@ -767,6 +792,9 @@ pub(crate) struct InSubvol {
     /// Number of the subvolume [default: the one that is mounted by default]
     #[arg(short, long, value_name = "ID")]
     pub(crate) subvol: Option<u64>,
+    /// As this older group has it
+    #[arg(long, value_name = "GROUP")]
+    pub(crate) txg: Option<u64>,
     /// Print JSON
     #[arg(short, long)]
     pub(crate) json: bool,

@@ -79,7 +79,7 @@ fn of_mount(mount: &Mount) -> Result<Row, Failure> {
 
 fn of_devices(paths: &[PathBuf]) -> Result<Row, Failure> {
     let name = paths[0].display().to_string();
-    let space = of_view(&view(paths)?);
+    let space = of_view(&view(paths, None)?);
     Ok(Row::new(&name, space.map_err(|e| Failure::new(format_args!("{name}: {e}")))?))
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn run(arguments: &Id) -> Result<Done, Failure> {
         (Place::Mounted(mount), version) => return of_mount(&mount, version, arguments),
         (Place::Devices(paths), version) => (paths, version),
     };
-    let view = target::view(&paths)?;
+    let view = target::view(&paths, None)?;
     let failed = |error: &dyn std::fmt::Display| Failure::new(format_args!("{name}: {error}"));
     let is_named = version != VersionName::default();
     let id = match (is_named, arguments.subvol) {

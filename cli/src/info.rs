@@ -1,6 +1,6 @@
 //! `cairn info`.
 
-use crate::arguments::OfPool;
+use crate::arguments::Info;
 use crate::target::{ask, ask_failed, daemon_gone, open_to_look, Target};
 use crate::view::View;
 use crate::{output, Done, Failure};
@@ -16,7 +16,7 @@ use fs_core::format::scrub::ScrubRecord;
 use fs_core::format::superblock::Superblock;
 use fs_core::format::FORMAT_VERSION;
 use fs_core::platform::Device;
-use fs_core::units::TreeId;
+use fs_core::units::{TreeId, Txg};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,18 +41,27 @@ pub(crate) fn of_target(target: Target) -> Result<(PoolInfo, Done), Failure> {
                 match gone.and_then(|error| daemon_gone(&mount.mount_point, &error)) {
                     Some(failure) => Err(failure),
                     // The kernel module has none; what it published last is on the device.
-                    None => of_devices(&open_to_look(&[mount.source])?),
+                    None => of_devices(&open_to_look(&[mount.source])?, None),
                 }
             }
             Err(error) => Err(ask_failed(&mount, &error)),
         },
-        Target::Devices(paths) => of_devices(&open_to_look(&paths)?),
+        Target::Devices(paths) => of_devices(&open_to_look(&paths)?, None),
     }
 }
 
-pub(crate) fn run(arguments: &OfPool) -> Result<Done, Failure> {
-    let (info, done) = of_target(Target::find(&arguments.pool)?)?;
-    if arguments.json {
+pub(crate) fn run(arguments: &Info) -> Result<Done, Failure> {
+    let (info, done) = match (Target::find(&arguments.of.pool)?, arguments.txg) {
+        (target, None) => of_target(target)?,
+        (Target::Devices(paths), Some(txg)) => of_devices(&open_to_look(&paths)?, Some(Txg(txg)))?,
+        (Target::Mounted(mount), Some(_)) => {
+            return Err(Failure::new(format_args!(
+                "{} is in use: of a pool that is mounted, cairn history shows older groups",
+                mount.mount_point.display()
+            )));
+        }
+    };
+    if arguments.of.json {
         output::json(&info);
     } else {
         cairn_host::output::text(&table(&info));
@@ -76,8 +85,9 @@ fn is_half(info: &PoolInfo) -> bool {
     all.len() > there.len() && opened.is_ok_and(|all| members::split(&all).is_some())
 }
 
-/// What labels and superblocks say, and the trees where they can be read.
-fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> {
+/// What labels and superblocks say, and the trees where they can be read; as group `txg` has it if
+/// one is given.
+fn of_devices(devices: &[Arc<FileDevice>], txg: Option<Txg>) -> Result<(PoolInfo, Done), Failure> {
     let mut info = PoolInfo { format_version: FORMAT_VERSION, ..PoolInfo::default() };
     let mut newest: Option<Superblock> = None;
     for device in devices {
@@ -105,8 +115,15 @@ fn of_devices(devices: &[Arc<FileDevice>]) -> Result<(PoolInfo, Done), Failure> 
         info.devices.sort_by_key(|device| device.index);
         return Ok((info, Done::Whole));
     }
-    match View::open(devices.to_vec()).and_then(|view| fill_from_trees(&mut info, &view)) {
+    let read = View::open(devices.to_vec(), txg).and_then(|view| {
+        if txg.is_some() {
+            fill_from_superblock(&mut info, &view.superblock);
+        }
+        fill_from_trees(&mut info, &view)
+    });
+    match read {
         Ok(()) => Ok((info, Done::Whole)),
+        Err(error) if txg.is_some() => Err(Failure::new(error)),
         Err(error) => {
             eprintln!("cairn: the trees of the pool cannot be read: {error}");
             Ok((info, Done::Partly))

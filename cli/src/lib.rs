@@ -20,6 +20,7 @@ mod dedup;
 mod device;
 mod df;
 mod documents;
+mod history;
 mod id;
 mod info;
 mod inspect;
@@ -114,6 +115,7 @@ fn run(command: Command) -> Result<Done, Failure> {
         Command::Info(arguments) => info::run(&arguments),
         Command::Df(arguments) => df::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
+        Command::History(arguments) => history::run(&arguments),
         Command::Device(verb) => device::run(&verb),
         Command::Scrub(arguments) => scrub::run(&arguments),
         Command::Clear(arguments) => clear::run(&arguments),

@@ -5,6 +5,7 @@ use crate::Failure;
 use cairn_host::admin::{self, AdminError, Reply, Request};
 use cairn_host::mounts::{self, Mount};
 use cairn_host::{members, open_devices, source, Access, FileDevice, OpenError, OpenOptions, Wait};
+use fs_core::units::Txg;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -94,9 +95,9 @@ pub(crate) fn open_to_look(paths: &[PathBuf]) -> Result<Vec<Arc<FileDevice>>, Fa
     }
 }
 
-/// Opens the pool on devices that are not mounted.
-pub(crate) fn view(paths: &[PathBuf]) -> Result<View, Failure> {
+/// Opens the pool on devices that are not mounted, as of group `txg` if one is given.
+pub(crate) fn view(paths: &[PathBuf], txg: Option<u64>) -> Result<View, Failure> {
     let names: Vec<String> = paths.iter().map(|p| p.display().to_string()).collect();
-    View::open(open_to_look(paths)?)
+    View::open(open_to_look(paths)?, txg.map(Txg))
         .map_err(|error| Failure::new(format_args!("{}: {error}", names.join(" "))))
 }

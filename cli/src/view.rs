@@ -1,9 +1,11 @@
 //! A pool that is read without being opened as a filesystem.
 //!
-//! Shows the newest published group. What the intent log holds beyond it is not shown.
+//! Shows the newest published group, or an older one that is asked for. What the intent log holds
+//! beyond it is not shown.
 
 use cairn_host::{host_platform, FileDevice};
 use fs_core::btree::{Node, NodeSource, Tree, Value};
+use fs_core::engine::past;
 use fs_core::error::Error;
 use fs_core::format::chunk::{Chunk, DeviceItem};
 use fs_core::format::dir::{decode_cookies, name_hash, Entry};
@@ -13,7 +15,7 @@ use fs_core::format::ptr::BlockPtr;
 use fs_core::format::superblock::Superblock;
 use fs_core::platform::{DeviceRef, Result};
 use fs_core::pool::{Pool, PoolOptions};
-use fs_core::units::{Logical, TreeId};
+use fs_core::units::{Logical, TreeId, Txg};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,13 +30,22 @@ pub(crate) struct View {
 }
 
 impl View {
-    /// Opens the pool on the devices and loads its chunk tree.
+    /// Opens the pool on the devices, as of group `txg` if one is given, and loads its chunk tree.
     ///
     /// # Errors
     /// As [`Pool::open`], and what reading the chunk tree gives.
-    pub(crate) fn open(devices: Vec<Arc<FileDevice>>) -> Result<View> {
-        let devices = devices.into_iter().map(|device| device as DeviceRef).collect();
-        let options = PoolOptions { read_only: true, degraded: true, ..PoolOptions::default() };
+    pub(crate) fn open(devices: Vec<Arc<FileDevice>>, txg: Option<Txg>) -> Result<View> {
+        let devices: Vec<DeviceRef> =
+            devices.into_iter().map(|device| device as DeviceRef).collect();
+        View::open_one(devices.clone(), txg).map_err(|error| match txg {
+            Some(txg) => past::explain(error, txg, &devices, &host_platform()),
+            None => error,
+        })
+    }
+
+    fn open_one(devices: Vec<DeviceRef>, txg: Option<Txg>) -> Result<View> {
+        let options =
+            PoolOptions { read_only: true, degraded: true, txg, ..PoolOptions::default() };
         let (pool, superblock) = Pool::open(devices, host_platform(), &options)?;
         let view = View { pool: *pool, superblock, nodes: Mutex::default() };
         view.load_chunks()?;

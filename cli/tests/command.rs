@@ -783,3 +783,75 @@ fn what_is_sent_arrives_in_another_pool_or_nothing_does() {
     run(&["send", "-i", "@first", &there("/in@second"), "-o", all]);
     assert_eq!(fs::metadata(all).unwrap().len(), fs::metadata(two).unwrap().len());
 }
+
+/// A pool with several groups, each of which has one more file; the groups with their files.
+fn groups_of(image: &Image) -> Vec<(u64, Vec<String>)> {
+    let volume = open(image);
+    let caller = Caller { uid: 0, gid: 0, umask: 0 };
+    let mut files = Vec::new();
+    let groups = (0..6).map(|number| {
+        let name = format!("file-{number}");
+        let mode = mode::REGULAR | 0o644;
+        let ino = volume.mknod(volume.root(), name.as_bytes(), mode, 0, &caller).unwrap().ino;
+        volume.write(ino, 0, name.as_bytes(), WriteFlags::default()).unwrap();
+        volume.sync().unwrap();
+        files.push(name);
+        (volume.engine().published().1.txg.0, files.clone())
+    });
+    let groups = groups.collect();
+    volume.close().unwrap();
+    groups
+}
+
+#[test]
+fn older_groups_are_listed_and_looked_at_and_nothing_is_written() {
+    let image = Image::of_pool();
+    let known = groups_of(&image);
+    let before = fs::read(image.path()).unwrap();
+    let shown = image.json(&["history"], &[], 0);
+    assert_eq!(shown["verified"], "all");
+    let groups = shown["groups"].as_array().unwrap();
+    assert_eq!(groups[0]["state"], "newest");
+    assert!(groups.len() <= 16 && groups.iter().all(|group| group["txg"].is_u64()));
+    let descend = groups.windows(2).all(|pair| pair[0]["txg"].as_u64() > pair[1]["txg"].as_u64());
+    assert!(descend, "{groups:?}");
+    for (txg, files) in &known {
+        let group = groups.iter().find(|group| group["txg"] == *txg).unwrap();
+        assert_eq!(group["state"], "whole", "{group}");
+        assert!(group["written"].as_i64().unwrap() > 1_600_000_000);
+        let number = txg.to_string();
+        assert_eq!(image.json(&["info"], &["--txg", &number], 0)["txg"], *txg);
+        let (last, next) = (files.last().unwrap(), format!("/file-{}", files.len()));
+        let args = [&format!("/{last}")[..], "--txg", &number];
+        image.json(&["inspect", "file"], &args, 0);
+        let mut none = cairn();
+        none.args(["inspect", "file"]).arg(image.path()).args([&next, "--txg", &number]);
+        none.assert().code(1).stderr(contains("no such file"));
+    }
+    let trees = image.json(&["history"], &["--metadata-only"], 0);
+    assert_eq!(trees["verified"], "metadata");
+    let table = cairn().arg("history").arg(image.path()).assert().success();
+    let table = String::from_utf8_lossy(&table.get_output().stdout).into_owned();
+    assert!(table.starts_with("GROUP  PUBLISHED ") && table.contains("  whole\n"), "{table}");
+    for words in [&["info"][..], &["inspect", "tree"]] {
+        let said = contains("does not have its group 9999 any more; those that can be opened are");
+        let mut command = cairn();
+        command.args(words).arg(image.path()).args(["--txg", "9999"]);
+        command.assert().code(1).stderr(said);
+    }
+    assert!(fs::read(image.path()).unwrap() == before);
+}
+
+#[test]
+fn a_damaged_newest_group_is_told_with_those_that_are_left() {
+    let image = Image::of_pool();
+    groups_of(&image);
+    let nodes = image.json(&["inspect", "tree"], &["--tree", "pool", "--nodes"], 0);
+    for place in nodes[0]["places"].as_array().unwrap() {
+        image.damage(place.as_str().unwrap().rsplit_once('@').unwrap().1.parse().unwrap(), 100);
+    }
+    let shown = image.json(&["history"], &[], 3);
+    let state = |index: usize| shown["groups"][index]["state"].as_str().unwrap().to_string();
+    assert_eq!((state(0).as_str(), state(1).as_str()), ("gone", "whole"));
+    assert!(shown["groups"][0]["reason"].as_str().unwrap().contains("checksum"));
+}

@@ -120,6 +120,20 @@ pub enum Error {
     NotCairn,
     /// The label is there, but no superblock could be used.
     NoSuperblock,
+    /// An older group that was asked for cannot be opened.
+    NoGroup {
+        /// Which; none when any that is whole would have done.
+        txg: Option<Txg>,
+        /// What kept it from being opened; none when no superblock names it any more.
+        cause: Option<String>,
+        /// Those that can be opened.
+        others: Vec<Txg>,
+    },
+    /// No checksum says whether data of an older group is still there.
+    Unverified {
+        /// Where it was.
+        addr: Logical,
+    },
     /// The device is smaller than the pool says.
     Truncated {
         /// Bytes the pool expects.
@@ -199,7 +213,8 @@ impl Error {
             Error::ReadOnly | Error::TurnedReadOnly => Errno::RoFs,
             Error::Device { cause: DeviceError::Unsupported, .. } => Errno::OpNotSupp,
             Error::Failed | Error::Device { .. } | Error::Checksum { .. } => Errno::Io,
-            Error::Stream { .. } => Errno::Io,
+            Error::Stream { .. } | Error::Unverified { .. } => Errno::Io,
+            Error::NoGroup { .. } => Errno::Stale,
             Error::Corrupt { .. } | Error::BadItem { .. } | Error::Unmapped { .. } => Errno::Io,
             Error::NotCairn | Error::NoSuperblock | Error::Truncated { .. } => Errno::Uclean,
             Error::Version { .. } | Error::Features { .. } => Errno::OpNotSupp,
@@ -262,6 +277,12 @@ impl fmt::Display for Error {
             Error::NoSuperblock => {
                 write!(f, "the pool's label is there but none of its superblocks is valid")
             }
+            Error::NoGroup { txg, cause, others } => show_no_group(f, *txg, cause, others),
+            Error::Unverified { addr } => write!(
+                f,
+                "data at logical address {addr} has no checksum, and so nothing says whether it is \
+                 still that of an older group"
+            ),
             Error::Truncated { expected, found } => write!(
                 f,
                 "the device has {found} bytes but the pool was made for {expected}; \
@@ -350,6 +371,45 @@ fn list<T: fmt::Display>(
         write!(f, "{before}{item}")?;
     }
     Ok(())
+}
+
+fn show_no_group(
+    f: &mut fmt::Formatter<'_>,
+    txg: Option<Txg>,
+    cause: &Option<String>,
+    others: &[Txg],
+) -> fmt::Result {
+    match (txg, cause) {
+        (Some(txg), None) => write!(f, "the pool does not have its group {txg} any more")?,
+        (Some(txg), Some(cause)) => write!(
+            f,
+            "group {txg} cannot be opened any more, because something that it needs was given up \
+             since and overwritten, or is damaged ({cause})"
+        )?,
+        (None, _) => write!(f, "none of the groups before the newest is whole any more")?,
+    }
+    match others {
+        [] => write!(f, "; there is no other that can be opened"),
+        [only] => write!(f, "; the only one that can be opened is {only}"),
+        _ => {
+            write!(f, "; those that can be opened are ")?;
+            list_groups(f, others)
+        }
+    }
+}
+
+/// Writes groups in ascending order, those in a row by the first and the last.
+fn list_groups(f: &mut fmt::Formatter<'_>, groups: &[Txg]) -> fmt::Result {
+    let mut sorted = groups.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    let rows = sorted.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0));
+    let row = |row: &[Txg]| match row {
+        [first, .., last] if row.len() > 2 => alloc::vec![alloc::format!("{first} to {last}")],
+        row => row.iter().map(|txg| alloc::format!("{txg}")).collect(),
+    };
+    let shown: Vec<String> = rows.flat_map(row).collect();
+    list(f, shown.iter())
 }
 
 fn show_missing(

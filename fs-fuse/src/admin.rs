@@ -2,8 +2,8 @@
 
 use crate::notify::Kernel;
 use cairn_host::admin::{
-    DamagedInfo, DeviceChangeInfo, DeviceInfo, DeviceState, Handler, Parts, PoolInfo, Reply,
-    Request, ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
+    DamagedInfo, DeviceChangeInfo, DeviceInfo, DeviceState, Handler, Parts, PastGroupInfo,
+    PoolInfo, Reply, Request, ResilverInfo, ScrubChange, ScrubInfo, SpaceInfo, Usage,
 };
 use cairn_host::changes;
 use cairn_host::dedupe;
@@ -11,9 +11,10 @@ use cairn_host::parse::format_uuid;
 use cairn_host::streams;
 use cairn_host::versions::{self, Change};
 use fs_core::engine::versions::VersionOp;
-use fs_core::engine::{DamagedFile, Engine};
+use fs_core::engine::{past, DamagedFile, Engine};
 use fs_core::error::{Errno, Error};
 use fs_core::format::FORMAT_VERSION;
+use fs_core::platform::DeviceRef;
 use fs_core::space::KindUsage;
 use fs_core::vfs::{property, Filesystem, Forest, Volume};
 use parking_lot::Mutex;
@@ -47,6 +48,7 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
             Request::Info | Request::Df | Request::Sync | Request::Versions(_) => false,
             Request::Properties(_) => false,
             Request::Differences { .. } | Request::Identity(_) | Request::Damaged => false,
+            Request::History { .. } => false,
             Request::Receive(_) => true,
             Request::Send(_) => false,
             Request::Dedupe(question) => question.is_change(),
@@ -101,6 +103,10 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
                 };
                 Reply::Damaged(files.take_while(fits).collect())
             }
+            Request::History { data } => match history(volume.engine(), data) {
+                Ok(groups) => Reply::History(groups),
+                Err(error) => Reply::Failed(error.to_string()),
+            },
             Request::Versions(skip) => Reply::Versions {
                 base: versions::name_at(volume.engine(), volume.version()),
                 next: versions::page(versions::list(volume.engine()), skip),
@@ -155,6 +161,14 @@ pub fn handler(forest: Arc<Forest>, kernel: Arc<Kernel>, options: Vec<String>) -
             }
         }
     })
+}
+
+/// Looks at older groups beside the pool that is open: its devices are only read.
+fn history(engine: &Engine, data: bool) -> Result<Vec<PastGroupInfo>, Error> {
+    let members = engine.store.pool.members().iter().filter(|member| member.is_there());
+    let devices: Vec<DeviceRef> = members.map(|member| member.device()).collect();
+    let groups = past::history(&devices, &engine.store.platform, data)?;
+    Ok(groups.iter().map(PastGroupInfo::of).collect())
 }
 
 /// A pool whose subvolumes may be in use.

@@ -12,6 +12,7 @@ use fs_core::engine::{self, Engine};
 use fs_core::error::Error;
 use fs_core::format::ptr::CompressionKind;
 use fs_core::platform::{DeviceRef, Platform};
+use fs_core::units::Txg;
 use fs_core::vfs::{AccessTime, Filesystem, Forest, Volume};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -85,13 +86,23 @@ pub fn open(source: &Path, options: &Options, background: bool) -> Result<Opened
         ..cairn_host::host_platform()
     };
     let members = devices.iter().map(|device| Arc::clone(device) as DeviceRef).collect();
-    let engine = engine::open(members, platform, &engine_options(options)).map_err(|error| {
+    let wanted = engine_options(options);
+    let opened = match options.rewind {
+        true => engine::past::rewind(members, platform, &wanted),
+        false => engine::open(members, platform, &wanted),
+    };
+    let engine = opened.map_err(|error| {
         let hint = match error {
             Error::MissingDevices { needed: false, .. } => " (mount option degraded)",
+            Error::NoGroup { .. } => " (cairn history)",
             _ => "",
         };
         format!("{}: {error}{hint}", source.display())
     })?;
+    if options.rewind {
+        let superblock = engine.published().1;
+        log::info(&format!("{}: going back to group {}", source.display(), superblock.txg));
+    }
     let volume = match volume_of(&engine, options) {
         Ok(volume) => Forest::new(volume),
         Err(sentence) => {
@@ -156,6 +167,7 @@ fn in_force(options: &Options, forest: &Forest) -> Vec<String> {
         cache_bytes: Some(chosen.cache_bytes as u64),
         dirty_bytes: Some(dirty),
         threads: Some(Threads::new(options.threads, dirty, options.transport).max),
+        txg: options.names_group().then(|| engine.published().1.txg.0),
         ..options.clone()
     }
     .own()
@@ -201,6 +213,7 @@ fn engine_options(options: &Options) -> engine::OpenOptions {
     let requests = Threads::new(options.threads, dirty, options.transport).memory();
     engine::OpenOptions {
         read_only: options.read_only,
+        txg: options.txg.map(Txg),
         degraded: options.degraded,
         cache_bytes: options
             .cache_bytes

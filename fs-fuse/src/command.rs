@@ -65,7 +65,7 @@ devices, and beside an image file. Or all are given.
 
 Options of cairn: compress=none|zstd[:LEVEL], commit=SECONDS, cache=SIZE, dirty=SIZE,
   threads=N, transport=auto|device|uring, degraded, device=PATH, subvol=NAME,
-  snapshot=NAME";
+  snapshot=NAME, txg=N, rewind";
 
 /// A command line.
 #[derive(Debug, Default)]
@@ -198,7 +198,16 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Exit> 
     }
     invocation.target = operands.pop().map(PathBuf::from).unwrap_or_default();
     invocation.source = operands.remove(0);
-    invocation.options.read_only |= invocation.options.names_snapshot();
+    let options = &mut invocation.options;
+    if options.txg.is_some() && options.rewind {
+        return Err(Exit::usage("mount options 'txg' and 'rewind' choose both: give one of them"));
+    }
+    if options.names_group() && options.insist_on_writing {
+        return Err(Exit::usage(
+            "an older group can only be read: mount it without -w (mount options 'txg', 'rewind')",
+        ));
+    }
+    options.read_only |= options.is_of_the_past();
     invocation.options.devices.append(&mut operands);
     Ok(invocation)
 }
@@ -534,6 +543,20 @@ mod tests {
         assert!(options("subvol=home@monday").read_only);
         assert!(!options("subvol=home").read_only);
         assert!(parsed(&["a", "/mnt", "-o", "snapshot="]).is_err());
+    }
+
+    #[test]
+    fn a_mount_of_an_older_group_is_read_only_and_nobody_insists_on_more() {
+        let options = |list| parsed(&["a", "/mnt", "-o", list]).unwrap().options;
+        // mount(8) says rw unless it is told otherwise.
+        let older = options("rw,txg=17");
+        assert!(older.read_only && older.txg == Some(17) && older.own().contains(&"txg=17".into()));
+        assert!(options("rw,rewind").read_only && options("rw,rewind").rewind);
+        for bad in ["txg", "txg=", "txg=0", "txg=-1", "txg=x", "txg=1,rewind"] {
+            assert!(parsed(&["a", "/mnt", "-o", bad]).is_err(), "{bad}");
+        }
+        let insisting = parsed(&["-w", "a", "/mnt", "-o", "txg=17"]).unwrap_err();
+        assert!(insisting.0 == exit::USAGE && insisting.1.contains("only be read"));
     }
 
     #[test]

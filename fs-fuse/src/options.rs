@@ -52,6 +52,10 @@ pub struct Options {
     pub subvolume: Option<String>,
     /// The snapshot of it to mount.
     pub snapshot: Option<String>,
+    /// Mount the pool as of this group, read-only.
+    pub txg: Option<u64>,
+    /// Mount the pool as of the newest group before the last that is whole, read-only.
+    pub rewind: bool,
     /// Override of the pool's compression.
     pub compression: Option<Compression>,
     /// Longest time in seconds that a change stays unwritten without fsync.
@@ -159,6 +163,7 @@ const NEEDS_VALUE: &[&str] = &[
     "subvol",
     "threads",
     "transport",
+    "txg",
 ];
 
 const SECURITY: &[&str] = &["context", "defcontext", "fscontext", "rootcontext"];
@@ -205,6 +210,7 @@ impl Options {
             "remount" => self.remount = true,
             "degraded" => self.degraded = true,
             "nodegraded" => self.degraded = false,
+            "rewind" => self.rewind = true,
             "allow_other" => self.allow_other = true,
             "noallow_other" => self.allow_other = false,
             "suid" => flags.nosuid = false,
@@ -243,6 +249,7 @@ impl Options {
                 "degraded" => "yes or no",
                 "device" => "the path of a device",
                 "snapshot" => "the name of a snapshot",
+                "txg" => "the number of a group (cairn history shows them)",
                 _ => "auto, device or uring",
             };
             BadOption(format!("mount option '{name}' cannot be '{value}': it takes {allowed}"))
@@ -265,6 +272,10 @@ impl Options {
             "subvol" => self.subvolume = Some(value.to_string()),
             "snapshot" if !value.is_empty() => self.snapshot = Some(value.to_string()),
             "snapshot" => return Err(bad()),
+            "txg" => {
+                let txg = value.parse().ok().filter(|txg| *txg > 0);
+                self.txg = Some(txg.ok_or_else(bad)?);
+            }
             "cache" => self.cache_bytes = Some(parse_bytes(value).ok_or_else(bad)?),
             "dirty" => {
                 let bytes = parse_bytes(value).filter(|bytes| *bytes >= DIRTY_BYTES_MIN);
@@ -317,6 +328,8 @@ impl Options {
             number("threads", self.threads.map(|threads| threads as u64)),
             transport,
             self.degraded.then(|| "degraded".to_string()),
+            number("txg", self.txg),
+            self.rewind.then(|| "rewind".to_string()),
         ];
         all.into_iter().flatten().collect()
     }
@@ -367,9 +380,14 @@ impl Options {
     }
 
     /// Whether what is to be mounted never changes.
-    pub fn names_snapshot(&self) -> bool {
+    pub fn is_of_the_past(&self) -> bool {
         let named = self.subvolume.as_ref().is_some_and(|name| name.contains('@'));
-        self.snapshot.is_some() || named
+        self.snapshot.is_some() || named || self.names_group()
+    }
+
+    /// Whether an older group is to be mounted.
+    pub fn names_group(&self) -> bool {
+        self.txg.is_some() || self.rewind
     }
 
     /// Everything as flags of mount(2), for a remount.

@@ -56,6 +56,10 @@ pub struct Arguments {
     #[arg(long)]
     pub metadata_only: bool,
 
+    /// Check an older group, as far as it is still there; cairn history shows which there are
+    #[arg(long, value_name = "GROUP", conflicts_with_all = ["auto", "preen"])]
+    pub txg: Option<u64>,
+
     /// Print the report as JSON
     #[arg(long)]
     pub json: bool,

@@ -29,6 +29,7 @@ use cairn_host::{
 use clap::{CommandFactory, Parser};
 use fs_core::check::{check, CheckOptions};
 use fs_core::platform::DeviceRef;
+use fs_core::units::Txg;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -92,7 +93,7 @@ fn full_check(devices: Vec<Arc<FileDevice>>, arguments: &Arguments) -> u8 {
     let name = arguments.device_names();
     let progress = progress::Progress::new(arguments, &name);
     let devices: Vec<DeviceRef> = devices.into_iter().map(|device| device as DeviceRef).collect();
-    let options = CheckOptions { data: !arguments.metadata_only, max_txg: None };
+    let options = CheckOptions { data: !arguments.metadata_only, txg: arguments.txg.map(Txg) };
     let start = Instant::now();
     let outcome = check(devices, host_platform(), &options, &progress);
     progress.finish();
@@ -124,6 +125,7 @@ fn cannot_open(error: &fs_core::error::Error) -> bool {
     matches!(
         error,
         Error::NoSuperblock
+            | Error::NoGroup { cause: Some(_), .. }
             | Error::Truncated { .. }
             | Error::MissingDevices { .. }
             | Error::OnlyBehind { .. }

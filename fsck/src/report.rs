@@ -84,15 +84,32 @@ fn not_listed(report: &CheckReport) -> impl Iterator<Item = (&'static str, u64)>
     })
 }
 
-/// How many findings of a severity there were, listed or not, that are about devices which are
-/// missing or behind, or about anything else.
-fn count(report: &CheckReport, severity: Severity, of_devices: bool) -> u64 {
+/// What findings are about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum About {
+    /// Devices that are missing or behind.
+    Devices,
+    /// What an older group had.
+    Past,
+    Anything,
+}
+
+impl About {
+    fn of(id: &str) -> About {
+        match id {
+            id if id == rules::DEVICE_MISSING.id || id == rules::DEVICE_BEHIND.id => About::Devices,
+            id if id == rules::OVERWRITTEN.id => About::Past,
+            _ => About::Anything,
+        }
+    }
+}
+
+/// How many findings of a severity there were, listed or not, that are about that.
+fn count(report: &CheckReport, severity: Severity, about: About) -> u64 {
     let of_severity =
         |id: &str| rules::TABLE.iter().any(|rule| rule.id == id && rule.severity == severity);
-    let is_of_devices =
-        |id: &str| [rules::DEVICE_MISSING.id, rules::DEVICE_BEHIND.id].contains(&id);
     let counts = report.counts.iter();
-    let counts = counts.filter(|(id, _)| of_severity(id) && is_of_devices(id) == of_devices);
+    let counts = counts.filter(|(id, _)| of_severity(id) && About::of(id) == about);
     counts.map(|(_, count)| count).sum()
 }
 
@@ -101,14 +118,19 @@ fn verdict(report: &CheckReport) -> String {
         return "no errors".into();
     }
     let words = [
-        (Severity::Loss, false, "with loss of data"),
-        (Severity::Error, false, "without loss of data"),
-        (Severity::Warning, true, "of devices that are missing or behind: less may fail now"),
-        (Severity::Warning, false, "of no consequence to users"),
+        (Severity::Loss, About::Anything, "with loss of data"),
+        (Severity::Error, About::Anything, "without loss of data"),
+        (
+            Severity::Warning,
+            About::Devices,
+            "of devices that are missing or behind: less may fail now",
+        ),
+        (Severity::Warning, About::Past, "of what this older group had and is overwritten since"),
+        (Severity::Warning, About::Anything, "of no consequence to users"),
     ];
     let parts: Vec<String> = words
         .into_iter()
-        .map(|(severity, of_devices, word)| (count(report, severity, of_devices), word))
+        .map(|(severity, about, word)| (count(report, severity, about), word))
         .filter(|(count, _)| *count > 0)
         .map(|(count, word)| format!("{count} {word}"))
         .collect();

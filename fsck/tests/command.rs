@@ -4,6 +4,7 @@ use assert_cmd::Command;
 use cairn_host::{Access, FileDevice, OpenOptions, Wait};
 use clap::Parser;
 use fs_core::check::findings::rules::TABLE;
+use fs_core::check::Rule;
 use fs_core::engine;
 use fs_core::format::label::{label_areas, ring_slot};
 use fs_core::format::superblock::Superblock;
@@ -231,7 +232,10 @@ fn every_finding_has_a_damaged_image_that_shows_it() {
     let directory = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/damaged"));
     // An image is one device; the tests of several devices find these two.
     let several = ["W-DEVICE-MISSING", "W-DEVICE-BEHIND"];
-    let alone: Vec<_> = TABLE.iter().filter(|rule| !several.contains(&rule.id)).collect();
+    // And this is found in older groups only: see `of_an_older_group_it_is_told_what_...`.
+    let past = ["W-OVERWRITTEN"];
+    let is_alone = |rule: &&&Rule| !several.contains(&rule.id) && !past.contains(&rule.id);
+    let alone: Vec<_> = TABLE.iter().filter(is_alone).collect();
     for rule in &alone {
         let packed = fs::read(directory.join(format!("{}.cairn.zst", rule.id)));
         let packed = packed.unwrap_or_else(|error| panic!("image of {}: {error}", rule.id));
@@ -345,4 +349,46 @@ fn a_boot_does_not_go_on_with_halves_that_were_both_written() {
     for path in &paths {
         fsck().arg("-a").arg(path).assert().code(4).stderr(contains("two halves"));
     }
+}
+
+#[test]
+fn of_an_older_group_it_is_told_what_was_given_up_and_what_is_damaged() {
+    let image = Image::of_pool(true);
+    let options = OpenOptions::new(Access::ReadWrite);
+    let device = FileDevice::open(&image.path(), options, &Wait::usual()).unwrap();
+    let devices = vec![Arc::new(device) as DeviceRef];
+    let options = engine::OpenOptions::default();
+    let engine = engine::open(devices, cairn_host::host_platform(), &options).unwrap();
+    let mut roots = Vec::new();
+    for _ in 0..3 {
+        engine.want_commit();
+        engine.commit().unwrap();
+        let (roots_of, superblock) = engine.published();
+        let residue = roots_of.residue.unwrap();
+        let places = engine.store.pool.map(residue.addr, 4096).unwrap();
+        let places: Vec<u64> = places.iter().map(|copy| copy[0].1 .0).collect();
+        roots.push((superblock.txg.0, places));
+    }
+    engine.close().unwrap();
+    drop(engine);
+    let (txg, places) = &roots[0];
+    let older = txg.to_string();
+    let checked = |code: i32| {
+        let output = fsck().args(["-n", "--json", "--txg", &older]).arg(image.path()).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let before = fs::read(image.path()).unwrap();
+    assert_eq!(checked(0)["group"], *txg);
+    assert!(fs::read(image.path()).unwrap() == before);
+    places.iter().for_each(|at| image.write(*at, &[0x5a; 100]));
+    let found = checked(4);
+    assert_eq!(found["findings"][0]["id"], "W-OVERWRITTEN", "{found:#}");
+    fsck().args(["-f", "-n"]).arg(image.path()).assert().code(0);
+    let said = contains("of what this older group had and is overwritten since");
+    fsck().args(["-n", "--txg", &older]).arg(image.path()).assert().code(4).stdout(said);
+    let said = contains("does not have its group 9999 any more");
+    fsck().args(["-n", "--txg", "9999"]).arg(image.path()).assert().code(8).stderr(said);
+    fsck().args(["-a", "--txg", "1"]).arg(image.path()).assert().code(16);
 }

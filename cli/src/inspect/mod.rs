@@ -38,8 +38,8 @@ pub(crate) fn run(command: &Inspect) -> Result<Done, Failure> {
 }
 
 fn open(of: &InSubvol) -> Result<View, Failure> {
-    let view = target::view(std::slice::from_ref(&of.device))?;
-    if !view.superblock.clean {
+    let view = target::view(std::slice::from_ref(&of.device), of.txg)?;
+    if !view.superblock.clean && of.txg.is_none() {
         eprintln!(
             "cairn: {} was not unmounted: what is only in the log is not shown",
             of.device.display()

@@ -25,6 +25,7 @@ use crate::properties::PropertyInfo;
 use crate::streams::{Received, Sending, Sent};
 use crate::versions::{Change, Differences, VersionInfo, VersionName};
 use fs_core::device::Standing;
+use fs_core::engine::past::{GroupState, Lost, PastGroup};
 use fs_core::engine::{ChangeWait, DeviceChangeStatus, ScrubEnd, ScrubStatus};
 use fs_core::error::Error;
 use fs_core::format::devices::{DeviceChangeKind, DeviceChangeState};
@@ -95,6 +96,12 @@ pub enum Request {
     ClearErrors,
     /// Which files were found damaged. Answered by [`Reply::Damaged`].
     Damaged,
+    /// What groups before the newest there are, and what is left of them. Answered by
+    /// [`Reply::History`].
+    History {
+        /// Of the data of files as well, which has to be read for that.
+        data: bool,
+    },
     /// Begin a scrub, or end one. Answered by [`Reply::Changed`]; [`Request::Info`] tells how it
     /// stands.
     Scrub(ScrubChange),
@@ -176,6 +183,8 @@ impl Request {
             Request::Device(_) => true,
             Request::Send(_) | Request::Receive(_) => true,
             Request::Damaged | Request::Differences { .. } | Request::Identity(_) => true,
+            // It may read much.
+            Request::History { .. } => true,
             // Files are named by number, whoever may come to them.
             Request::Dedupe(_) => true,
         }
@@ -184,7 +193,8 @@ impl Request {
     /// How long to wait for the reply: a sync may have much to write, an identity all to read.
     fn patience(&self) -> Duration {
         match self {
-            Request::Identity(_) | Request::Send(_) | Request::Receive(_) => STREAM_PATIENCE,
+            Request::Identity(_) | Request::History { .. } => STREAM_PATIENCE,
+            Request::Send(_) | Request::Receive(_) => STREAM_PATIENCE,
             _ => REPLY_PATIENCE,
         }
     }
@@ -211,6 +221,8 @@ pub enum Reply {
     Changed,
     /// To [`Request::Damaged`].
     Damaged(Vec<DamagedInfo>),
+    /// To [`Request::History`]: the newest first.
+    History(Vec<PastGroupInfo>),
     /// To [`Request::Properties`]; `None` when there is none of that name.
     Properties(Option<Vec<PropertyInfo>>),
     /// To [`Request::Differences`].
@@ -288,6 +300,46 @@ pub struct DamagedInfo {
     pub ino: u64,
     /// Where it was then, with the subvolume or snapshot: `home/a`, `home@monday: a`.
     pub path: String,
+}
+
+/// A group that the ring of superblocks still has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastGroupInfo {
+    /// Which transaction group.
+    pub txg: u64,
+    /// When it was published, seconds since 1970; 0 when that is not known.
+    pub written: i64,
+    /// Whether the pool was closed with nothing left to do.
+    pub clean: bool,
+    /// `newest`, `whole`, `partly` when it can be opened and some of it is gone, or `gone`.
+    pub state: String,
+    /// Blocks and extents that are gone.
+    pub lost_count: u64,
+    /// Bytes of them.
+    pub lost_bytes: u64,
+    /// Why it cannot be opened; empty when it can.
+    pub reason: String,
+}
+
+impl PastGroupInfo {
+    /// What the core says of it.
+    pub fn of(group: &PastGroup) -> PastGroupInfo {
+        let (state, lost, reason) = match &group.state {
+            GroupState::Newest => ("newest", Lost::default(), String::new()),
+            GroupState::Whole => ("whole", Lost::default(), String::new()),
+            GroupState::Partly(lost) => ("partly", *lost, String::new()),
+            GroupState::Gone(error) => ("gone", Lost::default(), error.to_string()),
+        };
+        PastGroupInfo {
+            txg: group.txg.0,
+            written: group.written,
+            clean: group.clean,
+            state: state.into(),
+            lost_count: lost.count,
+            lost_bytes: lost.bytes,
+            reason,
+        }
+    }
 }
 
 /// How far devices are that are brought up to date.
@@ -1079,6 +1131,7 @@ mod tests {
             Request::ClearErrors => Reply::Changed,
             Request::Scrub(_) | Request::Device(_) => Reply::Changed,
             Request::Damaged => Reply::Damaged(Vec::new()),
+            Request::History { .. } => Reply::History(Vec::new()),
             Request::Differences { .. } => {
                 Reply::Differences(Differences { all: Vec::new(), next: None })
             }
@@ -1229,11 +1282,13 @@ mod tests {
             reply
         };
         let change = Change::SetDefault { name: VersionName::default() };
+        let history = Request::History { data: true };
         let hashes = Question::Hashes { ino: 1, block: 4096, indices: vec![0] };
         let guarded = [
             Request::Versions(0),
             Request::Damaged,
             Request::Change(change),
+            history,
             Request::Dedupe(hashes),
         ];
         for request in guarded {

@@ -92,7 +92,11 @@ impl ChunkTree {
             }
             // One at a time, so that one bad chunk does not hide the others.
             if let Err(error) = blocks.pool.add_chunks([chunk.clone()]) {
-                findings.add_error(&rules::CHUNK_OVERLAP, spot, error)?;
+                let rule = match blocks.pool.is_past() {
+                    true => &rules::OVERWRITTEN,
+                    false => &rules::CHUNK_OVERLAP,
+                };
+                findings.add_error(rule, spot, error)?;
             }
         }
         let is_known = |chunk: &Chunk| self.chunks.iter().any(|c| c.logical == chunk.logical);
@@ -112,6 +116,10 @@ fn check_devices(
     chunks: &[Chunk],
     findings: &mut Findings,
 ) {
+    if blocks.pool.is_past() {
+        // Devices are what they have become since.
+        return;
+    }
     let members = blocks.pool.members();
     let mut allocated = vec![0u64; members.len()];
     for chunk in chunks {

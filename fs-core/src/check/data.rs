@@ -93,7 +93,7 @@ pub(super) fn flush(checker: &mut Checker<'_>) -> Result<()> {
     while let Some(first) = rest.first() {
         let count = rest.iter().take_while(|copy| copy.job == first.job).count();
         let (of_job, others) = rest.split_at(count);
-        report(checker, &jobs[first.job], of_job);
+        report(checker, &jobs[first.job], of_job)?;
         rest = others;
     }
     checker.stats.data_bytes += bytes;
@@ -262,9 +262,9 @@ fn read_singly(pool: &Pool, copy: &Copy, buf: &mut Buf) -> Result<Vec<usize>> {
 }
 
 /// Reports what is lost in all copies of a job, or else copies that are bad.
-fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) {
+fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) -> Result<()> {
     let whole: Vec<&[Copy]> = copies.chunk_by(|a, b| a.copy == b.copy).collect();
-    let Some(first) = whole.first() else { return };
+    let Some(first) = whole.first() else { return Ok(()) };
     let is_bad = |pieces: &[Copy], sector: &usize| {
         pieces.iter().any(|piece| piece.bad.binary_search(sector).is_ok())
     };
@@ -282,8 +282,13 @@ fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) {
         let offset = job.at.saturating_add(skipped(sector));
         let detail = format!("{count} {what} from byte {offset} on");
         let spot = job.spot.clone().at(Logical(job.run.addr.0 + skipped(sector)));
-        checker.findings.add(&rules::DATA, spot, detail);
-        return;
+        let sum_of = |sector: usize| match &job.proof {
+            Proof::Sectors { kind, sums } => codec::sector_sum(*kind, sums, sector),
+            Proof::Blob(blob) => &blob.checksum[..],
+        };
+        let at = |sector: usize| Logical(job.run.addr.0 + skipped(sector));
+        let places = &mut lost.iter().map(|sector| (at(*sector), sum_of(*sector)));
+        return checker.report_missing(&rules::DATA, spot, detail, places);
     }
     for copy in copies.iter().filter(|copy| !copy.is_unknown) {
         let Some(sector) = copy.bad.first().copied() else { continue };
@@ -296,4 +301,5 @@ fn report(checker: &mut Checker<'_>, job: &Job, copies: &[Copy]) {
         let spot = job.spot.clone().at(addr).copy(copy.device, at);
         checker.findings.add(&rules::DATA_COPY, spot, format!("{bytes} bytes of it"));
     }
+    Ok(())
 }

@@ -98,6 +98,10 @@ mod advice {
     pub const LOG: &str =
         "What was synced in the last seconds before a crash may be missing. Make \
         a backup, mount the pool and look at the files that were being written.";
+    pub const OVERWRITTEN: &str = "Nothing is wrong with the pool as it is now. Only a check of \
+        an older group (fsck.cairn --txg) finds this: the named bytes of that group cannot be had \
+        any more, and reading them gives EIO where it is mounted. cairn history shows which groups \
+        are whole.";
     pub const INCOMPLETE: &str =
         "There may be more damage than is listed. See to the findings that \
         name blocks first.";
@@ -195,6 +199,8 @@ pub mod rules {
         DATA "E-DATA" Loss "data of a file cannot be had from any copy" DATA;
         DATA_COPY "W-DATA-COPY" Warning
             "one copy of a file's data is damaged; another is good" COPY;
+        OVERWRITTEN "W-OVERWRITTEN" Warning
+            "something that an older group had was given up since and is overwritten" OVERWRITTEN;
         SYMLINK "E-SYMLINK" Loss "a symlink has no target, or one of another length" FILE;
         XATTR_HASH "E-XATTR-HASH" Loss "an attribute stands at another hash than its name's" FILE;
         XATTR_HINT "E-XATTR-HINT" Loss

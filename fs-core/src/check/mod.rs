@@ -1,6 +1,7 @@
 //! The checker: everything the pool says of itself, recomputed from its trees and compared.
 //!
-//! It opens the newest published group read-only and follows every pointer there is:
+//! It opens the newest published group read-only, or an older one that is asked for, and follows
+//! every pointer there is:
 //!
 //! ```text
 //! labels, superblocks -> chunk tree -> pool tree -> subvolumes -> extents
@@ -20,6 +21,7 @@
 //! | `data` | file data with its checksums, every copy |
 //! | `refs` | references that were met with those that are counted |
 //! | `space`, `usage` | sectors that were met with bitmaps, residue and summaries |
+//! | `past` | what an older group lacks with what the newest has |
 //! | `findings` | the rules, each with a permanent id |
 //! | `paths`, `places` | nothing: they say which file a finding is about, and where it lies |
 //!
@@ -41,6 +43,7 @@ pub mod findings;
 mod forge;
 mod labels;
 mod links;
+mod past;
 mod paths;
 mod places;
 mod refs;
@@ -79,12 +82,12 @@ pub struct CheckOptions {
     /// Read all file data and verify its checksums.
     pub data: bool,
     /// Check the pool as of this group instead of the newest.
-    pub max_txg: Option<Txg>,
+    pub txg: Option<Txg>,
 }
 
 impl Default for CheckOptions {
     fn default() -> CheckOptions {
-        CheckOptions { data: true, max_txg: None }
+        CheckOptions { data: true, txg: None }
     }
 }
 
@@ -165,16 +168,21 @@ impl CheckReport {
 /// Checks the pool on `devices`. Writes nothing.
 ///
 /// # Errors
-/// When there is no pool to check: what [`Pool::open`] gives; [`Error::Memory`]; EINTR when
-/// `progress` says to stop. Damage is not an error but a finding.
+/// When there is no pool to check: what [`Pool::open`] gives; [`Error::NoGroup`] when there is no
+/// such group; [`Error::Memory`]; EINTR when `progress` says to stop. Damage is not an error but a
+/// finding.
 pub fn check(
     devices: Vec<DeviceRef>,
     platform: Platform,
     options: &CheckOptions,
     progress: &dyn CheckProgress,
 ) -> Result<CheckReport> {
-    let (pool, superblock) = open(devices, platform, options)?;
-    examine(&pool, &superblock, options, progress)
+    let opened = open(devices.clone(), platform.clone(), options);
+    let (pool, superblock) = opened.map_err(|error| match options.txg {
+        Some(txg) => crate::engine::past::explain(error, txg, &devices, &platform),
+        None => error,
+    })?;
+    examine((devices, platform), (&pool, &superblock), options, progress)
 }
 
 /// The pool to check. Apart from checking it, so that each has more of a kernel's stack.
@@ -184,19 +192,15 @@ fn open(
     platform: Platform,
     options: &CheckOptions,
 ) -> Result<(Box<Pool>, Box<Superblock>)> {
-    let pool_options = PoolOptions {
-        read_only: true,
-        max_txg: options.max_txg,
-        degraded: true,
-        kept_bytes: SHELF_BYTES,
-    };
+    let pool_options =
+        PoolOptions { read_only: true, txg: options.txg, degraded: true, kept_bytes: SHELF_BYTES };
     Pool::open(devices, platform, &pool_options)
 }
 
 #[inline(never)]
 fn examine(
-    pool: &Pool,
-    superblock: &Superblock,
+    (devices, platform): (Vec<DeviceRef>, Platform),
+    (pool, superblock): (&Pool, &Superblock),
     options: &CheckOptions,
     progress: &dyn CheckProgress,
 ) -> Result<CheckReport> {
@@ -213,6 +217,7 @@ fn examine(
         findings,
         usage: Usage::new(&chunks)?,
         extra: Vec::new(),
+        aside: pool.is_past().then(past::Aside::default),
         met: versions::Met::default(),
         incomplete: false,
         mixed_births: false,
@@ -222,6 +227,7 @@ fn examine(
         done_bytes: 0,
     });
     let family = checker.run()?;
+    checker.judge(devices, &platform)?;
     paths::add(&blocks, superblock, family.versions(), checker.findings.kept_mut())?;
     places::add(pool, checker.findings.kept_mut())?;
     Ok(checker.finish())
@@ -241,6 +247,8 @@ struct Checker<'a> {
     usage: Usage,
     /// Runs of data that were met once more after the first time.
     extra: Vec<Run>,
+    /// What has no good copy, if the group is not the newest.
+    aside: Option<past::Aside>,
     /// What was met of the version whose tree is walked.
     met: versions::Met,
     /// Some block could not be had: what is below it was not met.
@@ -264,7 +272,10 @@ impl<'a> Checker<'a> {
         versions::check_dead(self, &mut family)?;
         let counted = refs::load(self)?;
         let mut stored = space::load(self)?;
-        space::mark_log(self, &mut stored)?;
+        if !self.pool.is_past() {
+            // The log goes on from the newest group; where it was, another may be.
+            space::mark_log(self, &mut stored)?;
+        }
         if self.incomplete {
             self.findings.add(&rules::INCOMPLETE, Spot::NONE, "");
         } else {
@@ -334,7 +345,7 @@ impl<'a> Checker<'a> {
                 Ok(node) => node,
                 Err(error) => {
                     self.incomplete = true;
-                    self.findings.add_error(&rules::BLOCK, spot, error.clone())?;
+                    self.report_block(spot, error, (visit.ptr.addr, &visit.ptr.checksum))?;
                     return Ok(Walk::Over);
                 }
             };

@@ -105,23 +105,28 @@ fn is_refused(slot: &[u8]) -> bool {
     !matches!(Superblock::decode(slot), Ok(_) | Err(Error::NotCairn))
 }
 
-/// The superblock to open: the newest, not beyond `max_txg`.
+/// The superblock to open: the newest, or that of the group `txg` and no other.
 ///
 /// A superblock that is whole but cannot be used is not passed over for an older one: it is no torn
 /// write but the pool's state, and going back behind it would undo commits that were promised. That
-/// takes an explicit `max_txg`.
+/// takes an explicit `txg`.
 ///
 /// # Errors
-/// Why the newest cannot be used; [`Error::NoSuperblock`] when there is none.
-pub fn choose(ring: &Ring, max_txg: Option<Txg>) -> Result<&Superblock> {
-    let wanted = |txg: Txg| max_txg.is_none_or(|max| txg <= max);
-    let valid = ring.valid.iter().find(|superblock| wanted(superblock.txg));
-    let refused = ring.refused.iter().filter(|refused| wanted(refused.txg)).max_by_key(|r| r.txg);
-    match (valid, refused) {
-        (Some(valid), Some(refused)) if refused.txg > valid.txg => Err(refused.error.clone()),
-        (Some(valid), _) => Ok(valid),
-        (None, Some(refused)) => Err(refused.error.clone()),
-        (None, None) => Err(Error::NoSuperblock),
+/// Why it cannot be used; [`Error::NoSuperblock`] when there is none at all, [`Error::NoGroup`]
+/// when there is none of that group.
+pub fn choose(ring: &Ring, txg: Option<Txg>) -> Result<&Superblock> {
+    let is_wanted = |found: Txg| txg.is_none_or(|txg| found == txg);
+    let valid = ring.valid.iter().find(|superblock| is_wanted(superblock.txg));
+    let refused = ring.refused.iter().filter(|refused| is_wanted(refused.txg));
+    match (valid, refused.max_by_key(|refused| refused.txg), txg) {
+        (Some(valid), Some(refused), _) if refused.txg > valid.txg => Err(refused.error.clone()),
+        (Some(valid), ..) => Ok(valid),
+        (None, Some(refused), _) => Err(refused.error.clone()),
+        (None, None, Some(txg)) => {
+            let others = ring.valid.iter().map(|superblock| superblock.txg).collect();
+            Err(Error::NoGroup { txg: Some(txg), cause: None, others })
+        }
+        (None, None, None) => Err(Error::NoSuperblock),
     }
 }
 

@@ -115,7 +115,7 @@ proptest! {
     fn the_newest_whole_superblock_is_chosen(
         count in 1u64..40,
         torn in proptest::collection::btree_set((0u64..40, any::<bool>()), 0..6),
-        max in proptest::option::of(0u64..40),
+        asked in proptest::option::of(0u64..40),
     ) {
         let (ram, member) = labelled();
         for txg in 1..=count {
@@ -136,10 +136,18 @@ proptest! {
         let ring = ring(&member);
         let found: Vec<u64> = ring.valid.iter().map(|sb| sb.txg.0).collect();
         prop_assert_eq!(&found, &whole);
-        let want = whole.iter().find(|txg| max.is_none_or(|max| **txg <= max));
-        match (choose(&ring, max.map(Txg)), want) {
+        let want = whole.iter().find(|txg| asked.is_none_or(|asked| **txg == asked));
+        match (choose(&ring, asked.map(Txg)), want) {
             (Ok(chosen), Some(want)) => prop_assert_eq!(chosen.txg.0, *want),
-            (Err(error), None) => prop_assert_eq!(error, Error::NoSuperblock),
+            (Err(Error::NoGroup { txg, cause: None, others }), None) => {
+                prop_assert_eq!(txg, asked.map(Txg));
+                let others: Vec<u64> = others.iter().map(|txg| txg.0).collect();
+                prop_assert_eq!(&others, &whole);
+            }
+            (Err(error), None) => {
+                prop_assert!(asked.is_none());
+                prop_assert_eq!(error, Error::NoSuperblock);
+            }
             (chosen, want) => prop_assert!(false, "chose {:?}, not {:?}", chosen, want),
         }
     }
@@ -269,6 +277,7 @@ fn a_newer_superblock_that_cannot_be_used_is_not_passed_over() {
     let error = Error::Features { class: FeatureClass::Incompat, unknown: 1 << 40 };
     assert_eq!(choose(&ring, None).unwrap_err(), error);
     assert_eq!(choose(&ring, Some(Txg(4))).unwrap().txg, Txg(4));
+    assert_eq!(choose(&ring, Some(Txg(5))).unwrap_err(), error);
     assert_eq!(ring.newest(), Txg(5));
 }
 

@@ -533,7 +533,7 @@ impl Engine {
         self.log.published(txg);
         self.settle_promises();
         store.groups.publish(txg);
-        self.release_views(committer);
+        self.release_views(committer, false);
     }
 
     /// Takes note of how large trees are that others reserve room in. What cannot be read of them
@@ -547,10 +547,17 @@ impl Engine {
         }
     }
 
-    /// Makes freed space usable that no reader can reach any more.
+    /// Makes freed space usable that no reader can reach any more, all of it: room is wanted.
     pub(super) fn release(&self) {
         if let Some(mut committer) = self.try_committer() {
-            self.release_views(&mut committer);
+            self.release_views(&mut committer, true);
+        }
+    }
+
+    /// As [`Engine::release`], of what older groups do not need; of all if there is not plenty.
+    pub(super) fn release_late(&self) {
+        if let Some(mut committer) = self.try_committer() {
+            self.release_views(&mut committer, false);
         }
     }
 
@@ -562,11 +569,14 @@ impl Engine {
         groups.min().unwrap_or_else(|| self.store.groups.published())
     }
 
-    fn release_views(&self, committer: &mut Committer) {
+    fn release_views(&self, committer: &mut Committer, all: bool) {
         committer.views.retain(|view| view.strong_count() > 0);
         let oldest = committer.views.iter().filter_map(|view| Some(view.upgrade()?.txg)).min();
         let safe = oldest.unwrap_or_else(|| self.store.groups.published());
-        self.store.space.release(safe);
+        match all {
+            true => self.store.space.release(safe),
+            false => self.store.space.release_late(safe),
+        };
     }
 
     /// One last group that says there is nothing left to do.

@@ -17,6 +17,7 @@
 //! | `resilver` | bringing devices up to date |
 //! | `devices` | changing the set of devices |
 //! | `scrub` | verifying every copy of everything, and repairing |
+//! | `past` | the groups before the newest: opening them, and what of them is left |
 //!
 //! Whoever waits for a group to be published does the work if nobody else is at it
 //! ([`Engine::commit`]): there is no thread without which nothing moves, so a simulator without
@@ -32,6 +33,7 @@ mod format;
 mod log;
 mod nodes;
 mod open;
+pub mod past;
 mod reclaim;
 pub mod references;
 mod replay;
@@ -281,7 +283,7 @@ impl Engine {
             // An error was reported, and every later operation says so.
             let _ = self.commit();
         }
-        self.release();
+        self.release_late();
         // Chunks moved, or were not to after all, and somebody still looked there.
         self.store.pool.give_back_left();
     }
@@ -310,6 +312,12 @@ impl Engine {
             self.commit().or_else(|error| self.store.writable().and(Err(error)))?;
         }
         let cap = || self.metadata_bound();
+        match self.store.space.reserve_within(data, metadata, class, Some(&cap)) {
+            Err(Error::NoSpace) => {}
+            other => return other,
+        }
+        // What is kept for older groups goes first.
+        self.release();
         for _ in 0..3 {
             match self.store.space.reserve_within(data, metadata, class, Some(&cap)) {
                 Err(Error::NoSpace) => {}
@@ -375,7 +383,8 @@ impl Engine {
                 all.shrink(held - total, 0);
             }
         } else if let Ok(mut more) = self.store.space.reserve(total - held, 0, Class::Admin) {
-            // When the pool was opened, or when a promise is being spent.
+            // When the pool was opened, or when a promise is being spent. Room that is kept for
+            // older groups is not counted on, and there is plenty besides as long as any is.
             more.keep();
             hold(&mut promised, more);
         }

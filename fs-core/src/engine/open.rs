@@ -10,8 +10,8 @@
 use crate::btree::{NodeSource, Tree};
 use crate::buf::SHELF_BYTES;
 use crate::engine::{
-    commit::Committer, destroy::REFS_PER_GROUP, devices::DeviceChanges, log::Log, scrub::Scrub,
-    Engine,
+    commit::Committer, destroy::REFS_PER_GROUP, devices::DeviceChanges, log::Log, past,
+    scrub::Scrub, Engine,
 };
 use crate::error::{Error, FeatureClass};
 use crate::format::chunk::{Chunk, DeviceItem};
@@ -43,8 +43,9 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// With `read_only`: show the last published group, without what the log adds.
     pub ignore_log: bool,
-    /// Open the pool as of this group. Only with `read_only`.
-    pub max_txg: Option<Txg>,
+    /// Open the pool as of this group, without what a log adds. Only with `read_only`; see
+    /// [`past`](super::past).
+    pub txg: Option<Txg>,
     /// Open the pool without devices that are missing, if the others have a copy of everything.
     pub degraded: bool,
     /// Bytes of tree nodes, inodes and buffers for data to keep in memory.
@@ -64,7 +65,7 @@ impl Default for OpenOptions {
         OpenOptions {
             read_only: false,
             ignore_log: false,
-            max_txg: None,
+            txg: None,
             degraded: false,
             cache_bytes: 128 << 20,
             dirty_bytes: 256 << 20,
@@ -87,14 +88,26 @@ pub fn open(
     platform: Platform,
     options: &OpenOptions,
 ) -> Result<Arc<Engine>> {
-    if options.max_txg.is_some() && !options.read_only {
-        return Err(Error::Argument { what: "an older group can only be opened read-only" });
+    match options.txg {
+        Some(txg) => past::open(devices, platform, options, txg),
+        None => open_one(devices, platform, options),
     }
+}
+
+/// As [`open`], of one group, if that cannot be opened whatever others can.
+#[inline(never)]
+pub(super) fn open_one(
+    devices: Vec<DeviceRef>,
+    platform: Platform,
+    options: &OpenOptions,
+) -> Result<Arc<Engine>> {
     let (engine, superblock) = found(devices, platform, options)?;
     engine.load_pool_tree(options)?;
     // Nothing is written before all is known to be readable.
     engine.store.pool.begin(&superblock)?;
-    if let (Some(start), false) = (&superblock.log, options.ignore_log) {
+    // The log goes on from the newest group, and from no other.
+    let ignores_log = options.ignore_log || options.txg.is_some();
+    if let (Some(start), false) = (&superblock.log, ignores_log) {
         let applied = engine.replay(start)?;
         if applied > 0 && !options.read_only {
             engine.commit_upto(engine.store.groups.open())?;
@@ -119,9 +132,9 @@ fn found(
     platform: Platform,
     options: &OpenOptions,
 ) -> Result<(Arc<Engine>, Box<Superblock>)> {
-    let OpenOptions { read_only, max_txg, degraded, .. } = *options;
+    let OpenOptions { read_only, txg, degraded, .. } = *options;
     let kept_bytes = kept_bytes(options);
-    let pool_options = PoolOptions { read_only, max_txg, degraded, kept_bytes };
+    let pool_options = PoolOptions { read_only, txg, degraded, kept_bytes };
     let (pool, superblock) = Pool::open(devices, platform.clone(), &pool_options)?;
     let unknown = superblock.unknown_ro_compat();
     if unknown != 0 && !options.read_only {

@@ -39,6 +39,7 @@ use crate::units::{Logical, TreeId, Txg};
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 
 /// A tree to look at.
 struct Part {
@@ -72,6 +73,15 @@ pub(super) trait Visitor {
     fn data(&mut self, id: TreeId, key: &Key, birth: Txg, source: DataSource) -> Result<()>;
     /// Whether that was enough for one step.
     fn has_enough(&self) -> bool;
+    /// Whether a block is of no interest, nor anything below it: then it is not even loaded. The
+    /// first key is known of all but roots.
+    fn passes_over(&self, _id: TreeId, _ptr: &BlockPtr, _key: Option<&Key>) -> Result<bool> {
+        Ok(false)
+    }
+    /// Whether what an item of a subvolume names is of no interest.
+    fn passes_over_item(&self, _id: TreeId, _key: &Key, _value: &[u8]) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// A block that a pass came to.
@@ -205,6 +215,11 @@ impl Engine {
 }
 
 impl Parts {
+    /// The tree of the pool, the subvolume or the snapshot with that id, if it can be had.
+    pub(super) fn tree(&self, id: TreeId) -> Option<&Tree> {
+        self.by_id.get(&id.0)?.tree.as_ref().ok()
+    }
+
     /// The tree of references, unless it is empty.
     pub(super) fn references(&self) -> Option<Tree> {
         let tree = self.by_id.get(&TreeId::REFS.0)?.tree.as_ref().ok()?;
@@ -285,9 +300,16 @@ impl Pass {
         self.at = Some(Spot { id, since: part.since, key: from });
         let from = from.max(part.from);
         let blob = Logical(0);
-        let mut walk = Walk { id: TreeId(id), since: part.since, from: part.from, blob, visitor };
+        let walk = Walk { id: TreeId(id), since: part.since, from: part.from, blob, visitor };
+        // One of the two is called at a time.
+        let walk = RefCell::new(walk);
         let since = part.since.max(self.least);
-        let next = tree.patrol(store, since, from, &mut |ptr, node| {
+        let mut passes_over = |ptr: &BlockPtr, key: Option<&Key>| match ptr.birth <= since {
+            true => Ok(true),
+            false => walk.borrow().visitor.passes_over(TreeId(id), ptr, key),
+        };
+        let next = tree.patrol(store, &mut passes_over, from, &mut |ptr, node| {
+            let walk = &mut *walk.borrow_mut();
             walk.visitor.block(&Seen { id: walk.id, ptr, error: node.err() })?;
             if let Ok(node) = node {
                 walk.leaf(node)?;
@@ -341,7 +363,8 @@ impl Walk<'_> {
         }
         for index in 0..node.count() {
             let key = node.key(index);
-            if key.kind == kind::EXTENT && key >= self.from {
+            let is_wanted = key.kind == kind::EXTENT && key >= self.from;
+            if is_wanted && !self.visitor.passes_over_item(self.id, &key, node.value(index))? {
                 self.extent(&key, node.value(index), node.birth())?;
             }
         }

@@ -121,9 +121,8 @@ impl Default for FormatOptions {
 pub struct PoolOptions {
     /// Write nothing, not even repairs.
     pub read_only: bool,
-    /// Open the newest superblock that is not newer than this group. Whoever then commits must
-    /// start after [`Pool::newest_txg`], or the superblocks passed over would win the next time.
-    pub max_txg: Option<Txg>,
+    /// Open the superblock of this group in place of the newest. Only with `read_only`.
+    pub txg: Option<Txg>,
     /// Open it without devices that are missing, if the others have a copy of everything.
     pub degraded: bool,
     /// Bytes of buffers for data to keep in memory.
@@ -284,8 +283,23 @@ impl Pool {
         platform: Platform,
         options: &PoolOptions,
     ) -> Result<(Box<Pool>, Box<Superblock>)> {
+        if options.txg.is_some() && !options.read_only {
+            return Err(Error::Argument { what: "an older group can only be opened read-only" });
+        }
         let probed = probe_all(devices, options.read_only)?;
         Pool::of_probed(probed, platform, options)
+    }
+
+    /// The superblocks that the devices have, of which [`PoolOptions::txg`] opens one. They are no
+    /// more than whole: a forged one may name anything, and is found out when it is opened.
+    ///
+    /// # Errors
+    /// What labels that cannot be read or do not belong together give, as [`Pool::open`].
+    #[inline(never)]
+    pub fn past(devices: Vec<DeviceRef>) -> Result<Box<Ring>> {
+        let mut probed = probe_all(devices, true)?;
+        let Probed { members, unusable, .. } = &mut probed;
+        Ok(Box::new(standing::call_roll(members, unusable)?.ring))
     }
 
     // Not inlined, so that looking at the labels has more of a kernel's stack.
@@ -301,7 +315,7 @@ impl Pool {
         if only_behind && !(options.read_only && options.degraded) {
             return Err(standing::missing(&members, true, &probed.unusable));
         }
-        let superblock = choose(&ring, options.max_txg)?;
+        let superblock = choose(&ring, options.txg)?;
         check_superblock(superblock, newest.table.len(), options.read_only)?;
         let mut pool = Pool::found(platform, members, &ring, superblock, options.read_only)?;
         pool.buffers = Arc::new(Shelf::new(options.kept_bytes));
@@ -435,6 +449,13 @@ impl Pool {
     /// superblock that was opened if an older one was asked for.
     pub fn newest_txg(&self) -> Txg {
         self.settings.newest_txg
+    }
+
+    /// Whether it was opened as of an older group than the newest. What that group names and the
+    /// newest does not may be something else by now: only what a checksum vouches for is given out,
+    /// and what is gone is no sign of a bad device.
+    pub fn is_past(&self) -> bool {
+        self.settings.opened_txg < self.settings.newest_txg
     }
 
     /// Name of the pool, padded with zeros.

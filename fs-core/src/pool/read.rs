@@ -13,6 +13,9 @@
 //! or two could not be trusted. Plain data has a checksum for each sector and is healed by the
 //! sector, so that two copies with damage in different places are still one good one.
 //!
+//! A pool that was opened as of an older group gives out nothing that no checksum vouches for, and
+//! tells nobody of what it does not find: it was given up since, and its place used again.
+//!
 //! A device that has missed writes is asked last, only for what a checksum vouches for, and healed
 //! without a word. One that has failed is asked after it, likewise, and not healed.
 //!
@@ -397,6 +400,11 @@ impl Pool {
 
     /// Verifies and expands what was read, falling back to other copies.
     fn finish(&self, read: &mut DataRead<'_>, raw: Raw) {
+        if self.is_past() && !read.source.is_verified() {
+            let error = Error::Unverified { addr: read.source.run().addr };
+            (read.buf, read.result) = (Buf::default(), Err(error));
+            return;
+        }
         let outcome = raw.and_then(|(place, got)| match &read.source {
             DataSource::Plain { checksum_kind, checksums, .. } => {
                 self.read_sectors(&place, *checksum_kind, checksums, got)
@@ -615,6 +623,10 @@ impl Pool {
 
     /// Reports that no copy is good, and passes the error on.
     pub(super) fn lost(&self, place: &Place, sum: &[u8], error: Error) -> Error {
+        if self.is_past() {
+            // It may have been given up since, and something else be there.
+            return error;
+        }
         let is_new = self.reported.lock().is_new(place.addr(), u16::MAX, sum);
         if is_new {
             self.platform().report.incident(&Incident::Lost {
@@ -629,7 +641,7 @@ impl Pool {
     /// Counts a copy that is not what it should be, unless that is no wonder.
     pub(super) fn count_checksum_error(&self, piece: &Place, copy: usize) {
         let member = self.member(piece.segment(copy).device);
-        if member.is_complete() {
+        if member.is_complete() && !self.is_past() {
             member.count_checksum_error();
         }
     }

@@ -283,9 +283,17 @@ fn going_back_opens_the_older_group_and_knows_of_the_newer() {
     fixture.commit(1);
     fixture.chunk(ChunkKind::Data);
     fixture.commit(2);
-    let options = PoolOptions { max_txg: Some(Txg(1)), ..Default::default() };
+    let options = PoolOptions { txg: Some(Txg(1)), ..Default::default() };
+    assert!(matches!(fixture.open(options), Err(Error::Argument { .. })), "only to read");
+    let options = PoolOptions { read_only: true, ..options };
     let (pool, superblock) = fixture.open(options).unwrap();
     assert_eq!((superblock.txg, pool.newest_txg()), (Txg(1), Txg(2)));
+    assert!(pool.is_past());
+    let newest = PoolOptions { txg: Some(Txg(2)), ..options };
+    assert!(!fixture.open(newest).unwrap().0.is_past());
+    let error = fixture.open(PoolOptions { txg: Some(Txg(7)), ..options }).map(drop).unwrap_err();
+    let others = vec![Txg(2), Txg(1)];
+    assert_eq!(error, Error::NoGroup { txg: Some(Txg(7)), cause: None, others });
     assert_eq!(pool.next_chunk(), fixture.pool.next_chunk(), "addresses are not used twice");
     let all: Vec<u64> = pool.superblocks().iter().map(|sb| sb.txg.0).collect();
     assert_eq!(all, [2, 1]);

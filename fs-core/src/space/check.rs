@@ -99,7 +99,7 @@ fn check_totals(state: &State, kind: ChunkKind) -> Result<(), Violation> {
 fn check_pending(state: &State) -> Result<(), Violation> {
     let groups = state.groups.values().flat_map(super::group::Group::deltas);
     let unpublished: u64 = groups.map(|deltas| deltas.freed.bytes()).sum();
-    let published: u64 = state.pending.values().map(super::runs::RunSet::bytes).sum();
+    let published: u64 = state.pending.values().map(|freed| freed.set.bytes()).sum();
     let kinds = [ChunkKind::Data, ChunkKind::Metadata, ChunkKind::System];
     let counted = kinds.iter().map(|kind| state.totals(*kind).pending).sum();
     let listed = unpublished + published + state.releasing.bytes();

@@ -9,7 +9,9 @@
 //!   +------ discarded, if asked for ------ releasing <------------ release(>= m) -----+
 //! ```
 //!
-//! A trim takes free sectors back to `releasing` while it discards them: see `trim`.
+//! With plenty of room, what could be released is kept for some groups more, so that older groups
+//! stay readable: see `late`. A trim takes free sectors back to `releasing` while it discards them:
+//! see `trim`.
 //!
 //! - Only [`Space::release`] makes a sector reusable: its group is published and no reader holds an
 //!   older root. No exception for what was taken and freed by one group: the intent log may name
@@ -99,6 +101,7 @@ mod check;
 mod chunk;
 mod cut;
 mod group;
+mod late;
 mod reserve;
 mod runs;
 mod state;
@@ -528,6 +531,18 @@ impl Space {
     /// freed is discarded, if asked for, and can be allocated again. Waits for the discards.
     pub fn release(&self, txg: Txg) -> Released {
         let _alone = self.releasing.lock();
+        self.release_alone(txg)
+    }
+
+    /// As [`release`](Self::release), but keeps what older groups need as long as there is plenty
+    /// of room: see the module `late`.
+    pub fn release_late(&self, txg: Txg) -> Released {
+        let _alone = self.releasing.lock();
+        let upto = self.state.lock().keep(txg, &*self.chunks);
+        self.release_alone(upto)
+    }
+
+    fn release_alone(&self, txg: Txg) -> Released {
         let bytes = self.state.lock().begin_release(txg);
         let discard_error = match self.discard.load(Ordering::Relaxed) {
             true => self.discard_releasing(),
@@ -562,10 +577,10 @@ impl Space {
     }
 
     /// Bytes of data that operations of class Normal could still reserve, if they needed no
-    /// metadata: what statfs shows as available.
+    /// metadata and had what is kept given free: what statfs shows as available.
     pub fn available_data(&self) -> u64 {
         let state = self.state.lock();
-        state.data_left(&*self.chunks)
+        state.data_to_be_had(&*self.chunks)
     }
 
     /// Tells how many device bytes to make chunks of promises and the reserve need. Nothing is
@@ -609,6 +624,7 @@ impl Space {
             // Not higher: (1) would not hold any more for what others have been promised.
             let cap = &mut state.promised.metadata_cap;
             *cap = sum.metadata_cap.min(*cap);
+            state.is_short = true;
             return Err(Error::NoSpace);
         }
         state.promised = sum;

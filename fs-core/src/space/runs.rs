@@ -28,6 +28,11 @@ impl RunSet {
         self.runs.is_empty()
     }
 
+    /// Number of ranges.
+    pub fn count(&self) -> usize {
+        self.runs.len()
+    }
+
     /// Sum of the lengths.
     pub fn bytes(&self) -> u64 {
         self.bytes

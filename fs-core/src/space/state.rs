@@ -3,6 +3,7 @@
 use super::bits::{Bits, FreeRun};
 use super::chunk::{ChunkSpace, Find};
 use super::group::{Deltas, Group};
+use super::late::Freed;
 use super::reserve::{Promised, Reserve, Room, Side};
 use super::runs::{span, RunSet};
 use super::{corrupt, ChunkSource};
@@ -88,7 +89,9 @@ pub(super) struct State {
     /// Groups that are not published.
     pub groups: BTreeMap<Txg, Group>,
     /// What published groups freed, until it is released.
-    pub pending: BTreeMap<Txg, RunSet>,
+    pub pending: BTreeMap<Txg, Freed>,
+    /// Somebody was refused room: what is kept is to be given free.
+    pub is_short: bool,
     /// What is being released: discarded, not yet free.
     pub releasing: RunSet,
     /// Chunks whose items the next cut deletes.
@@ -98,7 +101,7 @@ pub(super) struct State {
     pub promised: Promised,
 }
 
-fn slot(kind: ChunkKind) -> usize {
+pub(super) fn slot(kind: ChunkKind) -> usize {
     kind as usize - ChunkKind::Data as usize
 }
 
@@ -121,6 +124,7 @@ impl State {
             residue: Arc::default(),
             groups: BTreeMap::new(),
             pending: BTreeMap::new(),
+            is_short: false,
             releasing: RunSet::default(),
             dropped: BTreeMap::new(),
             fault: None,
@@ -234,7 +238,7 @@ impl State {
         for deltas in self.groups.values().flat_map(Group::deltas) {
             mark(&deltas.taken);
         }
-        self.pending.values().for_each(&mut mark);
+        self.pending.values().map(|freed| &freed.set).for_each(&mut mark);
         mark(&self.releasing);
         Ok(bits)
     }
@@ -604,7 +608,7 @@ impl State {
         let before = group.cut.map(|cut| cut.freed.clone()).unwrap_or_default();
         freed.merge(before).expect("a free after the cut was compared with those before it");
         if !freed.is_empty() {
-            self.pending.insert(txg, freed);
+            self.pending.insert(txg, Freed::new(freed));
         }
         self.dropped.retain(|_, dropped| dropped.txg > txg);
         self.generation += 1;
@@ -615,7 +619,7 @@ impl State {
     /// Moves what groups up to `txg` freed from pending to releasing; returns its bytes.
     pub fn begin_release(&mut self, txg: Txg) -> u64 {
         while let Some(entry) = self.pending.first_entry().filter(|entry| *entry.key() <= txg) {
-            let freed = entry.remove();
+            let freed = entry.remove().set;
             if self.releasing.merge(freed).is_err() {
                 let fault = corrupt("space freed by two groups", Logical(0));
                 self.fault.get_or_insert(fault);
@@ -692,16 +696,30 @@ impl State {
         room.data_left(&self.promised, self.reserve(&room))
     }
 
+    /// As [`data_left`](Self::data_left), with what is kept: that is given free when it is wanted.
+    pub fn data_to_be_had(&self, source: &dyn ChunkSource) -> u64 {
+        let mut room = self.room(source);
+        let reserve = self.reserve(&room);
+        room.data.free += self.kept(ChunkKind::Data);
+        room.metadata.free += self.kept(ChunkKind::Metadata);
+        room.data_left(&self.promised, reserve)
+    }
+
     /// Device bytes of the reserve.
     pub fn reserve_device_bytes(&self, room: &Room) -> u64 {
         let reserve = self.reserve(room);
         reserve.data * room.data.copies + reserve.metadata * room.metadata.copies
     }
 
+    /// Bytes of the devices: of chunks, and unallocated.
+    pub fn device_bytes(&self, room: &Room) -> u64 {
+        let held: u64 = self.totals.iter().map(|totals| totals.device_bytes).sum();
+        held.saturating_add(room.unallocated)
+    }
+
     /// What normal operations must leave alone.
     pub fn reserve(&self, room: &Room) -> Reserve {
-        let held: u64 = self.totals.iter().map(|totals| totals.device_bytes).sum();
-        let device_bytes = held.saturating_add(room.unallocated);
+        let device_bytes = self.device_bytes(room);
         Reserve::of(device_bytes, room.metadata.copies, bytes_of(self.metadata_unit))
     }
 }

@@ -13,6 +13,7 @@
 //! | `kill` | is everything that was synced still there when the server is killed? |
 //! | `devices` | does a pool in use survive that devices come and go? |
 //! | `versions` | does a snapshot stay what it was, whatever goes on around it? |
+//! | `history` | does an older group show what was there, and nothing else? |
 //! | `scrub` | is a spoilt half of a mirror found and repaired while it is in use? |
 //! | `dedup` | does sharing what is equal leave what files hold as it is, while they are written? |
 //! | `memory` | does the driver keep to the memory it is allowed? |
@@ -31,6 +32,7 @@ mod devices;
 mod direct;
 mod fsx;
 mod full;
+mod history;
 mod kill;
 mod loops;
 mod memory;
@@ -106,6 +108,7 @@ const OWN: &[(&str, Run)] = &[
     ("sigterm", kill::terminate),
     ("scrub", scrub::run),
     ("versions", versions::run),
+    ("history", history::run),
     ("send", send::run),
     ("replicate", replicate::run),
     ("devices", devices::run),
