@@ -110,7 +110,7 @@ mod tests {
             table(&groups, true),
             "GROUP  PUBLISHED            STATE\n   12  2000-02-28 23:59:59  newest\n   \
              11  2000-02-28 23:59:59  whole\n    9  2000-02-28 23:59:59  2 places are overwritten \
-             or damaged (8.0 KiB)\n    8  -                    gone: why\n"
+             or damaged (8.00 KiB)\n    8  -                    gone: why\n"
         );
         assert_eq!(state(&groups[1], false), "trees whole");
         groups[2].lost_count = 1;
