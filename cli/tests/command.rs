@@ -847,7 +847,7 @@ fn a_damaged_newest_group_is_told_with_those_that_are_left() {
     let image = Image::of_pool();
     groups_of(&image);
     let nodes = image.json(&["inspect", "tree"], &["--tree", "pool", "--nodes"], 0);
-    for place in nodes[0]["places"].as_array().unwrap() {
+    for place in nodes["list"][0]["places"].as_array().unwrap() {
         image.damage(place.as_str().unwrap().rsplit_once('@').unwrap().1.parse().unwrap(), 100);
     }
     let shown = image.json(&["history"], &[], 3);

@@ -335,7 +335,8 @@ impl Generator {
         if let Some(op) = self.begun.pop() {
             return op;
         }
-        if self.rng.below(100) < self.options.twins_percent {
+        let twins = self.options.twins_percent;
+        if twins > 0 && self.rng.below(100) < twins {
             return self.twins(state);
         }
         if self.rng.below(1000) < self.options.remount_permille {
