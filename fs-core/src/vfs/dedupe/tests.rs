@@ -73,11 +73,10 @@ impl Pool {
         self.dedupe(source, target, len).unwrap_err().errno()
     }
 
-    /// Bytes of data in use, once what was given up has come free.
+    /// Bytes of data in use, without what was given up.
     fn used(&self) -> u64 {
         (0..3).for_each(|_| self.fs.sync().unwrap());
-        let usage = self.fs.engine().store.space.usage();
-        usage.data.used_bytes - usage.data.pending_bytes
+        self.fs.engine().store.space.usage().data.used_bytes
     }
 
     fn is_at_one_place(&self, one: Ino, other: Ino) -> bool {
