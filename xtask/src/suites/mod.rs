@@ -21,8 +21,8 @@
 //! | `properties` | does what is set for a subvolume hold, below it too? |
 //! | `user` | does an ordinary user get by without root? |
 //!
-//! Each ends with the image unmounted and checked. All but the last ten also run on other
-//! filesystems (`--subject ext4`), which shows whether a failure is the suite's own.
+//! Each ends with the image unmounted and checked. The first six also run on other filesystems
+//! (`--subject ext4`), which shows whether a failure is the suite's own.
 
 mod badinput;
 mod clone;
