@@ -37,7 +37,9 @@ mod tests;
 
 /// Bytes of a segment in a pool of usual size.
 const SEGMENT_BYTES: u64 = 4 << 20;
-/// Dirty bytes of a file up to which they go into the log itself; more are written in place first.
+/// Bytes of a file that the log lacks, up to which they go into the log itself; more are written in
+/// place first. What the log has already stays in memory for the group's commit, which writes it in
+/// fewer and longer extents.
 const LOG_DATA_MAX: u64 = 64 << 10;
 
 /// Files collected for one frame; with more, a commit is the better deal.
@@ -425,15 +427,19 @@ impl Engine {
     /// open group: those of a group that is being written are its writer's business, and space may
     /// not be taken for it once it is published, which may be at any moment.
     fn write_large(&self, subvol: &Arc<Subvol>, inode: &Arc<Inode>) -> Result<(), Trouble> {
+        let is_large = |state: &State| match &state.aside {
+            Some(aside) if aside.ranges.fresh_bytes() > LOG_DATA_MAX => Err(Trouble::NeedsCommit),
+            _ => Ok(state.ranges.fresh_bytes() > LOG_DATA_MAX),
+        };
+        // Nobody waits for the writer of the group who has nothing to write himself.
+        if !is_large(&inode.state.read())? {
+            return Ok(());
+        }
         // Whoever writes a group waits for this lock before it looks at the inode's bytes.
         let _only_one = inode.flushing.lock();
         let tasks = {
             let state = inode.state.read();
-            let aside = state.aside.as_ref().map_or(0, |aside| aside.ranges.data_bytes());
-            if aside > LOG_DATA_MAX {
-                return Err(Trouble::NeedsCommit);
-            }
-            if state.dirty_bytes() <= LOG_DATA_MAX {
+            if !is_large(&state)? {
                 return Ok(());
             }
             data::tasks(subvol, inode, &state, state.txg, false)

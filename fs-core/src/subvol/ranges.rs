@@ -54,6 +54,14 @@ impl Piece {
         }
     }
 
+    /// Bytes that the intent log would have to carry: in memory, and not logged.
+    fn fresh_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Bytes { .. } if !self.logged => self.len,
+            _ => 0,
+        }
+    }
+
     fn part(&self, from: u64, len: u64) -> Piece {
         let content = match &self.content {
             Content::Bytes { data, id } => {
@@ -74,6 +82,8 @@ pub struct RangeMap {
     pieces: BTreeMap<u64, Piece>,
     /// Where the pieces begin that the intent log lacks: `fsync` looks at these only.
     fresh: BTreeSet<u64>,
+    /// Bytes in memory of those.
+    fresh_bytes: u64,
     data_bytes: u64,
     /// Bytes of the checksums of extents, which become part of items.
     checksum_bytes: u64,
@@ -139,8 +149,14 @@ impl RangeMap {
         self.fresh.iter().map(|at| (*at, &self.pieces[at]))
     }
 
+    /// Bytes of the file in memory that the intent log lacks.
+    pub fn fresh_bytes(&self) -> u64 {
+        self.fresh_bytes
+    }
+
     /// The intent log is given every piece that it lacks, by way of `log`.
     pub fn log_fresh(&mut self, mut log: impl FnMut(u64, &Piece)) {
+        self.fresh_bytes = 0;
         for at in core::mem::take(&mut self.fresh) {
             if let Some(piece) = self.pieces.get_mut(&at) {
                 piece.logged = true;
@@ -155,8 +171,10 @@ impl RangeMap {
             false => self.fresh.insert(at),
         };
         self.checksum_bytes += piece.checksum_bytes();
+        self.fresh_bytes += piece.fresh_bytes();
         if let Some(old) = self.pieces.insert(at, piece) {
             self.checksum_bytes -= old.checksum_bytes();
+            self.fresh_bytes -= old.fresh_bytes();
         }
     }
 
@@ -164,6 +182,7 @@ impl RangeMap {
         self.fresh.remove(&at);
         let piece = self.pieces.remove(&at)?;
         self.checksum_bytes -= piece.checksum_bytes();
+        self.fresh_bytes -= piece.fresh_bytes();
         Some(piece)
     }
 

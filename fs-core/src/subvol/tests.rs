@@ -55,6 +55,32 @@ fn what_is_left_of_a_buffer_does_not_keep_all_of_it() {
 }
 
 #[test]
+fn bytes_that_the_log_lacks_are_counted_whatever_is_cut_and_written() {
+    let mut map = RangeMap::default();
+    let mut garbage = Vec::new();
+    let zeros = |len| Buf::zeroed(len).unwrap().into_slice();
+    map.put_bytes(0, zeros(65536), &mut garbage);
+    map.put(8192, 4096, Content::Hole, &mut garbage);
+    assert_eq!((map.data_bytes(), map.fresh_bytes()), (61440, 61440));
+    let mut logged = 0;
+    map.log_fresh(|_, piece| logged += piece.len);
+    assert_eq!((logged, map.data_bytes(), map.fresh_bytes()), (65536, 61440, 0));
+    // Over logged bytes and beyond them.
+    map.put_bytes(61440, zeros(8192), &mut garbage);
+    assert_eq!((map.data_bytes(), map.fresh_bytes()), (65536, 8192));
+    let ids: Vec<u64> = map.byte_runs().iter().flat_map(|run| run.ids.clone()).collect();
+    let extent = Extent::Plain {
+        addr: Logical(1 << 20),
+        len: 65536,
+        checksum_kind: ChecksumKind::None,
+        checksums: Vec::new(),
+    };
+    map.written(0, &extent, &ids, &mut garbage);
+    assert_eq!((map.data_bytes(), map.fresh_bytes()), (4096, 4096));
+    assert!(map.lacks());
+}
+
+#[test]
 fn bytes_that_changed_while_they_were_written_stay() {
     let mut map = RangeMap::default();
     let mut garbage = Vec::new();

@@ -1,7 +1,7 @@
 //! What goes into a frame, and who waits for it.
 
 use super::*;
-use crate::engine::tests::{create, noise, power_loss, read_all, with_log, ROOT};
+use crate::engine::tests::{create, mount, new_pool, noise, power_loss, read_all, with_log, ROOT};
 use crate::format::ptr::ChecksumKind;
 use crate::subvol::extents::Place;
 use crate::subvol::store::DataSettings;
@@ -119,6 +119,56 @@ fn data_that_replay_cannot_verify_is_durable_before_the_frame_that_names_it() {
         let file = fs.lookup(fs.root(), b"file").unwrap().ino;
         assert!(read_all(&fs, file) == noise(1 << 20, 4), "{checksum:?}");
     }
+}
+
+/// Bytes of a file in memory, and those of them that the log lacks.
+fn in_memory(fs: &Volume, ino: Ino) -> (u64, u64) {
+    let inode = fs.engine().default_subvol().unwrap().table.get(ino).unwrap();
+    let state = inode.state.read();
+    (state.ranges.data_bytes(), state.ranges.fresh_bytes())
+}
+
+#[test]
+fn what_the_log_has_stays_in_memory_until_the_commit() {
+    let (device, test) = new_pool(256 << 20);
+    let fs = mount(&device, &test);
+    let file = create(&fs, fs.root(), b"file");
+    // The first groups publish a chunk for data, and the place of the log in it.
+    let is_synced_by_frame = |_| {
+        write(&fs, file, 0, &noise(4096, 3));
+        let published = fs.engine().store.groups.published();
+        fs.fsync(file, false).unwrap();
+        fs.engine().store.groups.published() == published
+    };
+    assert!((0..10).any(is_synced_by_frame));
+    fs.sync().unwrap();
+    let data = noise(48 * 4096, 4);
+    for (index, part) in data.chunks(4096).enumerate() {
+        write(&fs, file, index as u64 * 4096, part);
+        assert_eq!(in_memory(&fs, file).1, 4096);
+        sync_by_frame(&fs, file);
+        assert_eq!(in_memory(&fs, file), ((index as u64 + 1) * 4096, 0));
+    }
+    let fs = power_loss(&device, &test, fs);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert!(read_all(&fs, file)[..data.len()] == data);
+    fs.shutdown();
+}
+
+#[test]
+fn what_is_too_long_for_the_log_goes_to_its_place() {
+    let (device, test, fs) = with_log(64 << 20);
+    let file = create(&fs, fs.root(), b"file");
+    sync_by_frame(&fs, file);
+    let data = noise(LOG_DATA_MAX as usize + 4096, 5);
+    write(&fs, file, 0, &data);
+    assert_eq!(in_memory(&fs, file), (data.len() as u64, data.len() as u64));
+    sync_by_frame(&fs, file);
+    assert_eq!(in_memory(&fs, file), (0, 0));
+    let fs = power_loss(&device, &test, fs);
+    let file = fs.lookup(fs.root(), b"file").unwrap().ino;
+    assert!(read_all(&fs, file) == data);
+    fs.shutdown();
 }
 
 #[test]
