@@ -122,7 +122,8 @@ pub const EXT4: Kernel = Kernel {
     name: "ext4",
     kind: "ext4",
     tools: &[("mkfs.ext4", "e2fsprogs")],
-    mkfs: &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
+    // With inodes for a million files on the smallest device that is measured on.
+    mkfs: &["mkfs.ext4", "-q", "-F", "-i", "4096", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
     options: "",
     check: &["fsck.ext4", "-f", "-n"],
 };

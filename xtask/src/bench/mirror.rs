@@ -124,7 +124,7 @@ impl<'a> Mirror<'a> {
         let (dir, _mount_point) = guard::mount_point()?;
         self.subject.mount(&self.pair.devices[0], &dir, MountOptions::default())?;
         let mounted = guard::mounted(&dir);
-        let done = work(&Place { path: dir.clone(), is_device: false })?;
+        let done = work(&Place { path: dir.clone(), is_device: false, keeps: true })?;
         guard::unmount_command(&dir).limit(LIMIT).quiet()?;
         mounted.disarm();
         // The other device is let go of when the server has ended, a moment after the unmount.

@@ -245,7 +245,7 @@ fn on_a_mount(
 ) -> Result<Vec<Metric>> {
     let mut volume = Volume::on_device(subject, &disk.device)?;
     volume.mount()?;
-    let place = Place { path: volume.dir().to_owned(), is_device: false };
+    let place = Place { path: volume.dir().to_owned(), is_device: false, keeps: true };
     (workload.prepare)(&place, scale).context("preparation")?;
     if workload.is_cold {
         volume.remount()?;
@@ -268,14 +268,14 @@ fn on_no_op(workload: &Workload, scale: &Scale) -> Result<Vec<Metric>> {
     let mount = Cmd::new(checkout::binary("mount.cairn")).args(["--noop", "none"]).arg(&dir);
     mount.quiet()?;
     let _mounted = guard::mounted(&dir);
-    let place = Place { path: dir, is_device: false };
+    let place = Place { path: dir, is_device: false, keeps: false };
     (workload.prepare)(&place, scale).context("preparation")?;
     drop_caches()?;
     (workload.measure)(&place, scale)
 }
 
 fn on_the_device(workload: &Workload, scale: &Scale, disk: &Disk) -> Result<Vec<Metric>> {
-    let place = Place { path: disk.device.clone(), is_device: true };
+    let place = Place { path: disk.device.clone(), is_device: true, keeps: true };
     (workload.prepare)(&place, scale).context("preparation")?;
     drop_caches()?;
     (workload.measure)(&place, scale)

@@ -88,6 +88,8 @@ pub struct Place {
     pub path: PathBuf,
     /// Whether it is the bare device.
     pub is_device: bool,
+    /// Whether what is made there is there afterwards.
+    pub keeps: bool,
 }
 
 impl Place {
@@ -188,7 +190,7 @@ pub const WORKLOADS: &[Workload] = &[
     cold(hot("walk", make_small_files, walk)),
     over_fuse(hot("stat-missing", NOTHING, stat_missing)),
     hot("untar", NOTHING, untar),
-    hot("directory", NOTHING, directory),
+    over_fuse(hot("directory", NOTHING, directory)),
 ];
 
 /// What file content is like.
@@ -574,6 +576,9 @@ fn directory(place: &Place, scale: &Scale) -> Result<Vec<Metric>> {
         let name = format!("create in a directory to {name}");
         metrics.push(calls(&name, end - made, start.elapsed()));
         made = end;
+    }
+    if !place.keeps {
+        return Ok(metrics);
     }
     let start = Instant::now();
     let found = fs::read_dir(&dir)?.count();
