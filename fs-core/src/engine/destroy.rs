@@ -447,7 +447,11 @@ impl Engine {
         most: usize,
         out: &mut GivenUp,
     ) -> Result<Step> {
-        let mut item = Box::new(self.versions.read().need(id)?.item);
+        let (mut item, own_since) = {
+            let versions = self.versions.read();
+            let item = versions.need(id)?.item;
+            (Box::new(item), versions.dead_own_since(&item))
+        };
         item.flags |= version::STARTED;
         if item.cursor != TREE_GONE {
             let root = item.root(Txg(u64::MAX)).map_err(|bad| bad.in_item(TreeId::POOL, id))?;
@@ -466,6 +470,7 @@ impl Engine {
         let mut taken = Vec::new();
         let is_all = lists.take(item.dead_list(id), Txg(0), most, &mut taken)?;
         item.dead_entries = item.dead_entries.saturating_sub(taken.len() as u64);
+        item.dead_own_bytes = item.dead_own_bytes.saturating_sub(younger(&taken, own_since));
         out.moved += taken.len();
         Ok(if is_all { Step::Gone(id) } else { Step::Goes(id, item) })
     }
@@ -514,12 +519,8 @@ impl Engine {
             next.dead_own_from = sinces.1 .0.saturating_add(1);
         }
         let is_all = lists.take(item.dead_list(id), Txg(0), most, &mut taken)?;
-        let young = |since: Txg| {
-            let young = taken.iter().filter(|entry| entry.birth > since);
-            young.fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
-        };
-        item.dead_own_bytes = item.dead_own_bytes.saturating_sub(young(sinces.0));
-        next.dead_own_bytes = next.dead_own_bytes.saturating_add(young(sinces.1));
+        item.dead_own_bytes = item.dead_own_bytes.saturating_sub(younger(&taken, sinces.0));
+        next.dead_own_bytes = next.dead_own_bytes.saturating_add(younger(&taken, sinces.1));
         let count = taken.len() as u64;
         item.dead_entries = item.dead_entries.saturating_sub(count);
         next.dead_entries = next.dead_entries.saturating_add(count);
@@ -591,6 +592,12 @@ impl Engine {
 /// Whether the pool can go on although a deletion has met this.
 fn is_bearable(error: &Error) -> bool {
     error.is_damage() || matches!(error, Error::NoSpace | Error::Memory)
+}
+
+/// Bytes of the entries that were born after `since`.
+fn younger(refs: &[DeadRef], since: Txg) -> u64 {
+    let younger = refs.iter().filter(|entry| entry.birth > since);
+    younger.fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
 }
 
 /// Adds a sum to that of a version, and notes where it begins now. Returns what that took.
