@@ -25,7 +25,7 @@ fn versions_are_what_their_models_say_and_nothing_is_left_of_them() {
     let mut received = 0;
     for seed in seeds(if is_long() { 2000 } else { 40 }) {
         let options =
-            Options { huge: false, remount_permille: 0, twins_percent: 0, ..Options::MODEL };
+            Options { huge: false, remount_permille: 0, ..Options::MODEL };
         let plan = Plan {
             seed,
             steps: 60,
@@ -51,7 +51,7 @@ fn a_crash_leaves_versions_whole_or_not_at_all() {
             seed,
             steps: 24,
             ops_per_step: 4,
-            options: Options { twins_percent: 0, ..Options::CRASH },
+            options: Options::CRASH,
             device_bytes: 32 << 20,
             pool: pool(seed),
             checks: false,
