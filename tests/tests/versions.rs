@@ -24,8 +24,7 @@ fn seeds(count: u64) -> Vec<u64> {
 fn versions_are_what_their_models_say_and_nothing_is_left_of_them() {
     let mut received = 0;
     for seed in seeds(if is_long() { 2000 } else { 40 }) {
-        let options =
-            Options { huge: false, remount_permille: 0, ..Options::MODEL };
+        let options = Options { huge: false, remount_permille: 0, ..Options::MODEL };
         let plan = Plan {
             seed,
             steps: 60,
