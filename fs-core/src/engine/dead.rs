@@ -83,6 +83,12 @@ pub fn bytes(refs: &[DeadRef]) -> u64 {
     refs.iter().fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
 }
 
+/// As [`bytes`], of those entries that were born after `since`.
+pub fn bytes_after(refs: &[DeadRef], since: Txg) -> u64 {
+    let younger = refs.iter().filter(|entry| entry.birth > since);
+    younger.fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
+}
+
 impl<'a> Lists<'a> {
     /// The lists of a tree, with nothing changed.
     pub fn new(source: &'a dyn NodeSource, tree: Tree) -> Lists<'a> {

@@ -470,7 +470,8 @@ impl Engine {
         let mut taken = Vec::new();
         let is_all = lists.take(item.dead_list(id), Txg(0), most, &mut taken)?;
         item.dead_entries = item.dead_entries.saturating_sub(taken.len() as u64);
-        item.dead_own_bytes = item.dead_own_bytes.saturating_sub(younger(&taken, own_since));
+        item.dead_own_bytes =
+            item.dead_own_bytes.saturating_sub(dead::bytes_after(&taken, own_since));
         out.moved += taken.len();
         Ok(if is_all { Step::Gone(id) } else { Step::Goes(id, item) })
     }
@@ -519,8 +520,10 @@ impl Engine {
             next.dead_own_from = sinces.1 .0.saturating_add(1);
         }
         let is_all = lists.take(item.dead_list(id), Txg(0), most, &mut taken)?;
-        item.dead_own_bytes = item.dead_own_bytes.saturating_sub(younger(&taken, sinces.0));
-        next.dead_own_bytes = next.dead_own_bytes.saturating_add(younger(&taken, sinces.1));
+        item.dead_own_bytes =
+            item.dead_own_bytes.saturating_sub(dead::bytes_after(&taken, sinces.0));
+        next.dead_own_bytes =
+            next.dead_own_bytes.saturating_add(dead::bytes_after(&taken, sinces.1));
         let count = taken.len() as u64;
         item.dead_entries = item.dead_entries.saturating_sub(count);
         next.dead_entries = next.dead_entries.saturating_add(count);
@@ -592,12 +595,6 @@ impl Engine {
 /// Whether the pool can go on although a deletion has met this.
 fn is_bearable(error: &Error) -> bool {
     error.is_damage() || matches!(error, Error::NoSpace | Error::Memory)
-}
-
-/// Bytes of the entries that were born after `since`.
-fn younger(refs: &[DeadRef], since: Txg) -> u64 {
-    let younger = refs.iter().filter(|entry| entry.birth > since);
-    younger.fold(0, |sum: u64, entry| sum.saturating_add(entry.run.bytes))
 }
 
 /// Adds a sum to that of a version, and notes where it begins now. Returns what that took.

@@ -20,6 +20,11 @@ fn packed(addr: u64, logical: u32) -> Extent {
     Extent::Packed { blob, offset: 0, len: u64::from(logical) }
 }
 
+fn plain(addr: u64, len: u64) -> Extent {
+    let (checksum_kind, checksums) = (ChecksumKind::None, Vec::new());
+    Extent::Plain { addr: Logical(addr), len, checksum_kind, checksums }
+}
+
 #[test]
 fn a_blob_cut_in_two_by_another_is_given_back_once() {
     let mut map = RangeMap::default();
@@ -69,13 +74,7 @@ fn bytes_that_the_log_lacks_are_counted_whatever_is_cut_and_written() {
     map.put_bytes(61440, zeros(8192), &mut garbage);
     assert_eq!((map.data_bytes(), map.fresh_bytes()), (65536, 8192));
     let ids: Vec<u64> = map.byte_runs().iter().flat_map(|run| run.ids.clone()).collect();
-    let extent = Extent::Plain {
-        addr: Logical(1 << 20),
-        len: 65536,
-        checksum_kind: ChecksumKind::None,
-        checksums: Vec::new(),
-    };
-    map.written(0, &extent, &ids, &mut garbage);
+    map.written(0, &plain(1 << 20, 65536), &ids, &mut garbage);
     assert_eq!((map.data_bytes(), map.fresh_bytes()), (4096, 4096));
     assert!(map.lacks());
 }
@@ -87,13 +86,7 @@ fn bytes_that_changed_while_they_were_written_stay() {
     map.put_bytes(0, Buf::zeroed(65536).unwrap().into_slice(), &mut garbage);
     let ids = map.byte_runs()[0].ids.clone();
     map.put_bytes(4096, Buf::zeroed(4096).unwrap().into_slice(), &mut garbage);
-    let extent = Extent::Plain {
-        addr: Logical(1 << 20),
-        len: 65536,
-        checksum_kind: ChecksumKind::None,
-        checksums: Vec::new(),
-    };
-    map.written(0, &extent, &ids, &mut garbage);
+    map.written(0, &plain(1 << 20, 65536), &ids, &mut garbage);
     assert_eq!(map.data_bytes(), 4096);
     assert_eq!(garbage.len(), 1);
     assert_eq!((garbage[0].addr.0, garbage[0].bytes), ((1 << 20) + 4096, 4096));
