@@ -160,20 +160,33 @@ fn compare(dir: &Path, then: &Content) -> Result<usize> {
     Ok(lost + usize::from(names.is_err()))
 }
 
+/// Reads all files.
+fn readable(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir)? {
+        fs::read(entry?.path())?;
+    }
+    Ok(())
+}
+
 /// Mounts each group that is whole, and looks. Returns how many.
 fn all_whole(volume: &mut Volume<'_>, past: &Past) -> Result<usize> {
     let before = digest(volume.image())?;
     let mut seen = 0;
     for group in history(volume.target())? {
         let txg = number(&group)?;
-        let Some(then) = past.get(&txg) else { continue };
         ensure!(group["state"] != "partly" && group["state"] != "gone", "{group}");
         let option = format!("txg={txg}");
         // Without ro: that goes without saying.
         volume.mount_with(MountOptions { read_only: false, extra: &option })?;
         let dir = volume.dir().to_path_buf();
-        let lost = compare(&dir, then).with_context(|| format!("group {txg}"))?;
-        ensure!(lost == 0, "{lost} files of group {txg} cannot be read");
+        match past.get(&txg) {
+            Some(then) => {
+                let lost = compare(&dir, then).with_context(|| format!("group {txg}"))?;
+                ensure!(lost == 0, "{lost} files of group {txg} cannot be read");
+            }
+            // Published by the clock or by unmounting, with what there was just then.
+            None => readable(&dir).with_context(|| format!("group {txg}, which is not noted"))?,
+        }
         let refused = fs::write(dir.join("new"), b"x").map_err(|error| error.kind());
         ensure!(refused == Err(ErrorKind::ReadOnlyFilesystem), "it can be written: {refused:?}");
         let info: Value = serde_json::from_str(&cairn(&["info", "-j"], &dir).text()?)?;
