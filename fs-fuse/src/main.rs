@@ -2,20 +2,27 @@
 
 use std::process::ExitCode;
 
+/// An allocator that takes each buffer of 16 KiB and more in pages of its own, and so can give it
+/// back to the system when it is freed. One that cuts pages of some MiB into such buffers keeps
+/// as much again as is in use.
 #[global_allocator]
-static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static GLOBAL: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// `mi_option_purge_delay` of mimalloc's `mi_option_e`: for how many milliseconds freed pages are
-/// kept before the system gets them back.
-const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+/// What the allocator asks for how to behave, under the name under which it looks for that. The
+/// limits of cache and dirty data bound what is in use, so what is free must go back to the system
+/// soon: after 10 ms, which spares the next request most faults. An arena looks at the time when it
+/// is used; there are only two, so that none rests with free pages in it. Nor do threads keep
+/// freed buffers for themselves; and there are no huge pages, of which a part cannot be given back.
+#[allow(unsafe_code, reason = "the allocator finds it by its name")]
+// SAFETY: no other symbol has this name, and as the allocator expects, it is a pointer to a C
+// string that lives forever.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+pub static CONFIGURATION: &std::ffi::c_char = {
+    let text = c"narenas:2,dirty_decay_ms:10,muzzy_decay_ms:0,tcache_max:4096,thp:never";
+    // SAFETY: it is not empty: at least the zero at its end is there.
+    unsafe { &*text.as_ptr() }
+};
 
 fn main() -> ExitCode {
-    // The limits of cache and dirty data bound what is in use. Some milliseconds would spare
-    // faulting in the buffers of each read anew, and on a busy machine break that bound.
-    #[allow(unsafe_code, reason = "the allocator is set up through a C function")]
-    // SAFETY: the function only needs that no other thread runs, and main starts with one.
-    unsafe {
-        libmimalloc_sys::mi_option_set_default(PURGE_DELAY, 0);
-    }
     ExitCode::from(fs_fuse::command::run(std::env::args_os().skip(1), &fs_fuse::backend::open))
 }

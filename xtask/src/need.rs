@@ -16,8 +16,8 @@ pub type Tool = (&'static str, &'static str);
 pub const MOUNT: &[Tool] =
     &[("fusermount3", "fuse3"), ("losetup", "mount"), ("mkfs.ext4", "e2fsprogs")];
 
-/// What building needs beyond Rust: the zstd crate compiles C.
-pub const BUILD: &[Tool] = &[("cc", "gcc")];
+/// What building needs beyond Rust: crates compile C, one of them through a makefile.
+pub const BUILD: &[Tool] = &[("cc", "gcc"), ("make", "make")];
 
 /// Whether this process is root.
 pub fn is_root() -> bool {
