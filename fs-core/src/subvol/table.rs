@@ -13,11 +13,14 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::ops::Bound;
 use core::sync::atomic::Ordering;
 
 const SHARDS: usize = 16;
 /// Inodes a shard holds at least before it looks for some to drop.
 const SHARD_INODES_MIN: usize = 64;
+/// Inodes that are looked at for one to drop.
+const LOOKED_AT_MAX: usize = 32;
 /// What an inode in the table costs in memory: itself, its place in the map, allocation headers.
 const ENTRY_BYTES: usize = core::mem::size_of::<Inode>() + 64;
 
@@ -151,23 +154,20 @@ fn is_busy(inode: &Inode) -> bool {
 impl Shard {
     /// Drops one inode that was not used lately, looking at a bounded number.
     fn shrink(&mut self) -> Option<Arc<Inode>> {
-        for _ in 0..32 {
-            let next = self
-                .inodes
-                .range((core::ops::Bound::Excluded(self.hand), core::ops::Bound::Unbounded))
-                .next()
-                .or_else(|| self.inodes.iter().next())
-                .map(|(ino, inode)| (*ino, inode.clone()));
-            let (ino, inode) = next?;
-            self.hand = ino;
-            // Two: the table's and ours. New ones are handed out under this lock only.
-            if Arc::strong_count(&inode) == 2
+        let after = self.inodes.range((Bound::Excluded(self.hand), Bound::Unbounded));
+        let all = after.chain(self.inodes.range(..=self.hand));
+        let mut found = None;
+        for (ino, inode) in all.take(LOOKED_AT_MAX) {
+            self.hand = *ino;
+            // One is the table's. New ones are handed out under this lock only.
+            if Arc::strong_count(inode) == 1
                 && !inode.used.swap(false, Ordering::Relaxed)
-                && !is_busy(&inode)
+                && !is_busy(inode)
             {
-                return self.inodes.remove(&ino);
+                found = Some(*ino);
+                break;
             }
         }
-        None
+        self.inodes.remove(&found?)
     }
 }
