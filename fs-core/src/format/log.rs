@@ -177,6 +177,7 @@ impl LogRecord {
         out.resize(start + RecordHeader::BYTES, 0);
         let (kind, flags) = match &self.record {
             Record::Item { key, value, keep_size } => {
+                out.reserve(Key::BYTES + value.as_ref().map_or(0, Vec::len));
                 let mut bytes = [0; Key::BYTES];
                 key.encode(&mut bytes);
                 out.extend_from_slice(&bytes);

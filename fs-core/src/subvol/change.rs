@@ -31,6 +31,10 @@ pub struct Change<'a> {
     garbage: Vec<Run>,
 }
 
+/// Records that most operations make, and bytes that they take.
+const RECORDS: usize = 8;
+const RECORDS_BYTES: usize = 1024;
+
 impl<'a> Change<'a> {
     /// Enters the open group. The caller holds the locks of every inode the operation changes, and
     /// keeps them until [`Change::finish`].
@@ -39,8 +43,8 @@ impl<'a> Change<'a> {
             subvol,
             handle: subvol.store.groups.enter(),
             items: BTreeMap::new(),
-            records: Vec::new(),
-            starts: Vec::new(),
+            records: Vec::with_capacity(RECORDS_BYTES),
+            starts: Vec::with_capacity(RECORDS),
             garbage: Vec::new(),
         }
     }
