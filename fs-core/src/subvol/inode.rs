@@ -23,7 +23,7 @@ use crate::subvol::ranges::RangeMap;
 use crate::sync::{Mutex, Rank, RwLock};
 use crate::units::{Ino, Txg};
 use alloc::sync::Arc;
-use core::sync::atomic::AtomicBool;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// An inode in memory.
 pub struct Inode {
@@ -51,6 +51,36 @@ pub struct State {
     pub gone: bool,
     /// An aside or current change of fields or ranges that the intent log has not seen.
     pub unlogged: bool,
+    /// Of a directory: a name that was looked for in vain.
+    pub absent: Absent,
+}
+
+/// The hash of the name that was last looked for in a directory and was not there. Whoever makes a
+/// file looks for its name first, so it is not searched for again to make it.
+///
+/// A name comes into a directory with the next cookie, and no cookie comes twice: as long as the
+/// next cookie is the one noted, nothing with that hash has come. It is noted with the directory
+/// locked, so all that note anything at the same time note the same cookie.
+#[derive(Default)]
+pub struct Absent {
+    hash: AtomicU64,
+    /// The directory's next cookie then; zero, which no cookie is, when nothing is noted.
+    cookie: AtomicU64,
+}
+
+impl Absent {
+    /// Notes that no name with that hash is in the directory, whose fields these are.
+    pub fn note(&self, hash: u64, dir: &InodeItem) {
+        self.hash.store(hash, Ordering::Relaxed);
+        self.cookie.store(dir.next_cookie, Ordering::Relaxed);
+    }
+
+    /// Whether it is known that no name with that hash is in the directory. For whoever has it
+    /// locked exclusively.
+    pub fn is(&self, hash: u64, dir: &InodeItem) -> bool {
+        let cookie = self.cookie.load(Ordering::Relaxed);
+        cookie != 0 && cookie == dir.next_cookie && self.hash.load(Ordering::Relaxed) == hash
+    }
 }
 
 /// What an inode that a group changed costs in memory beside its ranges, until the group is
@@ -93,6 +123,7 @@ impl State {
             aside: None,
             gone: false,
             unlogged: false,
+            absent: Absent::default(),
         }
     }
 

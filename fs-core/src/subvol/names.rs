@@ -9,7 +9,7 @@ use crate::format::dir::{self, Entry};
 use crate::format::inode::{InodeItem, LinkItem};
 use crate::format::key::{kind, Key};
 use crate::subvol::change::Change;
-use crate::subvol::inode::Inode;
+use crate::subvol::inode::{Inode, State};
 use crate::subvol::store::Result;
 use crate::subvol::Subvol;
 use crate::units::Ino;
@@ -23,6 +23,13 @@ pub struct Found {
     pub cookie: u64,
     /// What it says.
     pub entry: Entry,
+}
+
+/// Where a name goes that is not in a directory.
+pub struct Vacancy {
+    key: Key,
+    /// Of names with the same hash.
+    cookies: Vec<u64>,
 }
 
 impl Subvol {
@@ -46,8 +53,46 @@ impl Subvol {
     /// # Errors
     /// Errors of the device or the tree; a hash item that names no entry is [`Error::BadItem`].
     pub fn find_name(&self, dir: Ino, name: &[u8]) -> Result<Option<Found>> {
+        self.find_among(dir, name, &self.cookies(None, &self.hash_key(dir, name))?)
+    }
+
+    /// As [`Subvol::find_name`], in the directory whose state this is. What is not there is noted.
+    ///
+    /// # Errors
+    /// As of [`Subvol::find_name`].
+    pub fn look_for(&self, dir: Ino, state: &State, name: &[u8]) -> Result<Option<Found>> {
         let key = self.hash_key(dir, name);
-        for cookie in self.cookies(None, &key)? {
+        let cookies = self.cookies(None, &key)?;
+        if cookies.is_empty() {
+            state.absent.note(key.offset, &state.item);
+        }
+        self.find_among(dir, name, &cookies)
+    }
+
+    /// Where a new name goes in the directory whose state this is. The caller has it locked
+    /// exclusively, and keeps it so until the name is added.
+    ///
+    /// # Errors
+    /// EEXIST; otherwise as of [`Subvol::find_name`].
+    pub fn vacancy(&self, dir: Ino, state: &State, name: &[u8]) -> Result<Vacancy> {
+        let key = self.hash_key(dir, name);
+        if state.absent.is(key.offset, &state.item) {
+            debug_assert!(
+                self.cookies(None, &key).map_or(true, |cookies| cookies.is_empty()),
+                "a name came without a new cookie"
+            );
+            return Ok(Vacancy { key, cookies: Vec::new() });
+        }
+        let cookies = self.cookies(None, &key)?;
+        match self.find_among(dir, name, &cookies)? {
+            Some(_) => Err(Errno::Exist.into()),
+            None => Ok(Vacancy { key, cookies }),
+        }
+    }
+
+    /// Finds a name among those with the same hash.
+    fn find_among(&self, dir: Ino, name: &[u8], cookies: &[u64]) -> Result<Option<Found>> {
+        for &cookie in cookies {
             let what = "hash item names an entry that is not there";
             let entry = self.entry_at(dir, cookie)?.ok_or(Error::BadItem {
                 what,
@@ -70,7 +115,10 @@ impl Subvol {
     }
 
     /// Adds a name that is not there yet; returns its cookie. Updates the directory's fields except
-    /// its times, and does not touch the target's.
+    /// its times, and does not touch the target's. The change may have removed names before.
+    ///
+    /// # Errors
+    /// ENOSPC when too many names have the same hash; errors of the device or the tree.
     pub fn add_name(
         &self,
         change: &mut Change<'_>,
@@ -79,7 +127,22 @@ impl Subvol {
         entry: &Entry,
     ) -> Result<u64> {
         let key = self.hash_key(dir, &entry.name);
-        let mut cookies = self.cookies(Some(change), &key)?;
+        let cookies = self.cookies(Some(change), &key)?;
+        self.fill(Vacancy { key, cookies }, change, dir_item, entry)
+    }
+
+    /// As [`Subvol::add_name`], where the change has not touched the directory yet.
+    ///
+    /// # Errors
+    /// ENOSPC when too many names have the same hash.
+    pub fn fill(
+        &self,
+        vacancy: Vacancy,
+        change: &mut Change<'_>,
+        dir_item: &mut InodeItem,
+        entry: &Entry,
+    ) -> Result<u64> {
+        let Vacancy { key, mut cookies } = vacancy;
         if cookies.len() >= dir::HASH_COOKIES_MAX {
             return Err(Errno::NoSpc.into());
         }
@@ -89,7 +152,7 @@ impl Subvol {
         dir_item.size += entry.name.len() as u64;
         cookies.push(cookie);
         change.put(key, dir::encode_cookies(&cookies));
-        change.put(Key::new(dir.0, kind::DIR_ENTRY, cookie), entry.encode());
+        change.put(Key::new(key.object, kind::DIR_ENTRY, cookie), entry.encode());
         Ok(cookie)
     }
 

@@ -57,7 +57,7 @@ impl Volume {
                 drop(state);
                 return self.look_again(above);
             }
-            let found = self.subvol.find_name(dir, name)?;
+            let found = self.subvol.look_for(dir, &state, name)?;
             let found = found.ok_or(Error::Posix(Errno::NoEnt))?;
             // Held under the directory's lock: until then the name keeps it alive.
             self.subvol.table.hold(Ino(found.entry.ino));
@@ -174,16 +174,14 @@ impl Volume {
         if new.mode & mode::TYPE == mode::DIRECTORY && dir_state.item.nlink >= NLINK_MAX {
             return Err(Errno::MLink.into());
         }
-        if self.subvol.find_name(dir, name)?.is_some() {
-            return Err(Errno::Exist.into());
-        }
+        let vacancy = self.subvol.vacancy(dir, &dir_state, name)?;
         let ino = self.subvol.new_ino()?;
         let mut change = Change::begin(&self.subvol);
         let mut item = self.draft(&change, &dir_state.item, new, caller);
         let inherited = self.inherit(dir, &dir_state.item, &mut item, caller)?;
         let mut dir_item = dir_state.item;
         let entry = Entry { ino: ino.0, file_type: item.file_type(), name: name.to_vec() };
-        let cookie = self.subvol.add_name(&mut change, dir, &mut dir_item, &entry)?;
+        let cookie = self.subvol.fill(vacancy, &mut change, &mut dir_item, &entry)?;
         self.subvol.attach(&mut change, ino, &mut item, dir, cookie)?;
         self.put_inherited(&mut change, ino, &mut item, &inherited)?;
         if !new.target.is_empty() {
@@ -353,13 +351,11 @@ impl Volume {
         if state.item.nlink >= NLINK_MAX {
             return Err(Errno::MLink.into());
         }
-        if self.subvol.find_name(dir, name)?.is_some() {
-            return Err(Errno::Exist.into());
-        }
+        let vacancy = self.subvol.vacancy(dir, locked.get(dir), name)?;
         let mut change = Change::begin(&self.subvol);
         let (mut item, mut dir_item) = (state.item, locked.get(dir).item);
         let entry = Entry { ino: ino.0, file_type: item.file_type(), name: name.to_vec() };
-        let cookie = self.subvol.add_name(&mut change, dir, &mut dir_item, &entry)?;
+        let cookie = self.subvol.fill(vacancy, &mut change, &mut dir_item, &entry)?;
         self.subvol.attach(&mut change, ino, &mut item, dir, cookie)?;
         if item.nlink == 0 {
             change.delete(Key::new(0, kind::ORPHAN, ino.0));
