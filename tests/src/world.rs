@@ -38,13 +38,7 @@ impl World {
     /// A new pool on devices of `device_bytes` that has seen the first half of a story of so many
     /// steps, with reads in it or not.
     pub fn new(pool: &Pool, seed: u64, device_bytes: u64, steps: usize, reads: bool) -> World {
-        let options = Options {
-            sync_percent: 25,
-            reads,
-            remount_permille: 0,
-            twins_percent: 0,
-            ..Options::CRASH
-        };
+        let options = Options { sync_percent: 25, reads, remount_permille: 0, ..Options::CRASH };
         let platform = TestPlatform::new(seed, Spawn::AtOnce);
         let rams = several(pool.devices(), device_bytes);
         pool.format(&refs(&rams), &platform.platform()).unwrap();

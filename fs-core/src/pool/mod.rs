@@ -463,25 +463,16 @@ impl Pool {
         self.roll.lock().name
     }
 
-    /// Renames the pool: rewrites every label.
+    /// Renames the pool: rewrites every label. A device whose label cannot be written is left
+    /// behind, as after any other write that it fails.
     ///
     /// # Errors
-    /// [`Error::ReadOnly`], [`Error::Argument`] unless `name` is padded UTF-8, [`Error::Device`].
+    /// [`Error::ReadOnly`], [`Error::Argument`] unless `name` is padded UTF-8; [`Error::Device`]
+    /// when a device failed that cannot be done without; those that did not fail have the name.
     pub fn set_name(&self, name: [u8; 64]) -> Result<()> {
         self.check_writable()?;
         check_name(&name)?;
-        let _one_at_a_time = self.changing.lock();
-        self.roll.lock().name = name;
-        let written = self.platform.clock.now().secs;
-        let mut outcome = Ok(());
-        for member in self.members().iter().filter(|member| member.is_there()) {
-            match member.relabel(written, |identity| identity.name = name) {
-                Ok(bad) => self.note_label(member.index(), bad),
-                // The others are named all the same.
-                Err(error) => outcome = outcome.and(Err(error)),
-            }
-        }
-        outcome
+        self.change_table(|roll| roll.name = name)
     }
 
     /// The devices, by index.

@@ -502,11 +502,33 @@ impl Pool {
         if failed.is_empty() && !self.is_owing.load(Ordering::Acquire) {
             return Ok(());
         }
-        if self.members().iter().filter(|member| !member.is_vacant()).count() == 1 {
+        if self.is_single() {
             // There is nothing to tell anybody, and whoever asked for it is told.
             return failed.into_iter().try_for_each(|(_, error)| Err(error));
         }
         self.change(failed, |_| {})
+    }
+
+    /// Whether the pool has one device.
+    fn is_single(&self) -> bool {
+        self.members().iter().filter(|member| !member.is_vacant()).count() == 1
+    }
+
+    /// Changes the table, and writes it into all labels.
+    ///
+    /// # Errors
+    /// As of [`Pool::leave_behind`]; those of the only device, which is not held against it.
+    pub(super) fn change_table(&self, change: impl FnOnce(&mut Identity)) -> Result<()> {
+        if !self.is_single() {
+            return self.change(Vec::new(), change);
+        }
+        let _one_at_a_time = self.changing.lock();
+        let roll = {
+            let mut roll = self.roll.lock();
+            change(&mut roll);
+            roll.clone()
+        };
+        self.write_tables(&roll, &[]).into_iter().try_for_each(|(_, error)| Err(error))
     }
 
     /// Changes the table, notes which devices failed, and writes the labels that lack any of it.

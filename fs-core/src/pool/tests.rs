@@ -278,6 +278,30 @@ fn a_new_name_is_there_after_opening_again() {
 }
 
 #[test]
+fn a_new_name_goes_without_a_device_that_can_be_done_without() {
+    let (rams, fixture, _) = published_mirror(2);
+    rams[0].faults(|faults| faults.gone = true);
+    fixture.pool.set_name([b'n'; 64]).unwrap();
+    assert_eq!(fixture.pool.absent(), [0]);
+    assert_eq!(probe(&*rams[1].device(), 1).unwrap().identity.name, [b'n'; 64]);
+    // The other one cannot.
+    rams[1].faults(|faults| faults.gone = true);
+    fixture.pool.set_name([b'm'; 64]).unwrap_err();
+}
+
+#[test]
+fn a_name_that_the_only_device_did_not_take_can_be_given_again() {
+    let fixture = Fixture::new(16 * MIB);
+    fixture.commit(1);
+    fixture.ram.faults(|faults| faults.fail_writes.push(0..u64::MAX));
+    fixture.pool.set_name([b'n'; 64]).unwrap_err();
+    fixture.ram.faults(|faults| faults.fail_writes.clear());
+    fixture.pool.set_name([b'n'; 64]).unwrap();
+    fixture.commit(2);
+    assert_eq!(fixture.open(read_only()).unwrap().0.name(), [b'n'; 64]);
+}
+
+#[test]
 fn going_back_opens_the_older_group_and_knows_of_the_newer() {
     let fixture = Fixture::new(32 * MIB);
     fixture.commit(1);
@@ -1387,12 +1411,12 @@ fn a_device_that_failed_a_flush_of_its_label_falls_behind_from_there() {
     try_write(&fixture, &chunk).unwrap();
     // What was just written may be lost, and the device does not say so twice.
     rams[1].faults(|faults| faults.fail_flush = true);
-    fixture.pool.set_name([b'n'; 64]).unwrap_err();
+    fixture.pool.set_name([b'n'; 64]).unwrap();
     rams[1].faults(|faults| faults.fail_flush = false);
-    fixture.pool.flush().unwrap();
     assert_eq!(fixture.pool.absent(), [1]);
+    fixture.pool.flush().unwrap();
     let identity = probe(&*rams[0].device(), 0).unwrap().identity;
-    assert_eq!(identity.table[1].behind, Some(Txg(1)));
+    assert_eq!((identity.table[1].behind, identity.name), (Some(Txg(1)), [b'n'; 64]));
     assert_eq!(fixture.pool.members()[1].errors().write, 1);
 }
 
