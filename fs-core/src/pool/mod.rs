@@ -464,15 +464,15 @@ impl Pool {
     }
 
     /// Renames the pool: rewrites every label. A device whose label cannot be written is left
-    /// behind, as after any other write that it fails.
+    /// behind if it can be done without.
     ///
     /// # Errors
     /// [`Error::ReadOnly`], [`Error::Argument`] unless `name` is padded UTF-8; [`Error::Device`]
-    /// when a device failed that cannot be done without; those that did not fail have the name.
+    /// when a device failed that cannot be done without: the others may have the name then.
     pub fn set_name(&self, name: [u8; 64]) -> Result<()> {
         self.check_writable()?;
         check_name(&name)?;
-        self.change_table(|roll| roll.name = name)
+        self.change_labels(|roll| roll.name = name)
     }
 
     /// The devices, by index.

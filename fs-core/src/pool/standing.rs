@@ -502,33 +502,61 @@ impl Pool {
         if failed.is_empty() && !self.is_owing.load(Ordering::Acquire) {
             return Ok(());
         }
-        if self.is_single() {
+        if self.members().iter().filter(|member| !member.is_vacant()).count() == 1 {
             // There is nothing to tell anybody, and whoever asked for it is told.
             return failed.into_iter().try_for_each(|(_, error)| Err(error));
         }
         self.change(failed, |_| {})
     }
 
-    /// Whether the pool has one device.
-    fn is_single(&self) -> bool {
-        self.members().iter().filter(|member| !member.is_vacant()).count() == 1
-    }
-
-    /// Changes the table, and writes it into all labels.
+    /// Changes what all labels say and nothing depends on, and writes it. A device that fails is
+    /// left behind if it can be done without; otherwise nothing is held against it, and its label
+    /// is written again with the next change of the table.
     ///
     /// # Errors
-    /// As of [`Pool::leave_behind`]; those of the only device, which is not held against it.
-    pub(super) fn change_table(&self, change: impl FnOnce(&mut Identity)) -> Result<()> {
-        if !self.is_single() {
-            return self.change(Vec::new(), change);
+    /// How the first device failed that cannot be done without; the others have the change, unless
+    /// the pool has stopped writing. [`Error::Memory`].
+    pub(super) fn change_labels(&self, change: impl FnOnce(&mut Identity)) -> Result<()> {
+        let mut gone = Gone::new();
+        let outcome = {
+            let mut changes = self.changing.lock();
+            self.change_labels_of(&mut changes, &mut gone, change)
+        };
+        self.tell_gone(gone);
+        outcome
+    }
+
+    fn change_labels_of(
+        &self,
+        changes: &mut MutexGuard<'_, Changes>,
+        gone: &mut Gone,
+        change: impl FnOnce(&mut Identity),
+    ) -> Result<()> {
+        if !changes.owed.is_empty() {
+            self.settle(changes, gone)?;
         }
-        let _one_at_a_time = self.changing.lock();
         let roll = {
             let mut roll = self.roll.lock();
             change(&mut roll);
             roll.clone()
         };
-        self.write_tables(&roll, &[]).into_iter().try_for_each(|(_, error)| Err(error))
+        let failed = self.write_tables(&roll, &[]);
+        let Some((_, first)) = failed.first() else { return Ok(()) };
+        if !self.can_spare(&failed) {
+            return Err(first.clone());
+        }
+        self.note_failed(changes, failed)?;
+        self.settle(changes, gone)
+    }
+
+    /// Whether the others have a copy of everything.
+    fn can_spare(&self, failed: &[(u16, Error)]) -> bool {
+        let _no_new_chunk = self.ledger.lock();
+        let is_good = |index: u16| {
+            let has_failed = failed.iter().any(|(device, _)| *device == index);
+            self.member(index).is_complete() && !has_failed
+        };
+        self.members().iter().any(|member| is_good(member.index())) && self.has_all(&is_good)
     }
 
     /// Changes the table, notes which devices failed, and writes the labels that lack any of it.

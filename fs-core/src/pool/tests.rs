@@ -284,9 +284,16 @@ fn a_new_name_goes_without_a_device_that_can_be_done_without() {
     fixture.pool.set_name([b'n'; 64]).unwrap();
     assert_eq!(fixture.pool.absent(), [0]);
     assert_eq!(probe(&*rams[1].device(), 1).unwrap().identity.name, [b'n'; 64]);
-    // The other one cannot.
-    rams[1].faults(|faults| faults.gone = true);
+    // The other one cannot, and is none the worse for it.
+    rams[1].faults(|faults| faults.fail_writes.push(0..u64::MAX));
     fixture.pool.set_name([b'm'; 64]).unwrap_err();
+    fixture.pool.set_name([b'm'; 64]).unwrap_err();
+    rams[1].faults(|faults| faults.fail_writes.clear());
+    fixture.pool.flush().unwrap();
+    fixture.commit(2);
+    fixture.pool.set_name([b'm'; 64]).unwrap();
+    assert_eq!(fixture.pool.absent(), [0]);
+    assert_eq!(probe(&*rams[1].device(), 1).unwrap().identity.name, [b'm'; 64]);
 }
 
 #[test]

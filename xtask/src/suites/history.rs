@@ -163,7 +163,10 @@ fn compare(dir: &Path, then: &Content) -> Result<usize> {
 /// Reads all files.
 fn readable(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir)? {
-        fs::read(entry?.path())?;
+        let entry = entry?;
+        let name = entry.file_name();
+        ensure!(name.as_encoded_bytes().starts_with(b"file-"), "{name:?} was never made");
+        fs::read(entry.path())?;
     }
     Ok(())
 }
@@ -171,7 +174,7 @@ fn readable(dir: &Path) -> Result<()> {
 /// Mounts each group that is whole, and looks. Returns how many.
 fn all_whole(volume: &mut Volume<'_>, past: &Past) -> Result<usize> {
     let before = digest(volume.image())?;
-    let mut seen = 0;
+    let (mut seen, mut compared) = (0, 0);
     for group in history(volume.target())? {
         let txg = number(&group)?;
         ensure!(group["state"] != "partly" && group["state"] != "gone", "{group}");
@@ -183,6 +186,7 @@ fn all_whole(volume: &mut Volume<'_>, past: &Past) -> Result<usize> {
             Some(then) => {
                 let lost = compare(&dir, then).with_context(|| format!("group {txg}"))?;
                 ensure!(lost == 0, "{lost} files of group {txg} cannot be read");
+                compared += 1;
             }
             // Published by the clock or by unmounting, with what there was just then.
             None => readable(&dir).with_context(|| format!("group {txg}, which is not noted"))?,
@@ -204,6 +208,7 @@ fn all_whole(volume: &mut Volume<'_>, past: &Past) -> Result<usize> {
         seen += 1;
     }
     ensure!(seen >= KEPT, "only {seen} groups were looked at");
+    ensure!(compared > KEPT / 2, "of {seen} groups only {compared} were noted");
     ensure!(digest(volume.image())? == before, "something was written to the device");
     Ok(seen)
 }
