@@ -2,9 +2,9 @@
 //!
 //! fsck(8) runs the check for each line of fstab, and several may name devices or subvolumes of one
 //! pool. Who looks takes a lock that has the pool's id as its name, and leaves behind what the
-//! labels and superblocks were; who comes within a minute and finds them the same need not look
-//! again. The file is in a directory that only root writes to and that is empty after a boot. Where
-//! it cannot be had, as by an ordinary user, the pool is looked at every time.
+//! labels and superblocks were, and on which devices; who comes within a minute and finds them the
+//! same need not look again. The file is in a directory that only root writes to and that is empty
+//! after a boot. Where it cannot be had, as by an ordinary user, the pool is looked at every time.
 
 use cairn_host::parse::format_uuid;
 use rustix::fs::{flock, FlockOperation};

@@ -1,15 +1,34 @@
 //! The look at boot: can the pool be opened?
+//!
+//! Labels and superblocks of each device are looked at by themselves. Then the pool is opened for
+//! reading, without the log, as far as mounting it would: its tree, and the root directory of the
+//! subvolume that is mounted. Everything else is for a check.
 
 use crate::once::Turn;
 use crate::{Arguments, ERRORS_LEFT, OPERATIONAL};
 use cairn_host::say;
-use cairn_host::{members, probe, stored, FileDevice};
-use fs_core::error::Error;
+use cairn_host::{host_platform, members, probe, stored, FileDevice};
+use fs_core::engine;
+use fs_core::error::{Error, Incident};
+use fs_core::format::pool::ROOT_INO;
 use fs_core::format::superblock::Superblock;
-use fs_core::platform::Device;
+use fs_core::platform::{Device, DeviceRef, Platform, Report};
+use fs_core::units::Ino;
 use serde_json::json;
 use std::fmt::Write as _;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
+
+/// What the pool meets while it is opened: the outcome says it all.
+struct Silent;
+
+impl Report for Silent {
+    fn incident(&self, _: &Incident) {}
+}
+
+/// Memory for nodes while the pool is opened, in bytes.
+const CACHE_BYTES: usize = 8 << 20;
 
 /// What was seen.
 #[derive(Default)]
@@ -34,9 +53,7 @@ impl Look {
 pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
     let mut turn = turn(devices);
     if !arguments.json && turn.as_mut().is_some_and(Turn::was_taken) {
-        if arguments.verbose > 0 {
-            say!("{}: was looked at a moment ago", arguments.device_names());
-        }
+        say!("{}: was looked at a moment ago, and is as it was", arguments.device_names());
         return 0;
     }
     let mut look = Look::default();
@@ -46,12 +63,49 @@ pub(crate) fn preen(devices: &[Arc<FileDevice>], arguments: &Arguments) -> u8 {
     } else {
         tell_missing(devices, &mut look);
         devices.iter().for_each(|device| preen_one(device, &mut look));
+        if look.code == 0 {
+            try_open(devices, arguments, &mut look);
+        }
     }
     print(&look, arguments);
     if let Some(turn) = turn.filter(|_| look.code == 0) {
         turn.found_well();
     }
     look.code
+}
+
+/// Opens the pool as mounting it would, and tells why that cannot be.
+fn try_open(devices: &[Arc<FileDevice>], arguments: &Arguments, look: &mut Look) {
+    match open(devices) {
+        // What is missing was told, and mounting says what to do.
+        Ok(()) | Err(Error::MissingDevices { .. } | Error::OnlyBehind { .. }) => {}
+        Err(error) => {
+            let name = look.pool.clone().unwrap_or_else(|| arguments.device_names());
+            let advice = match error.is_damage() {
+                true => "; fsck.cairn -f tells what is damaged, cairn history what can be opened",
+                false => "",
+            };
+            look.note(ERRORS_LEFT, format!("{name}: cannot be mounted: {error}{advice}"));
+        }
+    }
+}
+
+fn open(devices: &[Arc<FileDevice>]) -> Result<(), Error> {
+    let options = engine::OpenOptions {
+        read_only: true,
+        ignore_log: true,
+        degraded: true,
+        cache_bytes: CACHE_BYTES,
+        ..engine::OpenOptions::default()
+    };
+    let devices = devices.iter().map(|device| device.clone() as DeviceRef).collect();
+    let platform = Platform { report: Arc::new(Silent), ..host_platform() };
+    let engine = engine::open(devices, platform, &options)?;
+    let outcome = match engine.default_subvol() {
+        Some(subvol) => subvol.inode(Ino(ROOT_INO)).map(drop),
+        None => Ok(()),
+    };
+    engine.close().and(outcome)
 }
 
 /// The right to look at the pool, if it is one.
@@ -67,10 +121,22 @@ fn turn(devices: &[Arc<FileDevice>]) -> Option<Turn> {
         let areas = areas.iter().filter(|area| area.label.is_ok()).count();
         let mut state = format!("{:?} {} {areas}", label.device_id, label.sequence);
         let _ = write!(state, " {superblock:?} {}", device.geometry().bytes);
+        let _ = write!(state, " {:?}", version_of(device.path()));
         states.push(state);
     }
     states.sort();
     Some(Turn::take(&pool?, states.join("\n")))
+}
+
+/// Tells one file or block device from another, and a file from what it was before it was written.
+fn version_of(path: &Path) -> Option<String> {
+    let data = path.metadata().ok()?;
+    Some(match data.file_type().is_block_device() {
+        true => format!("device {}", data.rdev()),
+        false => {
+            format!("file {} {} {}.{}", data.dev(), data.ino(), data.mtime(), data.mtime_nsec())
+        }
+    })
 }
 
 fn print(look: &Look, arguments: &Arguments) {

@@ -5,6 +5,7 @@ use fs_core::check::{CheckProgress, Pass};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -44,8 +45,13 @@ impl Progress {
 
 impl Lines {
     fn to(fd: i32, device: &str) -> Option<Lines> {
-        // By its name in /proc, so that a wrong number is an error and not somebody else's file.
-        let file = File::options().write(true).open(format!("/proc/self/fd/{fd}"));
+        let file = match fd {
+            1 => std::io::stdout().as_fd().try_clone_to_owned().map(File::from),
+            2 => std::io::stderr().as_fd().try_clone_to_owned().map(File::from),
+            // By its name in /proc, so that a wrong number is an error and not somebody else's
+            // file. That opens it anew, so what a file has already must not be written over.
+            _ => File::options().append(true).open(format!("/proc/self/fd/{fd}")),
+        };
         match file {
             Ok(file) => Some(Lines { device: device.into(), to: Mutex::new((file, None)) }),
             Err(error) => {
@@ -94,6 +100,7 @@ mod tests {
     #[test]
     fn lines_carry_pass_done_total_and_device() {
         let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "before\n").unwrap();
         let fd = file.as_file().as_raw_fd();
         let arguments = Arguments { progress: Some(fd), ..Arguments::default() };
         let progress = Progress::new(&arguments, "/dev/x");
@@ -103,7 +110,7 @@ mod tests {
         // The line in the middle came too soon after the first.
         assert_eq!(
             std::fs::read_to_string(file.path()).unwrap(),
-            "1 0 10 /dev/x\n2 11 11 /dev/x\n"
+            "before\n1 0 10 /dev/x\n2 11 11 /dev/x\n"
         );
     }
 }
