@@ -566,6 +566,9 @@ impl Server {
         kill_sgid: bool,
     ) -> Result<Reply, Failure> {
         let ino = self.ino(request.node);
+        if !is_attribute(name) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
         if kill_sgid {
             // First, so that a crash between the two leaves too little and not too much.
             let attr = self.volume.getattr(ino)?;
@@ -577,6 +580,20 @@ impl Server {
         }
         done(self.volume.setxattr(ino, name, value, mode))
     }
+}
+
+/// Whether attributes of that name can be set: those of the kinds that Linux has, so that a copy to
+/// another filesystem does not fail for them, and cairn's own.
+fn is_attribute(name: &[u8]) -> bool {
+    const KINDS: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+    const NAMES: [&[u8]; 5] = [
+        b"system.posix_acl_access",
+        b"system.posix_acl_default",
+        b"cairn.compression",
+        b"cairn.checksum",
+        b"btrfs.compression",
+    ];
+    KINDS.iter().any(|kind| name.starts_with(kind)) || NAMES.contains(&name)
 }
 
 /// An errno on its way to the kernel.
