@@ -240,6 +240,7 @@ fn table(info: &PoolInfo) -> String {
     row("Format", &info.format_version.to_string());
     row("Group", &info.txg.to_string());
     let state = match (info.clean, info.read_only) {
+        _ if info.has_stopped => "stopped by an error, read-only",
         (_, true) => "read-only",
         (true, _) => "clean",
         (false, _) => "in use, or not unmounted",

@@ -73,6 +73,8 @@ fn state_of(info: &PoolInfo) -> &'static str {
     let has = |state| info.devices.iter().any(|device| device.state == state);
     if info.is_split {
         "split"
+    } else if info.has_stopped {
+        "stopped"
     } else if has(DeviceState::Missing) {
         "degraded"
     } else if has(DeviceState::Behind) {
@@ -87,6 +89,10 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
         "split" => Some(
             "the pool was written in two halves that no longer belong together; disconnect the \
              half to give up, and mount the other with the option degraded",
+        ),
+        "stopped" => Some(
+            "an error ended writing, which the log names; what was not synced before is lost, and \
+             everything else can be read: unmount the pool, see to its devices, and mount it again",
         ),
         "degraded" => Some(
             "devices are missing or have failed; connect them, unmount the pool and mount it \
@@ -106,9 +112,10 @@ fn advice(info: &PoolInfo) -> Option<&'static str> {
              restore them from a backup, and begin another with cairn scrub start",
         ),
         _ if errors(info) > 0 => Some(
-            "devices made errors, and every file that was read was served from a good copy; look \
-             for more with cairn scrub start, and clear the counts with cairn clear; a device \
-             whose counts go on growing is failing",
+            "devices made errors; no file is known to be damaged, but a directory that cannot be \
+             read hides what is in it: the log tells what was repaired and what was lost; look for \
+             more with cairn scrub start, and clear the counts with cairn clear; a device whose \
+             counts go on growing is failing",
         ),
         _ => None,
     }

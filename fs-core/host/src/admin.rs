@@ -42,7 +42,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Version of the protocol; both sides must have the same.
-pub const VERSION: u16 = 10;
+pub const VERSION: u16 = 11;
 /// Longest message, in bytes.
 const MESSAGE_BYTES_MAX: u32 = 1 << 20;
 /// How long one side waits for the other to go on in the middle of a message.
@@ -258,6 +258,8 @@ pub struct PoolInfo {
     pub clean: bool,
     /// Whether changes are refused.
     pub read_only: bool,
+    /// Whether an error ended writing; what is stored can be read.
+    pub has_stopped: bool,
     /// cairn's own options of the mount as they are in force, those that were not given included;
     /// empty while it is not mounted.
     pub mount_options: Vec<String>,
