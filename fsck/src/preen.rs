@@ -7,25 +7,18 @@
 use crate::once::Turn;
 use crate::{Arguments, ERRORS_LEFT, OPERATIONAL};
 use cairn_host::say;
-use cairn_host::{host_platform, members, probe, stored, FileDevice};
+use cairn_host::{host_platform, members, probe, stored, FileDevice, NoReport};
 use fs_core::engine;
-use fs_core::error::{Error, Incident};
+use fs_core::error::Error;
 use fs_core::format::pool::ROOT_INO;
 use fs_core::format::superblock::Superblock;
-use fs_core::platform::{Device, DeviceRef, Platform, Report};
+use fs_core::platform::{Device, DeviceRef, Platform};
 use fs_core::units::Ino;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
-
-/// What the pool meets while it is opened: the outcome says it all.
-struct Silent;
-
-impl Report for Silent {
-    fn incident(&self, _: &Incident) {}
-}
 
 /// Memory for nodes while the pool is opened, in bytes.
 const CACHE_BYTES: usize = 8 << 20;
@@ -99,7 +92,8 @@ fn open(devices: &[Arc<FileDevice>]) -> Result<(), Error> {
         ..engine::OpenOptions::default()
     };
     let devices = devices.iter().map(|device| device.clone() as DeviceRef).collect();
-    let platform = Platform { report: Arc::new(Silent), ..host_platform() };
+    // What it meets on the way is in the outcome.
+    let platform = Platform { report: Arc::new(NoReport), ..host_platform() };
     let engine = engine::open(devices, platform, &options)?;
     let outcome = match engine.default_subvol() {
         Some(subvol) => subvol.inode(Ino(ROOT_INO)).map(drop),

@@ -46,7 +46,7 @@ pub use codecs::HostCodecs;
 pub use device::{
     create_image, open_devices, Access, FileDevice, IoMethod, OpenError, OpenOptions, Wait,
 };
-pub use report::{without_codes, LogReport, LogTarget};
+pub use report::{without_codes, LogReport, LogTarget, NoReport};
 pub use surroundings::{FixedClock, HostClock, HostEntropy, SeededEntropy};
 pub use trim::trim;
 pub use workers::HostWorkers;
