@@ -42,6 +42,7 @@
 //! kernel write back first (an invalidation of the range does that) and then answers. It is a
 //! thread of its own because others must be free to receive those very writes.
 
+use crate::deference::Deference;
 use crate::log;
 use crate::notify::send;
 use crate::ops::{self, Afterwards, Server, TRANSFER_BYTES_MAX};
@@ -57,7 +58,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::thread::{sched_setaffinity, CpuSet};
+use rustix::thread::{sched_setaffinity, CpuSet, Pid};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc};
@@ -161,10 +162,9 @@ enum Received {
 }
 
 /// How requests come once the protocol is agreed on.
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Device,
-    Rings,
+    Rings(Arc<Deference>),
 }
 
 impl Session {
@@ -198,7 +198,11 @@ impl Session {
                     drop(askers);
                     self.crew.end();
                 }
-                Way::Rings => self.collect(leader),
+                Way::Rings(deference) => {
+                    deference.start(scope);
+                    self.collect(leader);
+                    deference.end();
+                }
             }
             Ok(())
         })?;
@@ -229,10 +233,10 @@ impl Session {
             Some(prepared) if self.server.uses_rings() => prepared.begin(),
             _ => Err(Errno::OPNOTSUPP),
         };
-        if let (Err(errno), Transport::Uring) = (begun, self.threads.transport) {
+        if let (Err(errno), Transport::Uring) = (&begun, self.threads.transport) {
             log::warning(&format!("requests come over /dev/fuse, not over io_uring: {errno}"));
         }
-        Ok(Some(if begun.is_ok() { Way::Rings } else { Way::Device }))
+        Ok(Some(begun.map_or(Way::Device, Way::Rings)))
     }
 
     fn prepare<'scope, 'env>(
@@ -559,10 +563,20 @@ impl Crew {
 /// The CPU a thread last ran on; the 39th field of its stat file.
 fn last_cpu(pid: u32) -> Option<usize> {
     let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-    // The second field, a name in parentheses, may itself hold anything.
-    let end = stat.iter().rposition(|&b| b == b')')?;
-    let field = stat.get(end + 2..)?.split(|&b| b == b' ').nth(36)?;
+    let field = behind_name(&stat)?.split(|&b| b == b' ').nth(36)?;
     std::str::from_utf8(field).ok()?.parse().ok()
+}
+
+/// What a thread of this process does, as a letter of proc_pid_stat(5): `R` when it runs or could.
+pub(crate) fn state_of(thread: Pid) -> Option<u8> {
+    let stat = std::fs::read(format!("/proc/self/task/{}/stat", thread.as_raw_nonzero())).ok()?;
+    behind_name(&stat)?.first().copied()
+}
+
+/// A stat file from its third field on. The second, a name in parentheses, may hold anything.
+fn behind_name(stat: &[u8]) -> Option<&[u8]> {
+    let end = stat.iter().rposition(|&b| b == b')')?;
+    stat.get(end + 2..)
 }
 
 /// Keeps the calling thread on a CPU. Being elsewhere is slower, not wrong.

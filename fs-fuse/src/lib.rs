@@ -28,6 +28,7 @@ mod ahead;
 mod asker;
 pub mod backend;
 pub mod command;
+mod deference;
 pub mod device;
 mod fusermount;
 mod ioctl;

@@ -34,6 +34,7 @@
 //! same queues. So of no queue may all entries be occupied by seeks: the seek that takes the last
 //! one gets the queue another before it begins.
 
+use crate::deference::{Deference, Member};
 use crate::device::{self, Threads};
 use crate::log;
 use crate::ops::{self, Afterwards, Server, TRANSFER_BYTES_MAX};
@@ -60,6 +61,7 @@ pub(crate) struct Rings<'scope, 'env> {
     /// By CPU.
     queues: Vec<Mutex<Queue>>,
     gate: Gate,
+    deference: Arc<Deference>,
 }
 
 /// Entries of a queue.
@@ -101,6 +103,7 @@ impl<'scope, 'env> Prepared<'scope, 'env> {
             server: Arc::clone(server),
             queues: (0..cpus).map(|_| Mutex::default()).collect(),
             gate: Gate::default(),
+            deference: Arc::new(Deference::new(cpus)),
         });
         let refusal = Ring::new(Arc::clone(device), u16::MAX, 0)?;
         let mut prepared = Prepared { rings, threads: Vec::new(), refusal };
@@ -114,16 +117,18 @@ impl<'scope, 'env> Prepared<'scope, 'env> {
         Ok(prepared)
     }
 
-    /// Gives the entries to the kernel, which has agreed to use them.
+    /// Gives the entries to the kernel, which has agreed to use them. Gives back how their threads
+    /// make way for clients.
     ///
     /// # Errors
     /// What the kernel refuses. It goes on over /dev/fuse, unless it had all it needs.
-    pub(crate) fn begin(mut self) -> Result<(), Errno> {
+    pub(crate) fn begin(mut self) -> Result<Arc<Deference>, Errno> {
         self.rings.gate.decide(true);
-        self.reports().inspect_err(|_| {
+        let begun = self.reports().inspect_err(|_| {
             // Always an error; the next reader of /dev/fuse gets the requests held back.
             let _ = self.refusal.register();
-        })
+        });
+        begun.map(|()| Arc::clone(&self.rings.deference))
     }
 
     /// One report of each thread; all of them have reported when this returns.
@@ -206,6 +211,7 @@ impl<'scope, 'env> Rings<'scope, 'env> {
     /// Answers the requests of an entry until the connection is gone.
     fn serve(self: &Arc<Self>, mut ring: Ring, mut place: Place) {
         let cpu = place.cpu;
+        let member = self.deference.join(cpu);
         let mut input = Vec::new();
         let mut granted = None;
         loop {
@@ -213,9 +219,13 @@ impl<'scope, 'env> Rings<'scope, 'env> {
             match waited {
                 Ok(()) => {
                     let after;
-                    (granted, after) = self.answer(&mut ring, &mut place, &mut input);
+                    (granted, after) = self.answer(&mut ring, &mut place, &member, &mut input);
+                    if place.stays && after.is_none() {
+                        member.answers();
+                    }
                     if ring.commit().is_ok() {
                         if let Some(after) = after {
+                            member.become_plain();
                             ring.submit();
                             device::carry_out(&self.server, &after);
                         }
@@ -242,6 +252,7 @@ impl<'scope, 'env> Rings<'scope, 'env> {
         self: &Arc<Self>,
         ring: &mut Ring,
         place: &mut Place,
+        member: &Member,
         input: &mut Vec<u8>,
     ) -> (Option<Reply>, Option<Afterwards>) {
         let (headers, payload) = ring.buffers();
@@ -256,6 +267,9 @@ impl<'scope, 'env> Rings<'scope, 'env> {
                     Op::Seek { offset, .. } => self.seek(place.cpu, &request, offset),
                     _ => {
                         place.suit(&request.op);
+                        if !place.stays {
+                            member.become_plain();
+                        }
                         let handled = device::handle(&self.server, &request, parts.body);
                         let reply = handled.as_ref().ok();
                         after = reply.and_then(|reply| self.server.afterwards(&request, reply));

@@ -4,7 +4,7 @@ use rustix::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::{self, opcode, Ioctl, IoctlOutput, Opcode, Setter};
-use rustix::thread::UnshareFlags;
+use rustix::thread::{Pid, UnshareFlags};
 use std::ffi::c_void;
 
 /// Opens /dev/fuse.
@@ -60,6 +60,60 @@ pub fn fork() -> Result<Fork, Errno> {
 pub fn unshare_mounts() -> Result<(), Errno> {
     // SAFETY: the table of descriptors stays shared; only FILES would make this unsafe.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }
+}
+
+/// A thread's place among those that want a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// SCHED_OTHER.
+    Plain,
+    /// SCHED_IDLE.
+    Meek,
+    /// Any other, or one with more to it.
+    Other,
+}
+
+/// The class of a thread of this process; of the calling one when none is named.
+///
+/// # Errors
+/// What the system says; `SRCH` when the thread is gone.
+pub fn class_of(thread: Option<Pid>) -> Result<Class, Errno> {
+    // SAFETY: takes a number and touches no memory of the process.
+    match unsafe { libc::sched_getscheduler(raw(thread)) } {
+        libc::SCHED_OTHER => Ok(Class::Plain),
+        libc::SCHED_IDLE => Ok(Class::Meek),
+        ..0 => Err(last_errno()),
+        _ => Ok(Class::Other),
+    }
+}
+
+/// Changes the class of a thread of this process; of the calling one when none is named. Its nice
+/// value stays what it is.
+///
+/// # Errors
+/// What the system says: `PERM` for a change from `Meek` to `Plain` without permission, `SRCH` when
+/// the thread is gone. `INVAL` for `Other`.
+pub fn set_class(thread: Option<Pid>, class: Class) -> Result<(), Errno> {
+    let policy = match class {
+        Class::Plain => libc::SCHED_OTHER,
+        Class::Meek => libc::SCHED_IDLE,
+        Class::Other => return Err(Errno::INVAL),
+    };
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads one `sched_param` through the pointer.
+    match unsafe { libc::sched_setscheduler(raw(thread), policy, &parameters) } {
+        0 => Ok(()),
+        _ => Err(last_errno()),
+    }
+}
+
+fn raw(thread: Option<Pid>) -> libc::pid_t {
+    thread.map_or(0, |thread| thread.as_raw_nonzero().get())
+}
+
+fn last_errno() -> Errno {
+    let error = std::io::Error::last_os_error();
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 /// `struct loop_info64` of the kernel's loop.h.
