@@ -56,9 +56,10 @@ use fs_core::vfs::Seek;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{sched_setaffinity, CpuSet, Pid};
+use std::io::Write as _;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc};
@@ -199,9 +200,8 @@ impl Session {
                     self.crew.end();
                 }
                 Way::Rings(deference) => {
-                    deference.start(scope);
+                    let _guarded = deference.start(scope);
                     self.collect(leader);
-                    deference.end();
                 }
             }
             Ok(())
@@ -568,9 +568,18 @@ fn last_cpu(pid: u32) -> Option<usize> {
 }
 
 /// What a thread of this process does, as a letter of proc_pid_stat(5): `R` when it runs or could.
+/// Takes no memory.
 pub(crate) fn state_of(thread: Pid) -> Option<u8> {
-    let stat = std::fs::read(format!("/proc/self/task/{}/stat", thread.as_raw_nonzero())).ok()?;
-    behind_name(&stat)?.first().copied()
+    let mut path = [0; 48];
+    let mut rest = &mut path[..];
+    write!(rest, "/proc/self/task/{}/stat", thread.as_raw_nonzero()).ok()?;
+    let unused = rest.len();
+    let path = &path[..path.len() - unused];
+    let stat = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    // The name has at most 15 bytes.
+    let mut text = [0; 64];
+    let len = rustix::io::read(stat, &mut text).ok()?;
+    behind_name(&text[..len])?.first().copied()
 }
 
 /// A stat file from its third field on. The second, a name in parentheses, may hold anything.

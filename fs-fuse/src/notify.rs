@@ -4,6 +4,7 @@
 //! A notice may wait for requests that are under way, so none is sent by a thread that answers
 //! requests: those leave it to a thread of its own ([`Kernel::distrust`], [`Kernel::drop_pages`]).
 
+use crate::deference;
 use crate::reply::Head;
 use crate::syncs::Syncs;
 use cairn_host::mounts::Mount;
@@ -156,7 +157,11 @@ impl Kernel {
         if !waiting.is_served {
             let kernel = Arc::clone(self);
             let thread = std::thread::Builder::new().name("fuse-notify".into());
-            waiting.is_served = thread.spawn(move || kernel.serve()).is_ok();
+            let life = move || {
+                deference::arrive();
+                kernel.serve();
+            };
+            waiting.is_served = thread.spawn(life).is_ok();
         }
         drop(waiting);
         self.came.notify_one();

@@ -264,7 +264,10 @@ impl<'scope, 'env> Rings<'scope, 'env> {
                 let layout = self.server.layout();
                 let request = Request::decode_split(&head, &headers.op_in, parts.input, layout);
                 let result = request.and_then(|request| match request.op {
-                    Op::Seek { offset, .. } => self.seek(place.cpu, &request, offset),
+                    Op::Seek { offset, .. } => {
+                        member.become_plain();
+                        self.seek(place.cpu, &request, offset)
+                    }
                     _ => {
                         place.suit(&request.op);
                         if !place.stays {

@@ -49,7 +49,7 @@ pub use device::{
 pub use report::{without_codes, LogReport, LogTarget, NoReport};
 pub use surroundings::{FixedClock, HostClock, HostEntropy, SeededEntropy};
 pub use trim::trim;
-pub use workers::HostWorkers;
+pub use workers::{at_start, HostWorkers};
 
 use fs_core::platform::Platform;
 use std::sync::Arc;

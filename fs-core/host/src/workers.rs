@@ -18,7 +18,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Threads the pool may have beyond one for each processor.
@@ -124,11 +124,23 @@ impl Workers for HostWorkers {
     }
 }
 
+/// What each thread does first.
+static AT_START: OnceLock<fn()> = OnceLock::new();
+
+/// Has all threads that are started from now on, in this process, do this first: a thread inherits
+/// more than its CPUs from the one that starts it. The first that is given stays.
+pub fn at_start(first: fn()) {
+    AT_START.get_or_init(|| first);
+}
+
 fn start(name: &str, cpus: CpuSet, body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
     let life = move || {
         // A thread inherits the CPUs of the one that starts it, which may have been tied to one.
         // Being tied is slower, not wrong.
         let _ = sched_setaffinity(None, &cpus);
+        if let Some(first) = AT_START.get() {
+            first();
+        }
         body();
     };
     std::thread::Builder::new().name(name.into()).spawn(life).map(|_| ())
